@@ -1,0 +1,51 @@
+"""One engine step as the runner sees it: flat arrays, made by the scheduler, torch-free.
+
+Owns the shapes between scheduler and runner. Knows no policy and no device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.wire import Sampling
+
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """Rows of all sequences of a step, one sequence after the other, decodes (one row) and chunks alike."""
+
+    ids: Int32  # [rows]
+    positions: Int32  # [rows]
+    write_slots: Int64  # [rows] block * block_tokens + offset; -1 writes nowhere
+    row_starts: Int32  # [sequences + 1] where each sequence's rows begin
+    contexts: Int32  # [sequences] tokens visible to its last row, that row included
+    block_tables: Int32  # [sequences, blocks] padded with 0
+    sample_rows: Int32  # [sampled] the rows whose next token is wanted
+    sampling: tuple[Sampling, ...]  # one each sampled row
+    sample_positions: Int32  # [sampled] output index of the wanted token, from 0: with the seed it keys the randomness
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What the device answered. `is_bad` marks rows whose logits were not finite: that sequence alone fails."""
+
+    ids: Int32  # [sampled]
+    is_bad: npt.NDArray[np.bool_]  # [sampled]
+    seconds: float
+
+
+class Runner(Protocol):
+    """Computes steps on one device. Owns weights and KV memory; `block` numbers are the scheduler's."""
+
+    @property
+    def blocks_total(self) -> int:
+        """KV blocks that fit."""
+
+    def run(self, batch: StepBatch) -> StepResult:
+        """Compute one step: write KV, sample. Raises only on what is our own fault."""

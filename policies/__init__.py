@@ -1,0 +1,1 @@
+"""The mind: pure decisions. (event, now) goes in, actions come out; no socket, clock, chance or log in here."""

@@ -1,0 +1,1 @@
+"""The mouth and ears: sockets, HTTP, processes and disk. Runs without torch."""
