@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta, Struct, field
@@ -60,6 +60,21 @@ class Classes(Struct, frozen=True, forbid_unknown_fields=True):
     data_processor: Promise = field(default_factory=Promise, name="data-processor")
 
 
+class Policy(Struct, frozen=True, forbid_unknown_fields=True):
+    """Which mind decides: a built-in name, an installed entry point, or `module:factory`."""
+
+    ref: Annotated[str, Meta(min_length=1)] = "headway"
+    params: dict[str, Any] = field(default_factory=dict)  # the policy's own, as it explains them
+
+
+class Limits(Struct, frozen=True, forbid_unknown_fields=True):
+    """The bounds of the mind that a deployment may want to move; all of them are in `policies/limits.py`."""
+
+    requests_max: Count = 16_384  # offered, waiting and running together; about 2 KB each, so 32 MB
+    attempts_max: Annotated[int, Meta(ge=1, le=10)] = 3  # placements of one request
+    index_every_block: Count = 1  # the embedded profile's 16-token blocks are few; 4 with blocks of 64
+
+
 class Tenant(Struct, frozen=True, forbid_unknown_fields=True):
     """Who pays. There is one until keys exist: whoever reaches the loopback address."""
 
@@ -96,6 +111,8 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     model: Model = field(default_factory=Model)
     workers: Workers = field(default_factory=Workers)
     classes: Classes = field(default_factory=Classes)
+    policy: Policy = field(default_factory=Policy)
+    limits: Limits = field(default_factory=Limits)
     tenant: Tenant = field(default_factory=Tenant)
     record: Record = field(default_factory=Record)
     receipts: Receipts = field(default_factory=Receipts)
