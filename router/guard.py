@@ -4,6 +4,7 @@ Owns how a fault is noticed. Never decides: the built-in stage answers instead, 
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -86,7 +87,7 @@ def _is_verdict(answer: Any) -> bool:
 def _is_key(answer: Any) -> bool:
     match answer:
         case ((int(), float() | int() as value), float() | int()):
-            return value == value  # NaN would break the heap's order
+            return not math.isnan(value)  # NaN would break the heap's order
         case _:
             return False
 

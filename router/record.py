@@ -163,7 +163,9 @@ def read_events(path: Path) -> Iterator[tuple[str, float, Event, bytes]]:
 
 def _read_segment(path: Path, first: Header, segment: int) -> Iterator[tuple[str, float, Event, bytes]]:
     lines = msgspec.json.Decoder(Line)
-    decoders = {name: msgspec.json.Decoder(kind) for name, kind in EVENTS.items()}
+    decoders: dict[str, msgspec.json.Decoder[Event]] = {
+        name: msgspec.json.Decoder(kind) for name, kind in EVENTS.items()
+    }
     with _opened(path) as file:
         header = _header(path, file)
         if (header.segment, header.config, header.seed) != (segment, first.config, first.seed):

@@ -22,14 +22,19 @@ from router.guard import guard
 
 def policy_spec(config: Config) -> PolicySpec:
     """The policy by name, with the promises of the configuration among its parameters."""
-    promises = {name: dict(rows) for name, rows in msgspec.to_builtins(config.classes).items()}
-    changed = {
-        name: {key: value for key, value in rows.items() if value is not None} for name, rows in promises.items()
-    }
     params = dict(config.policy.params)
-    if any(changed.values()):
-        params["promises"] = {name: rows for name, rows in changed.items() if rows}
+    if promises := {name: changed for name, row in _rows(config).items() if (changed := _changed(row))}:
+        params["promises"] = promises
     return PolicySpec(config.policy.ref, params)
+
+
+def _rows(config: Config) -> dict[str, dict[str, float | None]]:
+    rows: dict[str, dict[str, float | None]] = msgspec.to_builtins(config.classes)
+    return rows
+
+
+def _changed(row: dict[str, float | None]) -> dict[str, float]:
+    return {key: value for key, value in row.items() if value is not None}
 
 
 def build(config: Config, seed: int, faults: deque[PolicyFault], *, is_timed: bool) -> Dispatcher:

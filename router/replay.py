@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from policies.actions import Action
-from policies.events import Event
+from policies.events import Event, PolicyFault
 from router.config import Config
 from router.record import Header, encode_actions, read_events, read_header
 from router.reducer import build
@@ -41,7 +41,7 @@ class Outcome:
 def replay(path: Path) -> Outcome:
     """Replay until the end or the first difference. Raises RecordError, or PolicyError when the policy is not here."""
     header = read_header(path)
-    faults = deque[object]()  # what the guard sees again is in the recording already, as events
+    faults = deque[PolicyFault]()  # what the guard sees again is in the recording already, as events
     reducer = build(Config.from_json(header.config), header.seed, faults, is_timed=False)
     before = deque[tuple[str, float, Event]](maxlen=CONTEXT_LINES)
     events = actions_count = 0
@@ -52,9 +52,8 @@ def replay(path: Path) -> Outcome:
         events += 1
         actions_count += len(actions)
         if replayed != recorded:
-            return Outcome(
-                header, events, actions_count, Difference(place, now, event, recorded, replayed, tuple(before))
-            )
+            difference = Difference(place, now, event, recorded, replayed, tuple(before))
+            return Outcome(header, events, actions_count, difference)
         before.append((place, now, event))
     return Outcome(header, events, actions_count, None)
 
