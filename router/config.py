@@ -11,6 +11,8 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Struct, field
 
+DEVICES = ("auto", "cpu", "cuda", "fake")
+
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Count = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(ge=0)]
@@ -37,7 +39,7 @@ class Workers(Struct, frozen=True, forbid_unknown_fields=True):
 
     count: Annotated[int, Meta(ge=1, le=64)] = 2  # two show affinity and survive one death; 64 is what is measured
     threads: Count = 1  # of each: more processes beat more threads for a 135M model on few cores
-    device: str = "auto"  # auto | cpu | cuda: auto takes the GPUs where torch finds them
+    device: str = "auto"  # auto | cpu | cuda | fake: auto takes a GPU where torch finds one; fake is for trying clients
     kv_mib: Count = 512  # KV memory of each worker: about 23k tokens of the embedded model in float32 (22.5 KiB each)
 
 
@@ -140,8 +142,8 @@ def contradictions(config: Config) -> list[tuple[str, str]]:
         found.append(("server.host", "must be a loopback address: without keys anyone else could use it too"))
     if config.server.port and config.server.port == config.server.admin_port:
         found.append(("server.admin_port", "must differ from server.port"))
-    if config.workers.device not in ("auto", "cpu", "cuda"):
-        found.append(("workers.device", "must be auto, cpu or cuda"))
+    if config.workers.device not in DEVICES:
+        found.append(("workers.device", f"must be one of {', '.join(DEVICES)}"))
     return found
 
 

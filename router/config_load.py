@@ -145,12 +145,11 @@ def _unknown(key: Key, leaves: Mapping[Key, Any]) -> str:
     sections = _sections(leaves)
     if key in sections:
         return "is a section, not a value"
-    if key[:-1] and key[:-1] not in sections:
-        siblings = [".".join(known) for known in (*sections, *leaves)]
-    else:
-        siblings = [".".join(known) for known in (*sections, *leaves) if known[:-1] == key[:-1]]
-    near = difflib.get_close_matches(".".join(key), siblings, n=1, cutoff=0.5)
-    return "no such key" + (f"; did you mean {near[0]}?" if near else f"; there are {', '.join(sorted(siblings))}")
+    siblings = {known[-1]: ".".join(known) for known in (*sections, *leaves) if known[:-1] == key[:-1]}
+    near = difflib.get_close_matches(key[-1], siblings, n=1)
+    if near:
+        return f"no such key; did you mean {siblings[near[0]]}?"
+    return f"no such key; there are {', '.join(sorted(siblings.values()))}"
 
 
 # Lines: tomllib keeps none, so a second look at the text finds them ---------------------------------------------------

@@ -97,10 +97,15 @@ class Link(asyncio.Protocol):
         self._next_handle = 1
         self._opened_at = clock()
         self._progress_at = self._opened_at
+        self._heard_at = self._opened_at
 
     @property
     def running_count(self) -> int:
         return len(self._running)
+
+    def silent_s(self, now: float) -> float:
+        """Seconds since the last frame; an idle worker sends one each half second."""
+        return now - self._heard_at
 
     # The owner's side -------------------------------------------------------------------------------------------------
 
@@ -193,8 +198,9 @@ class Link(asyncio.Protocol):
     def _step(self, frame: StepFrame) -> None:
         self._verify(frame)
         load = frame.load
+        self._heard_at = self._clock()
         if self.load is None or load.steps != self.load.steps:
-            self._progress_at = self._clock()
+            self._progress_at = self._heard_at
         self.load = load
         model = None
         if frame.step_model is not None:

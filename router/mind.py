@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 class Reducer(Protocol):
     """What policies.dispatcher.Dispatcher is to us."""
 
-    def handle(self, event: Event, now: float) -> Sequence[Action]: ...
+    def handle(self, event: Event, now: float, /) -> Sequence[Action]: ...
 
 
 class Recorder(Protocol):
@@ -54,7 +54,7 @@ class Mind:
         self.client_faults = 0  # exceptions of clients, each ended its own request alone
 
     @property
-    def waiting_count(self) -> int:
+    def live_count(self) -> int:
         """Requests that the mind knows: offered, queued or running."""
         return len(self._clients)
 
