@@ -98,6 +98,6 @@ def _worker(state: WorkerState, now: float) -> dict[str, object]:
         "context_max": hello.context_max,
         "requests": link.running_count,
         "silent_s": round(link.silent_s(now), 3),
-        "load": link.load,
+        "load": msgspec.structs.asdict(link.load) if link.load is not None else None,
         "step_model": link.step_model,
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from prometheus_client import (
     CollectorRegistry,
@@ -27,7 +28,22 @@ from router.receipts import Receipt
 SECONDS = tuple(0.01 * 2**power for power in range(15))  # 10 ms ... 164 s
 PACE_SECONDS = tuple(0.0025 * 2**power for power in range(11))  # 2.5 ms ... 2.6 s a token
 TOKENS = tuple(float(4**power) for power in range(12))  # powers of 4 from 1: gen_ai.client.token.usage
-GC_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One class's own metrics, looked up once."""
+
+    attempts: Counter
+    cached: Counter
+    in_time: Counter
+    late: Counter
+    queue: Histogram
+    duration: Histogram
+    ttft: Histogram
+    tpot: Histogram
+    tokens_in: Histogram
+    tokens_out: Histogram
 
 
 class Metrics:
@@ -37,82 +53,103 @@ class Metrics:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
-        self._requests = self._counter("headway_requests", "Requests that ended", ["class", "worker", "outcome"])
-        self._attempts = self._counter("headway_attempts", "Placements on workers", ["class"])
-        self._cached = self._counter("headway_prompt_tokens_cached", "Prompt tokens that were cached", ["class"])
-        self._met = self._counter("headway_budget_ttft", "First tokens by the budget's line", ["class", "outcome"])
+        self._requests = self._counter("headway_requests", "Requests that ended", "worker", "outcome")
+        self._attempts = self._counter("headway_attempts", "Placements on workers")
+        self._cached = self._counter("headway_prompt_tokens_cached", "Prompt tokens that were cached")
+        self._first_tokens = self._counter("headway_first_tokens", "First tokens, by the budget", "outcome")
         self._queue = self._histogram("headway_queue_seconds", "Arrival until sent to a worker", SECONDS)
         self._duration = self._histogram("gen_ai_server_request_duration_seconds", "Arrival to the end", SECONDS)
         self._ttft = self._histogram("gen_ai_server_time_to_first_token_seconds", "Arrival to first token", SECONDS)
         self._tpot = self._histogram("gen_ai_server_time_per_output_token_seconds", "Mean pace", PACE_SECONDS)
-        self._tokens = Histogram(
-            "gen_ai_client_token_usage",
-            "Tokens of a request",
-            ["class", "gen_ai_token_type"],
-            buckets=TOKENS,
-            registry=self.registry,
-        )
+        self._tokens = self._histogram("gen_ai_client_token_usage", "Tokens", TOKENS, "gen_ai_token_type")
+        self._rows: dict[str, _Row] = {}
 
     def ended(self, receipt: Receipt) -> None:
         """Count a request that ended."""
-        cls = receipt.request_class
-        self._requests.labels(cls, receipt.worker, receipt.outcome).inc()
-        self._duration.labels(cls).observe(receipt.duration_s)
-        if receipt.attempts:
-            self._attempts.labels(cls).inc(receipt.attempts)
+        row = self._rows.get(receipt.request_class) or self._row(receipt.request_class)
+        self._requests.labels(receipt.request_class, receipt.worker, receipt.outcome).inc()
+        row.attempts.inc(receipt.attempts)
+        row.duration.observe(receipt.duration_s)
         if receipt.queue_s is not None:
-            self._queue.labels(cls).observe(receipt.queue_s)
+            row.queue.observe(receipt.queue_s)
         if receipt.ttft_s is None:
             return
-        self._ttft.labels(cls).observe(receipt.ttft_s)
-        self._tokens.labels(cls, "input").observe(receipt.prompt_tokens)
-        self._tokens.labels(cls, "output").observe(receipt.output_tokens)
-        self._cached.labels(cls).inc(receipt.cached_tokens)
+        row.ttft.observe(receipt.ttft_s)
+        row.tokens_in.observe(receipt.prompt_tokens)
+        row.tokens_out.observe(receipt.output_tokens)
+        row.cached.inc(receipt.cached_tokens)
         if receipt.budget_ttft_s is not None:
-            self._met.labels(cls, "met" if receipt.ttft_s <= receipt.budget_ttft_s else "missed").inc()
+            (row.in_time if receipt.ttft_s <= receipt.budget_ttft_s else row.late).inc()
         if (tpot_s := receipt.tpot_s) is not None:
-            self._tpot.labels(cls).observe(tpot_s)
+            row.tpot.observe(tpot_s)
 
-    def watch(self, fleet: Fleet, waiting_count: Callable[[], int], dropped_events: Callable[[], int]) -> None:
+    def _row(self, cls: str) -> _Row:
+        row = self._rows[cls] = _Row(
+            attempts=self._attempts.labels(cls),
+            cached=self._cached.labels(cls),
+            in_time=self._first_tokens.labels(cls, "in_time"),
+            late=self._first_tokens.labels(cls, "late"),
+            queue=self._queue.labels(cls),
+            duration=self._duration.labels(cls),
+            ttft=self._ttft.labels(cls),
+            tpot=self._tpot.labels(cls),
+            tokens_in=self._tokens.labels(cls, "input"),
+            tokens_out=self._tokens.labels(cls, "output"),
+        )
+        return row
+
+    def watch(self, fleet: Fleet, live_count: Callable[[], int], dropped_events: Callable[[], int]) -> None:
         """Read workers and mind at each scrape."""
-        self.registry.register(_Fleet(fleet, waiting_count, dropped_events))
-
-    def watch_collector(self) -> Callable[[], None]:
-        """Export the pauses of the garbage collector; the returned call stops that."""
-        pauses = Histogram("headway_gc_pause_seconds", "Collector pauses", buckets=GC_SECONDS, registry=self.registry)
-        begun = 0.0
-
-        def timed(phase: str, _: dict[str, int]) -> None:
-            nonlocal begun
-            if phase == "start":
-                begun = time.perf_counter()
-            else:
-                pauses.observe(time.perf_counter() - begun)
-
-        gc.callbacks.append(timed)
-        return lambda: gc.callbacks.remove(timed)
+        self.registry.register(_Fleet(fleet, live_count, dropped_events))
 
     def exposition(self) -> bytes:
         """All of it as text for a scraper."""
         return generate_latest(self.registry)
 
-    def _counter(self, name: str, help_text: str, labels: list[str]) -> Counter:
-        return Counter(name, help_text, labels, registry=self.registry)
+    def _counter(self, name: str, help_text: str, *labels: str) -> Counter:
+        return Counter(name, help_text, ["class", *labels], registry=self.registry)
 
-    def _histogram(self, name: str, help_text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(name, help_text, ["class"], buckets=buckets, registry=self.registry)
+    def _histogram(self, name: str, help_text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(name, help_text, ["class", *labels], buckets=buckets, registry=self.registry)
+
+
+class GcPauses(Collector):
+    """The garbage collector's pauses, as a context. It may run inside any allocation, so no lock is taken here."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._total_s = 0.0
+        self._begun = 0.0
+
+    def __enter__(self) -> GcPauses:
+        gc.callbacks.append(self._timed)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        gc.callbacks.remove(self._timed)
+
+    def collect(self) -> Iterable[Metric]:
+        yield _total("headway_gc_pauses", "Runs of the garbage collector", self._count)
+        yield _total("headway_gc_pause_seconds", "Time in the garbage collector", self._total_s)
+
+    def _timed(self, phase: str, _: dict[str, int]) -> None:
+        if phase == "start":
+            self._begun = time.perf_counter()
+        else:
+            self._count += 1
+            self._total_s += time.perf_counter() - self._begun
 
 
 class _Fleet(Collector):
     """Workers as they are when somebody asks; between scrapes they cost nothing."""
 
-    def __init__(self, fleet: Fleet, waiting_count: Callable[[], int], dropped_events: Callable[[], int]) -> None:
+    def __init__(self, fleet: Fleet, live_count: Callable[[], int], dropped_events: Callable[[], int]) -> None:
         self._fleet = fleet
-        self._waiting_count = waiting_count
+        self._live_count = live_count
         self._dropped_events = dropped_events
 
     def collect(self) -> Iterable[Metric]:
-        yield _single("headway_requests_live", "Requests that the mind knows", self._waiting_count())
+        yield _single("headway_requests_live", "Requests that the mind knows", self._live_count())
         yield _total("headway_record_dropped_events", "Events beyond a full recording", self._dropped_events())
         workers = self._fleet.workers
         yield _by_worker("headway_worker_up", "1 while the worker is connected", workers, _is_up)
