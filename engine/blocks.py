@@ -70,6 +70,7 @@ class BlockTrie:
     def __init__(self, blocks_total: int, block_tokens: int, root_key: ChainKey) -> None:
         assert blocks_total > 0
         assert block_tokens > 0
+        self.blocks_total = blocks_total
         self.block_tokens = block_tokens
         self._bytes = block_tokens * 4
         self._root_key = root_key
@@ -90,7 +91,9 @@ class BlockTrie:
         found: list[Block] = []
         serial, nodes, step = ROOT, self._nodes, self._bytes
         for number in range(len(ids) // step):
-            block = nodes.get((serial, ids[number * step : (number + 1) * step], salt if number == public_blocks else b""))
+            block = nodes.get(
+                (serial, ids[number * step : (number + 1) * step], salt if number == public_blocks else b"")
+            )
             if block is None:
                 break
             found.append(block)

@@ -20,7 +20,6 @@ class Sequence:
     """Made once a submit; a preempted one waits again and recomputes what the cache has lost."""
 
     __slots__ = (
-        "adopted",
         "blocks",
         "cached_tokens",
         "deadline",
@@ -67,8 +66,7 @@ class Sequence:
         self.deadline = now + order.deadline_left_s
         self.first_due = now + order.first_left_s
         self.blocks: list[Block] = []
-        self.adopted = 0  # blocks found in the cache: not ours to write
-        self.cached_tokens = -1  # prompt tokens that the cache had at the first admission; -1: never admitted
+        self.cached_tokens = 0  # prompt tokens that others had computed, until the first preemption
         self.uncached_estimate = self.length
         self.prefill_at = -1.0  # when its first chunk was launched
         self.row = WAITING

@@ -57,16 +57,8 @@ class Runner(Protocol):
     """Computes steps on one device. Owns weights and KV memory; `block` numbers are the scheduler's."""
 
     @property
-    def facts(self) -> ModelFacts:
-        """What it has loaded."""
-
-    @property
     def blocks_total(self) -> int:
         """KV blocks that fit."""
-
-    @property
-    def block_tokens(self) -> int:
-        """Tokens a block."""
 
     def run(self, batch: StepBatch) -> StepResult:
         """Compute one step: write KV, sample. Raises only on what is our own fault."""

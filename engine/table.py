@@ -7,6 +7,7 @@ from __future__ import annotations
 import numpy as np
 
 from engine.sequence import WAITING, Sequence
+from engine.step import Int32, Int64
 
 
 class Table:
@@ -16,6 +17,7 @@ class Table:
         self.sequences: list[Sequence | None] = [None] * rows
         self._free = list(range(rows))[::-1]
         self.is_used = np.zeros(rows, dtype=bool)
+        self.is_decoding = np.zeros(rows, dtype=bool)  # it has sampled since it was added
         self.request_class = np.zeros(rows, dtype=np.int64)
         self.context = np.zeros(rows, dtype=np.int64)
         self.length = np.zeros(rows, dtype=np.int64)
@@ -46,6 +48,7 @@ class Table:
         row = sequence.row = self._free.pop()
         self.sequences[row] = sequence
         self.is_used[row] = True
+        self.is_decoding[row] = False
         self.request_class[row] = sequence.request_class
         self.context[row] = context
         self.length[row] = sequence.length
@@ -65,6 +68,20 @@ class Table:
         known, row = int(self.blocks[sequence.row]), sequence.row
         self.block_table[row, known : len(sequence.blocks)] = [block.id for block in sequence.blocks[known:]]
         self.blocks[row] = len(sequence.blocks)
+
+    def advance(self, rows: Int64, tokens: Int64) -> None:
+        """A step computed so many tokens of each row."""
+        self.context[rows] += tokens
+
+    def emit(self, rows: Int64, ids: Int32, now: float) -> None:
+        """A step sampled one token for each row."""
+        self.is_decoding[rows] = True
+        self.last_id[rows] = ids
+        self.length[rows] += 1
+        self.emitted[rows] += 1
+        by_line = self.first_due[rows] + self.emitted[rows] * self.pace_s[rows]
+        # What missed its first line is held to its pace from here: it cannot be caught up in one step.
+        self.due[rows] = np.maximum(by_line, now + self.pace_s[rows])
 
     def remove(self, sequence: Sequence) -> None:
         """The sequence gave its KV up."""

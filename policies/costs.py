@@ -81,7 +81,7 @@ def _root(curve: float, slope: float, room: float) -> float:
 
 
 TOKENS_MAX = 1e9  # what a model that says "free" is taken to allow
-BENDS = tuple(2.0 ** (power / 2) for power in range(21))  # candidate rows at which reading the weights stops hiding work
+BENDS = tuple(2.0 ** (power / 2) for power in range(21))  # rows at which reading the weights may stop hiding work
 FORGETTING = 0.999  # a step a thousand steps ago counts a third
 RELATIVE_NOISE = 0.05  # of one step's duration; sets how fast a fresh fit moves against its prior
 COVARIANCE_MAX = 100.0  # a direction that no step excites must not grow without end (windup)
@@ -118,6 +118,11 @@ class StepFit:
     def model(self) -> StepModel:
         """What is believed now; its version is that of the last one worth publishing."""
         return self._model
+
+    @property
+    def published(self) -> StepModel:
+        """The last model that was worth a version."""
+        return self._published
 
     def observe(self, step: StepFeatures, seconds: float) -> StepModel | None:
         """Learn from one step; the model if it is worth publishing, else None."""

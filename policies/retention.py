@@ -46,7 +46,7 @@ class KeepLimits:
     lease_s_max: float = 300.0  # ... and no lease is longer than this
 
 
-def keep(span: SpanView, now: float, limits: KeepLimits = KeepLimits()) -> tuple[Band, float]:  # noqa: B008
+def keep(span: SpanView, now: float, limits: KeepLimits = KeepLimits()) -> tuple[Band, float]:
     """The span's band and its lease in seconds (0: none)."""
     band = CLASS_BANDS[span.request_class]
     if span.hits > limits.shared_hits and now > span.born:

@@ -1,6 +1,6 @@
 """The engine's step: who decodes, whose prompt gets a chunk and how large, so that the tightest resident line holds.
 
-Owns the order of work inside one worker. Never touches KV: the scheduler finds blocks, or a victim, for what it says."""
+Owns the order of work inside one worker. Never touches KV: the scheduler finds blocks or victims for what it says."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class StepPlan:
     predicted_s: float
 
 
-def plan(batch: BatchView, model: StepModel, now: float, limits: PlanLimits = PlanLimits()) -> StepPlan:  # noqa: B008
+def plan(batch: BatchView, model: StepModel, now: float, limits: PlanLimits = PlanLimits()) -> StepPlan:
     """The next step. Empty only when every sequence is blocked or there is none."""
     decodes, paused, excused = _decodes(batch, model)
     prefills = np.flatnonzero(~batch.is_decoding & ~batch.is_blocked)
@@ -107,7 +107,7 @@ def victims(batch: BatchView, urgent: int, now: float) -> Ints:
 
 
 def _decodes(batch: BatchView, model: StepModel) -> tuple[Ints, Ints, tuple[int, ...]]:
-    """Every resident decodes, unless that alone breaks the pace of a more urgent class: then the lowest class pauses."""
+    """Every resident decodes, unless that alone breaks the pace of a more urgent class: then the lowest one pauses."""
     ready = batch.is_decoding & ~batch.is_blocked
     keep, excused = ready, []
     for lowest in (BATCH, BACKGROUND):
