@@ -40,6 +40,19 @@ class StepResult:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What the rest of the engine must know of a loaded model."""
+
+    name: str  # as clients ask for it
+    digest: str  # of the weights: part of every chain key
+    device: str  # "cpu", "cuda:0 NVIDIA H100"; for people
+    kv_dtype: str
+    vocab_size: int
+    context_max: int
+    eos_ids: tuple[int, ...]
+
+
 class Runner(Protocol):
     """Computes steps on one device. Owns weights and KV memory; `block` numbers are the scheduler's."""
 

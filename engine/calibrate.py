@@ -1,0 +1,80 @@
+"""Calibration: a second of made-up steps at start, so that the first request already meets a planner that knows speed.
+
+Owns the shapes tried. Writes no KV (slot -1) and reads whatever block 0 holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.blocks import BlockTrie
+from engine.launch import NOWHERE
+from engine.step import Runner, StepBatch
+from engine.wire import Sampling
+from policies.costs import StepFeatures, StepFit, StepModel
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """One step: so many decodes behind `context` tokens each, and a chunk behind as many."""
+
+    decodes: int
+    chunk: int
+    context: int
+
+
+# From cheap to dear; each coefficient is moved by at least two of them.
+SHAPES = (
+    Shape(1, 0, 16),
+    Shape(1, 0, 512),
+    Shape(4, 0, 64),
+    Shape(0, 16, 0),
+    Shape(8, 0, 256),
+    Shape(2, 32, 0),
+    Shape(0, 64, 0),
+    Shape(1, 64, 512),
+    Shape(0, 128, 0),
+    Shape(4, 128, 512),
+    Shape(0, 256, 0),
+    Shape(0, 512, 0),
+)
+
+
+def calibrate(runner: Runner, fit: StepFit, trie: BlockTrie, budget_s: float, clock: Callable[[], float]) -> StepModel:
+    """Run shapes round and round until the time is up; the first step of all only warms up."""
+    tokens_max = trie.blocks_total * trie.block_tokens
+    shapes = [shape for shape in SHAPES if shape.context + max(shape.chunk, 1) <= tokens_max]
+    runner.run(batch_of(shapes[0], trie.block_tokens)[0])
+    until, count = clock() + budget_s, 0
+    while clock() < until:
+        shape = shapes[count % len(shapes)]
+        count += 1
+        batch, features = batch_of(shape, trie.block_tokens)
+        if count == 1 or fit.model.step_s(features) <= until - clock():
+            fit.observe(features, runner.run(batch).seconds)
+        elif shape == shapes[0]:
+            break
+    return fit.publish()
+
+
+def batch_of(shape: Shape, block_tokens: int) -> tuple[StepBatch, StepFeatures]:
+    """A made-up step of this shape."""
+    sizes = np.array([1] * shape.decodes + ([shape.chunk] if shape.chunk else []), dtype=np.int64)
+    contexts = shape.context + sizes
+    starts = np.concatenate(([0], np.cumsum(sizes)))
+    rows = int(starts[-1])
+    batch = StepBatch(
+        ids=np.zeros(rows, dtype=np.int32),
+        positions=(np.arange(rows) - np.repeat(starts[:-1], sizes) + shape.context).astype(np.int32),
+        write_slots=np.full(rows, NOWHERE, dtype=np.int64),
+        row_starts=starts.astype(np.int32),
+        contexts=contexts.astype(np.int32),
+        block_tables=np.zeros((len(sizes), int(-(-contexts.max() // block_tokens))), dtype=np.int32),
+        sample_rows=(starts[1:] - 1).astype(np.int32),
+        sampling=(Sampling(temperature=0.0),) * len(sizes),
+        sample_positions=np.zeros(len(sizes), dtype=np.int32),
+    )
+    chunk_context = int(shape.chunk * (shape.context + shape.chunk / 2))
+    return batch, StepFeatures(rows, shape.decodes * shape.context, chunk_context, len(sizes))

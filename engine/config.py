@@ -1,0 +1,36 @@
+"""What one worker process is told: the frozen settings of `python -m engine worker` and `fake`, with their defaults.
+
+Owns defaults and their reasons. Never reads files or the environment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from policies.costs import StepModel
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """One worker."""
+
+    socket: str
+    name: str = "w0"
+    model: str = ""  # a folder, a GGUF file, or the embedded model's name
+    model_name: str = ""  # as clients ask for it; empty: the model's own
+    device: str = "cpu"
+    threads: int = 1
+    block_tokens: int = 16  # 64 on a GPU (decision 18)
+    kv_bytes: int = 256 * 1024 * 1024
+    sequences_max: int = 256
+    waiting_max: int = 1024
+    calibrate_s: float = 1.0
+    drain_s: float = 30.0  # on SIGTERM
+    links_max: int = 16
+    die_with_parent: bool = False
+
+
+# Order of magnitude of a small model on one CPU core; a second of calibration replaces it. Every term must be positive:
+# coefficients are learned as multiples of these.
+PRIOR = StepModel(
+    floor_s=10e-3, row_s=1e-3, base_s=3e-3, decode_context_s=1e-6, chunk_context_s=2e-7, sequence_s=0.2e-3
+)

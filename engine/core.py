@@ -1,0 +1,217 @@
+"""The engine's loop: orders in, one step, tokens out. It is the only thread that touches the scheduler and the device.
+
+Owns the step model's fit and the heartbeat. Never touches a socket and never waits for one."""
+
+from __future__ import annotations
+
+import logging
+import queue
+from collections.abc import Callable
+from dataclasses import astuple, dataclass, field
+
+import numpy as np
+from msgspec.structs import replace
+
+from engine.blocks import BlockTrie
+from engine.calibrate import calibrate
+from engine.keys import KEY_BYTES
+from engine.outbox import Outbox
+from engine.scheduler import Outcome, Scheduler
+from engine.step import Runner
+from engine.wire import Abort, Drain, End, Hello, StepFrame, StepModelParts, Submit
+from policies.costs import StepFit, StepModel
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_S = 0.5
+BLOCKED_WAIT_S = 0.02  # how long to wait for a link to drain when every sequence's link is full
+SNAPSHOT_KEYS_MAX = 500_000  # 8 MB of the hello's 16
+
+
+@dataclass(frozen=True, slots=True)
+class Attach:
+    """A link was opened; its outbox gets the hello first."""
+
+    link: int
+    outbox: Outbox
+
+
+@dataclass(frozen=True, slots=True)
+class Detach:
+    """A link is gone, and with it whoever waited for its sequences."""
+
+    link: int
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A router's message, with the local time at which it was read."""
+
+    link: int
+    message: Submit | Abort | Drain
+    read_at: float
+
+
+Command = Attach | Detach | Order
+
+
+class Inbox:
+    """Commands from the socket's thread to the loop."""
+
+    def __init__(self, capacity: int = 4096) -> None:
+        self._queue: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._capacity = capacity
+
+    @property
+    def is_full(self) -> bool:
+        """Whoever reads sockets stops reading while this holds."""
+        return self._queue.qsize() >= self._capacity
+
+    def put(self, command: Command) -> None:
+        self._queue.put(command)
+
+    def take(self, wait_s: float) -> list[Command]:
+        """All commands there are; waits for the first."""
+        commands = []
+        try:
+            commands.append(self._queue.get(timeout=wait_s) if wait_s > 0.0 else self._queue.get_nowait())
+            while True:
+                commands.append(self._queue.get_nowait())
+        except queue.Empty:
+            return commands
+
+
+@dataclass(slots=True)
+class News:
+    """What the links do not know yet."""
+
+    outcomes: list[Outcome] = field(default_factory=list)
+    step_s: float = 0.0
+    model: StepModelParts | None = None
+
+
+class Core:
+    """Made with everything it drives; `run` returns when drained."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        trie: BlockTrie,
+        *,
+        fit: StepFit,
+        hello: Hello,  # without snapshot
+        inbox: Inbox,
+        clock: Callable[[], float],
+    ) -> None:
+        self._runner = runner
+        self._scheduler = scheduler
+        self._trie = trie
+        self._fit = fit
+        self._hello = hello
+        self._inbox = inbox
+        self._clock = clock
+        self._links: dict[int, Outbox] = {}
+        self._steps = 0
+        self._step_s = 0.0
+        self._told_at = clock()
+        self._wait_s = 0.0
+        self._drain_until: float | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Drained: nothing runs and nothing new will be taken."""
+        return self._drain_until is not None and self._scheduler.is_idle
+
+    def calibrate(self, budget_s: float) -> StepModel:
+        """Learn the device's speed from made-up steps; before the first request."""
+        return calibrate(self._runner, self._fit, self._trie, budget_s, self._clock)
+
+    def run(self) -> None:
+        """Turn until drained."""
+        while not self.is_done:
+            self.turn()
+
+    def turn(self) -> None:
+        """Take orders, compute one step if there is one, tell the links."""
+        news = News([self._obey(command) for command in self._inbox.take(self._wait_s)])
+        self._end_drain(news)
+        has_stepped = self._step(news)
+        now = self._clock()
+        is_due = now - self._told_at >= HEARTBEAT_S
+        if has_stepped or is_due or any(outcome.ends for outcome in news.outcomes):
+            self._tell(news, now)
+        if has_stepped:
+            self._wait_s = 0.0
+        elif self._scheduler.is_idle:
+            self._scheduler.check_idle()
+            self._wait_s = max(0.0, self._told_at + HEARTBEAT_S - now)
+        else:
+            self._wait_s = BLOCKED_WAIT_S
+
+    def _step(self, news: News) -> bool:
+        started = self._clock()
+        full = frozenset(link for link, outbox in self._links.items() if outbox.is_full)
+        step = self._scheduler.launch(self._fit.model, started, full)
+        if step is None:
+            return False
+        result = self._runner.run(step.batch)
+        now = self._clock()
+        news.outcomes.append(self._scheduler.collect(step, result, self._fit.model, now))
+        self._steps += 1
+        self._step_s = now - started  # what residents wait: the host's share is in it, and so in the model
+        changed = self._fit.observe(step.features, self._step_s)
+        news.model = parts(changed) if changed else None
+        return True
+
+    def _obey(self, command: Command) -> Outcome:
+        now = self._clock()
+        match command:
+            case Attach(link, outbox):
+                snapshot = self._trie.resident_keys()[: SNAPSHOT_KEYS_MAX * KEY_BYTES]
+                outbox.open(replace(self._hello, step_model=parts(self._fit.published), cached=snapshot))
+                self._links[link] = outbox
+                self._told_at = now - HEARTBEAT_S  # it gets its first load at once
+            case Detach(link):
+                del self._links[link]
+                self._scheduler.drop_link(link, now)
+            case Order(link, Submit() as submit, read_at):
+                if self._drain_until is None:
+                    return self._scheduler.submit(link, submit, read_at)
+                return Outcome(ends=[(link, End(submit.handle, "refused", 0, 0, "the worker is draining"))])
+            case Order(link, Abort(handle), _):
+                return self._scheduler.abort(link, handle, now)
+            case Order(_, Drain(grace_s), read_at):
+                until = read_at + grace_s
+                self._drain_until = until if self._drain_until is None else min(self._drain_until, until)
+                log.info("draining, %.0f s at most", grace_s)
+        return Outcome()
+
+    def _end_drain(self, news: News) -> None:
+        if self._drain_until is not None and self._clock() >= self._drain_until:
+            news.outcomes.append(self._scheduler.abort_all(self._clock(), "the worker has no time left to drain"))
+
+    def _tell(self, news: News, now: float) -> None:
+        """One frame a link: its own sequences' tokens and ends, and what all links may know."""
+        self._told_at = now
+        load = self._scheduler.load(now, self._step_s, self._steps)
+        stored, evicted = self._trie.take_events()
+        for link, outbox in self._links.items():
+            tokens = [(s.handle, token) for o in news.outcomes for s, token in o.tokens if s.link == link]
+            frame = StepFrame(
+                handles=[handle for handle, _ in tokens],
+                counts=[1] * len(tokens),
+                ids=np.array([token for _, token in tokens], dtype="<i4").tobytes(),
+                starts=[start for o in news.outcomes for to, start in o.starts if to == link],
+                ends=[end for o in news.outcomes for to, end in o.ends if to == link],
+                load=load,
+                stored=stored,
+                evicted=evicted,
+                step_model=news.model,
+            )
+            outbox.add(frame)
+
+
+def parts(model: StepModel) -> StepModelParts:
+    """A step model as the wire carries it."""
+    return StepModelParts(*astuple(model))

@@ -1,0 +1,103 @@
+"""A step between launch and collect: whom it computes, how many tokens of each, and the arrays the runner gets.
+
+Owns the order of rows (decodes first, then chunks). Never reserves a block."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from engine.blocks import Block
+from engine.sequence import WAITING, Sequence
+from engine.step import Int64, StepBatch
+from engine.table import Table
+from policies.costs import StepFeatures
+from policies.step_plan import BatchView, Chunk, StepPlan
+
+NOWHERE = -1  # a write slot: the KV is there already
+
+
+class Launch:
+    """Built by the scheduler; `build` seals it."""
+
+    def __init__(
+        self, view: BatchView, plan: StepPlan, residents: list[Sequence], heads: list[Sequence], now: float
+    ) -> None:
+        self.view = view
+        self.plan = plan
+        self.now = now
+        self.twins: list[tuple[Sequence, int, Block]] = []  # (sequence, block index, who holds the same tokens)
+        self.rows: Int64 = np.empty(0, dtype=np.int64)  # of the table
+        self.tokens: Int64 = np.empty(0, dtype=np.int64)
+        self.sampled: list[Sequence] = []
+        self.features = StepFeatures(0)
+        self.batch: StepBatch
+        self._residents = residents
+        self._everyone = residents + heads
+        self._decodes: list[Sequence] = []
+        self._decode_rows: Int64 = np.empty(0, dtype=np.int64)
+        self._chunks: list[tuple[Chunk, Sequence, int, bool]] = []  # (chunk, sequence, context, is read-only)
+        self._launched: set[int] = set()
+
+    def sequence(self, number: int) -> Sequence:
+        """The one behind a row of the view."""
+        return self._everyone[number]
+
+    def is_resident(self, number: int) -> bool:
+        """Whether a row of the view had KV when the step was planned."""
+        return number < len(self._residents)
+
+    def preemptable(self) -> list[Sequence]:
+        """Residents that this step does not write to yet."""
+        return [s for s in self._residents if s.row != WAITING and s.serial not in self._launched]
+
+    def add_chunk(self, chunk: Chunk, sequence: Sequence, context: int, *, is_read_only: bool) -> None:
+        """Compute prompt tokens behind `context`."""
+        self._launched.add(sequence.serial)
+        self._chunks.append((chunk, sequence, context, is_read_only))
+
+    def set_decodes(self, rows: Int64, sequences: list[Sequence]) -> None:
+        """Compute the newest token of each."""
+        self._decode_rows, self._decodes = rows, sequences
+
+    def build(self, table: Table, block_tokens: int) -> bool:
+        """Make the arrays; False if the step is empty."""
+        if not (self._decodes or self._chunks):
+            return False
+        decodes, chunks = self._decode_rows, self._chunks
+        self.plan = replace(self.plan, chunks=tuple(chunk for chunk, *_ in chunks))
+        self.rows = np.concatenate((decodes, np.array([s.row for _, s, *_ in chunks], dtype=np.int64)))
+        sizes = np.array([chunk.tokens for chunk, *_ in chunks], dtype=np.int64)
+        self.tokens = np.concatenate((np.ones(len(decodes), dtype=np.int64), sizes))
+        before = table.context[self.rows]
+        starts = np.concatenate(([0], np.cumsum(self.tokens)))
+        positions = np.arange(starts[-1]) - np.repeat(starts[:-1] - before, self.tokens)
+        blocks = table.block_table[np.repeat(self.rows, self.tokens), positions // block_tokens].astype(np.int64)
+        slots = blocks * block_tokens + positions % block_tokens
+        for at, (_, _, _, is_read_only) in enumerate(chunks, start=len(decodes)):
+            if is_read_only:
+                slots[starts[at] : starts[at + 1]] = NOWHERE
+        ids = [s.ids[context : context + chunk.tokens] for chunk, s, context, _ in chunks]
+        contexts = before + self.tokens
+        wants = contexts == table.length[self.rows]
+        chunk_wants = zip(chunks, wants[len(decodes) :].tolist(), strict=True)
+        self.sampled = self._decodes + [s for (_, s, *_), is_wanted in chunk_wants if is_wanted]
+        self.batch = StepBatch(
+            ids=np.concatenate((table.last_id[decodes], *ids)),
+            positions=positions.astype(np.int32),
+            write_slots=slots,
+            row_starts=starts.astype(np.int32),
+            contexts=contexts.astype(np.int32),
+            block_tables=table.block_table[self.rows, : int(-(-contexts.max() // block_tokens))],
+            sample_rows=(starts[1:] - 1)[wants].astype(np.int32),
+            sampling=tuple(s.sampling for s in self.sampled),
+            sample_positions=table.emitted[self.rows[wants]].astype(np.int32),
+        )
+        self.features = StepFeatures(
+            rows=int(starts[-1]),
+            decode_context=int(before[: len(decodes)].sum()),
+            chunk_context=int((sizes * (before[len(decodes) :] + sizes / 2)).sum()),
+            sequences=len(self.rows),
+        )
+        return True

@@ -1,0 +1,440 @@
+"""The scheduler: turns what the policy plans into a step the runner can compute, and its result into tokens and ends.
+
+Owns every sequence of the worker from submit to end, and with the trie every block. Never computes, waits or sends;
+time is an argument. Between `launch` and `collect` nothing else may be called: blocks are freed at collect only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.blocks import Block, BlockTrie
+from engine.launch import Launch
+from engine.sequence import WAITING, Sequence
+from engine.step import Int64, ModelFacts, StepResult
+from engine.table import Table
+from engine.waiting import WaitingQueue
+from engine.wire import End, Load, Start, Submit
+from policies.costs import Floats, StepModel
+from policies.request import RequestClass
+from policies.retention import CLASS_BANDS, SpanView, keep
+from policies.step_plan import BatchView, Chunk, PlanLimits, owe, plan, victims
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """What a worker takes on at once."""
+
+    sequences_max: int = 256  # resident
+    waiting_max: int = 1024  # beyond it a submit is refused
+    heads_max: int = 16  # of each class's queue, shown to the planner
+    preemptions_max: int = 2  # of one sequence, in favour of more urgent ones
+    preempt_cooldown_s: float = 5.0
+    output_guess_tokens: int = 128  # until a class has finished something
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a step, or an order, changed for those who wait for tokens."""
+
+    tokens: list[tuple[Sequence, int]] = field(default_factory=list)
+    starts: list[tuple[int, Start]] = field(default_factory=list)  # (link, start)
+    ends: list[tuple[int, End]] = field(default_factory=list)  # (link, end)
+
+
+class Scheduler:
+    """Hot: once a step. Budget 0.5 ms at 256 sequences, 0.3 ms at one (decision 43); bench/step_host.py."""
+
+    def __init__(
+        self,
+        trie: BlockTrie,
+        facts: ModelFacts,
+        limits: SchedulerLimits = SchedulerLimits(),
+        plan_limits: PlanLimits = PlanLimits(),  # noqa: B008
+    ) -> None:
+        self._trie = trie
+        self._facts = facts
+        self._limits = limits
+        self._plan_limits = plan_limits
+        self._block_tokens = trie.block_tokens
+        self._blocks_total = trie.blocks_total
+        self._context_max = min(facts.context_max, trie.blocks_total * trie.block_tokens)
+        self._table = Table(limits.sequences_max, -(-self._context_max // trie.block_tokens))
+        self._waiting = WaitingQueue(limits.waiting_max)
+        self._sequences: dict[tuple[int, int], Sequence] = {}
+        self._serial = 0
+        self._owed = (0.0, 0.0, 0.0)
+        self._output_mean = [float(limits.output_guess_tokens)] * len(RequestClass)
+        self.preemptions = 0
+
+    @property
+    def context_max(self) -> int:
+        """Tokens that one sequence can have here."""
+        return self._context_max
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._sequences
+
+    # Orders ----------------------------------------------------------------------------------------------------------
+
+    def submit(self, link: int, order: Submit, now: float) -> Outcome:
+        """Take a sequence in, or end it at once with the reason why not."""
+        refusal = self._refusal(link, order)
+        if refusal:
+            return Outcome(ends=[(link, End(order.handle, "refused", 0, 0, refusal))])
+        self._serial += 1
+        sequence = Sequence(link, order, self._serial, self._facts.eos_ids, now)
+        self._sequences[link, order.handle] = sequence
+        found = self._trie.match(order.ids, order.salt, order.public_blocks)
+        sequence.uncached_estimate = max(1, sequence.length - len(found) * self._block_tokens)
+        self._waiting.add(sequence)
+        return Outcome()
+
+    def abort(self, link: int, handle: int, now: float) -> Outcome:
+        """End a sequence; its blocks are free or cached on return. Unknown ones are ignored."""
+        sequence = self._sequences.get((link, handle))
+        return Outcome(ends=[self._end(sequence, "abort", now)]) if sequence else Outcome()
+
+    def drop_link(self, link: int, now: float) -> None:
+        """Nobody listens to this link any more."""
+        for sequence in [s for s in self._sequences.values() if s.link == link]:
+            self._end(sequence, "abort", now)
+
+    def abort_all(self, now: float, message: str) -> Outcome:
+        """End everything."""
+        return Outcome(ends=[self._end(s, "abort", now, message) for s in list(self._sequences.values())])
+
+    def _refusal(self, link: int, order: Submit) -> str:
+        """What is wrong with an order, in one sentence; empty if nothing is."""
+        tokens, vocab_size = len(order.ids) // 4, self._facts.vocab_size
+        is_whole = len(order.ids) % 4 == 0 and 0 < order.prompt_len <= tokens
+        ids = np.frombuffer(order.ids[: tokens * 4], dtype="<i4")
+        checks = (
+            (not is_whole, "the prompt has no tokens, or its length is wrong"),
+            (not 0 <= order.request_class < len(RequestClass), f"there is no class {order.request_class}"),
+            (tokens >= self._context_max, f"{tokens} tokens do not fit into a context of {self._context_max}"),
+            ((link, order.handle) in self._sequences, "this handle is in use"),
+            (tokens - order.prompt_len >= order.sampling.max_tokens, "nothing is left to generate"),
+            (bool(((ids < 0) | (ids >= vocab_size)).any()), f"a token id is outside the vocabulary of {vocab_size}"),
+            (self._waiting.is_full, "the worker's queue is full"),
+        )
+        return next((sentence for is_wrong, sentence in checks if is_wrong), "")
+
+    # A step ----------------------------------------------------------------------------------------------------------
+
+    def launch(self, model: StepModel, now: float, full_links: frozenset[int] = frozenset()) -> Launch | None:
+        """The next step, its blocks reserved; None if there is nothing to compute. Full links get no tokens."""
+        residents = np.flatnonzero(self._table.is_used)
+        heads = self._waiting.heads(self._limits.heads_max, full_links)
+        if not len(residents) and not heads:
+            return None
+        view = self._view(residents, heads, full_links)
+        chosen = plan(view, model, now, self._plan_limits)
+        step = Launch(view, chosen, [self._resident(row) for row in residents.tolist()], heads, now)
+        self._reserve_decodes(step)
+        closed: set[RequestClass] = set()
+        for chunk in chosen.chunks:
+            sequence = step.sequence(chunk.row)
+            if sequence.request_class not in closed and not self._launch_chunk(chunk, sequence, step):
+                closed.add(sequence.request_class)  # the first that finds no room is not overtaken by its own class
+        self._launch_decodes(step)
+        if step.build(self._table, self._block_tokens):
+            return step
+        if closed and self._table.count > 1:
+            # Prompts that fill the memory together and none can go on: the last to come gives way.
+            self._preempt(max(step.preemptable(), key=_yields_first), now)
+            return self.launch(model, now, full_links)
+        return None
+
+    def collect(self, step: Launch, result: StepResult, model: StepModel, now: float) -> Outcome:
+        """Take a step's result: tokens out, blocks readable by others, ended sequences' blocks back."""
+        self._table.advance(step.rows, step.tokens)
+        self._table.emit(np.array([s.row for s in step.sampled], dtype=np.int64), result.ids, now)
+        is_bad = result.is_bad | (result.ids < 0) | (result.ids >= self._facts.vocab_size)
+        for sequence, bad in zip(step.sampled, is_bad.tolist(), strict=True):
+            if bad:
+                self._trie.forget(sequence.blocks)
+        for sequence, index, twin in step.twins:
+            self._replace(sequence, index, twin, now)
+        self._trie.commit()
+        outcome = Outcome()
+        for sequence, token, bad in zip(step.sampled, result.ids.tolist(), is_bad.tolist(), strict=True):
+            if bad:
+                message = "the model's answer was not a number or not in its vocabulary"
+                outcome.ends.append(self._end(sequence, "error", now, message))
+            else:
+                self._emit(sequence, token, outcome, now)
+        self._owed = owe(step.plan, step.view, model, result.seconds, self._plan_limits)
+        return outcome
+
+    def load(self, now: float, step_s: float, steps: int) -> Load:
+        """What the worker holds right now."""
+        table, rows, counts = self._table, np.flatnonzero(self._table.is_used), self._trie.counts()
+        decoding = rows[table.is_decoding[rows]]
+        unfinished = int((table.length[rows] - table.context[rows])[~table.is_decoding[rows]].sum())
+        return Load(
+            running=len(rows),
+            waiting=len(self._waiting),
+            waiting_uncached_tokens=self._waiting.uncached_tokens + unfinished,
+            blocks_free=counts.free,
+            blocks_cached=counts.cached,
+            decode_context=int(table.context[decoding].sum()),
+            step_s=step_s,
+            steps=steps,
+            oldest_running_s=now - float(table.arrived[rows].min()) if len(rows) else 0.0,
+        )
+
+    def check_idle(self) -> None:
+        """With no sequence left, no block is held: anything else is a leak, and a crash is better than a slow death."""
+        assert not self._sequences
+        assert self._trie.counts().held == 0, "blocks are held by nobody"
+
+    # Inside a launch -------------------------------------------------------------------------------------------------
+
+    def _view(self, residents: Int64, heads: list[Sequence], full_links: frozenset[int]) -> BatchView:
+        table, count = self._table, len(heads)
+        pending = np.array([s.uncached_estimate for s in heads], dtype=np.int64)
+        known = np.array([s.length for s in heads], dtype=np.int64)
+        is_blocked = (
+            np.isin(table.link[residents], sorted(full_links)) if full_links else np.zeros(len(residents), bool)
+        )
+        return BatchView(
+            request_class=_join(table.request_class[residents], [s.request_class for s in heads]),
+            due=_join(table.due[residents], [s.next_due() for s in heads]),
+            pace_s=_join(table.pace_s[residents], [s.pace_s for s in heads]),
+            context=np.concatenate((table.context[residents], known - pending)),
+            pending=np.concatenate((table.length[residents] - table.context[residents], pending)),
+            arrived=_join(table.arrived[residents], [s.submitted_at for s in heads]),
+            is_decoding=np.concatenate((table.is_decoding[residents], np.zeros(count, bool))),
+            is_blocked=np.concatenate((is_blocked, np.zeros(count, bool))),
+            owed_s=self._owed,
+        )
+
+    def _reserve_decodes(self, step: Launch) -> None:
+        """A block for each decode that begins one; if none can be had, the least urgent and latest gives way."""
+        decodes = step.plan.decodes
+        starts_block = step.view.context[decodes] % self._block_tokens == 0
+        for number in decodes[starts_block].tolist():
+            sequence = step.sequence(number)
+            if sequence.row == WAITING:
+                continue  # it gave way to one before it
+            self._make_room(1, sequence.request_class, step)
+            while not self._trie.available:
+                self._preempt(max(step.preemptable(), key=_yields_first), step.now)
+            if sequence.row != WAITING:
+                self._take(sequence, 1, step.now)
+
+    def _launch_chunk(self, chunk: Chunk, sequence: Sequence, step: Launch) -> bool:
+        """Reserve and enter a prompt chunk; False if there is no room for it. True also if it must wait a step."""
+        if sequence.row == WAITING:
+            if step.is_resident(chunk.row):
+                return True  # preempted a moment ago
+            if not self._admit(sequence, step):
+                return False
+            if sequence.row == WAITING:
+                return True
+        if not self._adopt(sequence):
+            return True
+        table, size = self._table, self._block_tokens
+        context = int(table.context[sequence.row])
+        tokens = min(chunk.tokens, sequence.length - context)
+        missing = -(-(context + tokens) // size) - len(sequence.blocks)
+        if missing > 0 and not self._make_room(missing, sequence.request_class, step):
+            missing = self._trie.available
+            tokens = min(tokens, (len(sequence.blocks) + missing) * size - context)
+        if tokens <= 0:
+            return False
+        self._take(sequence, max(missing, 0), step.now)
+        if sequence.prefill_at < 0.0:
+            sequence.prefill_at = step.now
+        is_read_only = sequence.blocks[context // size].edge is not None  # a full hit: only its last row runs
+        step.add_chunk(Chunk(chunk.row, tokens), sequence, context, is_read_only=is_read_only)
+        self._publish(sequence, context, tokens, step)
+        return True
+
+    def _launch_decodes(self, step: Launch) -> None:
+        decodes = [s for s in map(step.sequence, step.plan.decodes.tolist()) if s.row != WAITING]
+        rows = np.array([s.row for s in decodes], dtype=np.int64)
+        step.set_decodes(rows, decodes)
+        contexts = self._table.context[rows]
+        for at in np.flatnonzero((contexts + 1) % self._block_tokens == 0).tolist():
+            self._publish(decodes[at], int(contexts[at]), 1, step)
+
+    def _admit(self, sequence: Sequence, step: Launch) -> bool:
+        """Give a waiting sequence a row and what the cache has of it; False if there is no room even by preemption."""
+        found = self._trie.match(sequence.ids[: sequence.length].tobytes(), sequence.salt, sequence.public_blocks)
+        if any(block.is_pending for block in found):
+            return True  # decision 38: in a step the first sequence leads, those behind it wait for its blocks
+        rivals = self._victims(sequence.request_class, step)
+        while not (self._table.has_row and self._fits(sequence, found)):
+            if not rivals:
+                return False
+            self._preempt(rivals.pop(0), step.now)
+        self._waiting.remove(sequence)
+        self._trie.hold(found)
+        sequence.blocks = found
+        if not sequence.preemptions:
+            sequence.cached_tokens = min(len(found) * self._block_tokens, sequence.prompt_len)
+        self._table.add(sequence, min(len(found) * self._block_tokens, sequence.length - 1))
+        return True
+
+    def _adopt(self, sequence: Sequence) -> bool:
+        """Take over what another sequence computed meanwhile; False if one computes it in this very step."""
+        table, size, row = self._table, self._block_tokens, sequence.row
+        context = int(table.context[row])
+        while context % size == 0 and context + size <= sequence.length:
+            index = context // size
+            parent = sequence.blocks[index - 1] if index else None
+            if parent is not None and parent.edge is None:
+                break
+            salt = sequence.salt if index == sequence.public_blocks else b""
+            found = self._trie.child(parent, sequence.ids[context : context + size].tobytes(), salt)
+            if found is None:
+                break
+            if found.is_pending:
+                return False
+            assert len(sequence.blocks) == index
+            self._trie.hold([found])
+            sequence.blocks.append(found)
+            context = min(context + size, sequence.length - 1)
+            if not sequence.preemptions:
+                sequence.cached_tokens = min(sequence.cached_tokens + size, sequence.prompt_len)
+        table.show_blocks(sequence)
+        table.context[row] = context
+        return True
+
+    def _fits(self, sequence: Sequence, found: list[Block]) -> bool:
+        """Whether KV suffices at the coming peak, as outputs of each class have been (LightLLM's Past-Future rule)."""
+        table, size = self._table, self._block_tokens
+        rows = np.flatnonzero(table.is_used)
+        if not len(rows):
+            return True
+        guess = np.array(self._output_mean)
+        known = _join(table.length[rows], [sequence.length])
+        emitted = _join(table.emitted[rows], [sequence.output_tokens])
+        most = _join(table.output_max[rows], [sequence.sampling.max_tokens]) - emitted
+        classes = _join(table.request_class[rows], [sequence.request_class])
+        remaining = np.minimum(np.maximum(guess[classes] - emitted, size), most)
+        shared = int(table.blocks[rows].sum()) - self._trie.counts().held + sum(1 for block in found if block.refs)
+        return peak_tokens(known + size, remaining) <= (self._blocks_total + shared) * size
+
+    def _victims(self, urgent: RequestClass, step: Launch) -> list[Sequence]:
+        """Less urgent residents that may be preempted, first victim first."""
+        since, most = step.now - self._limits.preempt_cooldown_s, self._limits.preemptions_max
+        allowed = {s.serial for s in step.preemptable() if s.preempted_at <= since and s.preemptions < most}
+        rows = victims(step.view, urgent, step.now).tolist()
+        return [step.sequence(row) for row in rows if step.sequence(row).serial in allowed]
+
+    def _make_room(self, blocks: int, urgent: RequestClass, step: Launch) -> bool:
+        """Have so many blocks available, at the cost of less urgent sequences if need be."""
+        if self._trie.available >= blocks:
+            return True
+        for victim in self._victims(urgent, step):
+            self._preempt(victim, step.now)
+            if self._trie.available >= blocks:
+                return True
+        return False
+
+    def _preempt(self, sequence: Sequence, now: float) -> None:
+        """Drop its KV and let it wait again; what the cache keeps of it, it finds again."""
+        self.preemptions += 1
+        sequence.preemptions += 1
+        sequence.preempted_at = now
+        published = sum(1 for block in sequence.blocks if block.edge is not None)
+        sequence.uncached_estimate = max(1, sequence.length - published * self._block_tokens)
+        self._trie.release(sequence.blocks, CLASS_BANDS[sequence.request_class], 0.0, now)
+        sequence.blocks = []
+        self._table.remove(sequence)
+        self._waiting.add(sequence)
+
+    def _take(self, sequence: Sequence, count: int, now: float) -> None:
+        taken = self._trie.take(count, now)
+        assert taken is not None, "room was made before"
+        sequence.blocks += taken
+        self._table.show_blocks(sequence)
+
+    def _publish(self, sequence: Sequence, context: int, tokens: int, step: Launch) -> None:
+        """Enter the blocks that this step fills into the trie, pending."""
+        size = self._block_tokens
+        first, last = context // size, (context + tokens) // size
+        parent = sequence.blocks[first - 1] if first else None
+        for index in range(first, last):
+            block = sequence.blocks[index]
+            if parent is not None and parent.edge is None:
+                return  # forgotten after a fault: nothing behind it can be found
+            if block.edge is None:
+                salt = sequence.salt if index == sequence.public_blocks else b""
+                ids = sequence.ids[index * size : (index + 1) * size].tobytes()
+                found = self._trie.publish(block, parent, ids, salt)
+                if found is not block:
+                    self._trie.hold([found])
+                    step.twins.append((sequence, index, found))
+                    block = found
+            parent = block
+
+    # Inside a collect ------------------------------------------------------------------------------------------------
+
+    def _replace(self, sequence: Sequence, index: int, twin: Block, now: float) -> None:
+        """Use the block that is in the trie in place of our own with the same tokens."""
+        if twin.edge is None:  # forgotten in this very step
+            self._trie.release([twin], twin.band, 0.0, now)
+            return
+        own, sequence.blocks[index] = sequence.blocks[index], twin
+        self._table.block_table[sequence.row, index] = twin.id
+        self._trie.release([own], own.band, 0.0, now)
+
+    def _emit(self, sequence: Sequence, token: int, outcome: Outcome, now: float) -> None:
+        sequence.append(token)
+        outcome.tokens.append((sequence, token))
+        if sequence.length == sequence.resumed_at + 1:
+            queued_s = sequence.prefill_at - sequence.submitted_at
+            start = Start(sequence.handle, sequence.cached_tokens, queued_s, now - sequence.prefill_at)
+            outcome.starts.append((sequence.link, start))
+        reason = sequence.finish_reason(self._context_max)
+        if reason:
+            mean = self._output_mean[sequence.request_class]
+            self._output_mean[sequence.request_class] += 0.05 * (sequence.output_tokens - mean)
+            outcome.ends.append(self._end(sequence, reason, now))
+
+    def _end(self, sequence: Sequence, reason: str, now: float, message: str = "") -> tuple[int, End]:
+        del self._sequences[sequence.link, sequence.handle]
+        if sequence.row == WAITING:
+            self._waiting.remove(sequence)
+        else:
+            self._let_go(sequence, is_aborted=reason == "abort", now=now)
+            self._table.remove(sequence)
+        output_tokens = sequence.output_tokens
+        return sequence.link, End(sequence.handle, reason, sequence.cached_tokens, output_tokens, message)
+
+    def _let_go(self, sequence: Sequence, *, is_aborted: bool, now: float) -> None:
+        """Release its blocks in two spans: what others use too, and what is its own."""
+        blocks, sequence.blocks = sequence.blocks, []
+        own_from = next((at for at, block in enumerate(blocks) if not block.hits), len(blocks))
+        for span, is_shared in ((blocks[own_from:], False), (blocks[:own_from], True)):
+            if span:
+                hits, born = span[-1].hits, span[-1].born
+                band, lease_s = keep(SpanView(sequence.request_class, is_shared, is_aborted, hits, born), now)
+                self._trie.release(span, band, lease_s, now)
+
+    def _resident(self, row: int) -> Sequence:
+        sequence = self._table.sequences[row]
+        assert sequence is not None
+        return sequence
+
+
+def peak_tokens(known: Floats, remaining: Floats) -> float:
+    """The most KV tokens that sequences will hold together, if each ends after `remaining` more."""
+    order = np.argsort(-remaining, kind="stable")
+    return float((remaining[order] * np.arange(1, len(order) + 1) + np.cumsum(known[order])).max())
+
+
+def _yields_first(sequence: Sequence) -> tuple[int, float, int]:
+    return int(sequence.request_class), sequence.submitted_at, sequence.serial
+
+
+def _join(residents: npt.NDArray[Any], heads: list[Any]) -> npt.NDArray[Any]:
+    return np.concatenate((residents, np.array(heads, dtype=residents.dtype)))

@@ -1,0 +1,103 @@
+"""One generation: its tokens, how far they are computed, the blocks that hold them, and when its next token is due.
+
+Owns its token ids and its times. Never allocates a block or decides whether it runs: the scheduler does."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from engine.blocks import Block
+from engine.keys import Ids
+from engine.wire import Submit
+from policies.request import RequestClass
+
+WAITING = -1  # the row of a sequence that holds no KV
+
+
+class Sequence:
+    """Made once a submit; a preempted one waits again and recomputes what the cache has lost."""
+
+    __slots__ = (
+        "blocks",
+        "cached_tokens",
+        "deadline",
+        "first_due",
+        "handle",
+        "ids",
+        "length",
+        "link",
+        "pace_s",
+        "preempted_at",
+        "preemptions",
+        "prefill_at",
+        "prompt_len",
+        "public_blocks",
+        "request_class",
+        "resumed_at",
+        "row",
+        "salt",
+        "sampling",
+        "serial",
+        "stop_ids",
+        "submitted_at",
+        "uncached_estimate",
+    )
+
+    def __init__(self, link: int, order: Submit, serial: int, eos_ids: tuple[int, ...], now: float) -> None:
+        prompt = np.frombuffer(order.ids, dtype="<i4")
+        self.link = link
+        self.handle = order.handle
+        self.serial = serial  # arrival order
+        self.length = len(prompt)
+        self.ids: Ids = np.empty(self.length + min(order.sampling.max_tokens, 256), dtype=np.int32)
+        self.ids[: self.length] = prompt
+        self.prompt_len = order.prompt_len
+        self.resumed_at = self.length  # what is beyond was generated here
+        self.salt = order.salt
+        self.public_blocks = order.public_blocks
+        self.request_class = RequestClass(order.request_class)
+        self.sampling = order.sampling
+        self.stop_ids = frozenset(order.sampling.stop_ids) | frozenset(() if order.sampling.ignore_eos else eos_ids)
+        # Relative seconds become local times here, where they were read.
+        self.submitted_at = now
+        self.pace_s = order.tpot_s
+        self.deadline = now + order.deadline_left_s
+        self.first_due = now + order.first_left_s
+        self.blocks: list[Block] = []
+        self.cached_tokens = 0  # prompt tokens that others had computed, until the first preemption
+        self.uncached_estimate = self.length
+        self.prefill_at = -1.0  # when its first chunk was launched
+        self.row = WAITING
+        self.preemptions = 0
+        self.preempted_at = -math.inf
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens of the answer, those of earlier attempts included."""
+        return self.length - self.prompt_len
+
+    def append(self, token: int) -> None:
+        """One more token was generated."""
+        if self.length == len(self.ids):
+            grown = np.empty(self.length * 2, dtype=np.int32)
+            grown[: self.length] = self.ids
+            self.ids = grown
+        self.ids[self.length] = token
+        self.length += 1
+
+    def next_due(self) -> float:
+        """When the next token is due by the line alone."""
+        emitted = self.output_tokens
+        by_pace = self.first_due + emitted * self.pace_s if emitted else self.first_due
+        return min(by_pace, self.deadline)
+
+    def finish_reason(self, context_max: int) -> str | None:
+        """Why it ends with the token just appended; None if it goes on."""
+        emitted = self.output_tokens
+        if emitted >= self.sampling.min_tokens and int(self.ids[self.length - 1]) in self.stop_ids:
+            return "stop"
+        if emitted >= self.sampling.max_tokens or self.length >= context_max:
+            return "length"
+        return None

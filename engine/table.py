@@ -1,0 +1,91 @@
+"""Resident sequences as arrays: one row each from admission to end, so that a step is planned and built without loops.
+
+Owns the rows and the block table. Never decides who gets one."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from engine.sequence import WAITING, Sequence
+from engine.step import Int32, Int64
+
+
+class Table:
+    """Rows of sequences that hold KV. `context` counts computed tokens, `length` known ones."""
+
+    def __init__(self, rows: int, blocks_max: int) -> None:
+        self.sequences: list[Sequence | None] = [None] * rows
+        self._free = list(range(rows))[::-1]
+        self.is_used = np.zeros(rows, dtype=bool)
+        self.is_decoding = np.zeros(rows, dtype=bool)  # it has sampled since it was added
+        self.request_class = np.zeros(rows, dtype=np.int64)
+        self.context = np.zeros(rows, dtype=np.int64)
+        self.length = np.zeros(rows, dtype=np.int64)
+        self.emitted = np.zeros(rows, dtype=np.int64)
+        self.output_max = np.zeros(rows, dtype=np.int64)
+        self.blocks = np.zeros(rows, dtype=np.int64)
+        self.link = np.zeros(rows, dtype=np.int64)
+        self.last_id = np.zeros(rows, dtype=np.int32)
+        self.due = np.zeros(rows)
+        self.first_due = np.zeros(rows)
+        self.pace_s = np.zeros(rows)
+        self.arrived = np.zeros(rows)
+        self.block_table = np.zeros((rows, blocks_max), dtype=np.int32)
+
+    @property
+    def has_row(self) -> bool:
+        """Whether another sequence can be added."""
+        return bool(self._free)
+
+    @property
+    def count(self) -> int:
+        """Rows in use."""
+        return len(self.sequences) - len(self._free)
+
+    def add(self, sequence: Sequence, context: int) -> None:
+        """Give a sequence, with the blocks it has so far, a row."""
+        assert sequence.row == WAITING
+        row = sequence.row = self._free.pop()
+        self.sequences[row] = sequence
+        self.is_used[row] = True
+        self.is_decoding[row] = False
+        self.request_class[row] = sequence.request_class
+        self.context[row] = context
+        self.length[row] = sequence.length
+        self.emitted[row] = sequence.output_tokens
+        self.output_max[row] = sequence.sampling.max_tokens
+        self.link[row] = sequence.link
+        self.last_id[row] = sequence.ids[sequence.length - 1]
+        self.due[row] = sequence.next_due()
+        self.first_due[row] = sequence.first_due
+        self.pace_s[row] = sequence.pace_s
+        self.arrived[row] = sequence.submitted_at
+        self.blocks[row] = 0
+        self.show_blocks(sequence)
+
+    def show_blocks(self, sequence: Sequence) -> None:
+        """Blocks were added to the sequence."""
+        known, row = int(self.blocks[sequence.row]), sequence.row
+        self.block_table[row, known : len(sequence.blocks)] = [block.id for block in sequence.blocks[known:]]
+        self.blocks[row] = len(sequence.blocks)
+
+    def advance(self, rows: Int64, tokens: Int64) -> None:
+        """A step computed so many tokens of each row."""
+        self.context[rows] += tokens
+
+    def emit(self, rows: Int64, ids: Int32, now: float) -> None:
+        """A step sampled one token for each row."""
+        self.is_decoding[rows] = True
+        self.last_id[rows] = ids
+        self.length[rows] += 1
+        self.emitted[rows] += 1
+        by_line = self.first_due[rows] + self.emitted[rows] * self.pace_s[rows]
+        # What missed its first line is held to its pace from here: it cannot be caught up in one step.
+        self.due[rows] = np.maximum(by_line, now + self.pace_s[rows])
+
+    def remove(self, sequence: Sequence) -> None:
+        """The sequence gave its KV up."""
+        row, sequence.row = sequence.row, WAITING
+        self.sequences[row] = None
+        self.is_used[row] = False
+        self._free.append(row)

@@ -1,0 +1,152 @@
+"""The command line: `headway serve`, `check-config`, `replay-events`, `version`.
+
+Owns the words and the exit codes. Never serves anything itself: it makes a plan and hands it to the keeper."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+DEFAULT_FILE = "headway.toml"
+
+TEACH = """\
+examples:
+  headway serve                                   two CPU workers on the embedded model, http://127.0.0.1:8080
+  headway serve --port 9000 --workers 4
+  headway serve --model ./model.gguf              a GGUF file, or a directory with safetensors
+  headway serve --record run.jsonl                record every decision; then: headway replay-events run.jsonl
+  headway serve --config headway.toml             see headway check-config for what is wrong with it
+
+Every key of the file has a variable, HEADWAY_SERVER_PORT for server.port; a flag wins over both."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The `headway` command. Returns the exit code: 0 good, 1 no, 2 misused."""
+    arguments = _parser().parse_args(argv)
+    run: Any = arguments.run
+    code: int = run(arguments)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="headway",
+        description="A reverse proxy for LLM clients that spends each request's latency budget on its own workers.",
+        epilog=TEACH,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_serve(commands)
+    check = commands.add_parser("check-config", help="explain what is wrong with a configuration")
+    check.add_argument("file", nargs="?", type=Path, help=f"default: {DEFAULT_FILE} if it exists")
+    check.set_defaults(run=_check_config)
+    replay = commands.add_parser("replay-events", help="decide a recording again and compare byte for byte")
+    replay.add_argument("file", type=Path, help="what `headway serve --record` wrote")
+    replay.set_defaults(run=_replay_events)
+    shown = commands.add_parser("version", help="print the version")
+    shown.set_defaults(run=_version)
+    return parser
+
+
+def _add_serve(commands: Any) -> None:
+    serve = commands.add_parser(
+        "serve",
+        help="start router and workers, and keep them until Ctrl-C",
+        epilog=TEACH,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    serve.add_argument("--config", type=Path, metavar="FILE", help=f"default: {DEFAULT_FILE} if it exists")
+    serve.add_argument("--port", type=int, help="where clients connect; 0 takes a free one [server.port]")
+    serve.add_argument("--workers", type=int, metavar="N", help="engine processes [workers.count]")
+    serve.add_argument("--model", metavar="MODEL", help="smollm2, a GGUF file or a directory [model.name]")
+    serve.add_argument("--device", metavar="DEVICE", help="auto, cpu, cuda, or fake: scripted tokens [workers.device]")
+    serve.add_argument("--policy", metavar="REF", help="a built-in, an entry point or module:factory [policy.ref]")
+    serve.add_argument("--record", metavar="FILE", help="record what the mind sees and decides [record.path]")
+    serve.set_defaults(run=_serve)
+
+
+FLAGS = {  # flag -> key
+    "port": "server.port",
+    "workers": "workers.count",
+    "model": "model.name",
+    "device": "workers.device",
+    "policy": "policy.ref",
+    "record": "record.path",
+}
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from router.config_load import ConfigError, load
+    from router.keeper import Keeper
+    from router.plan import make_plan
+
+    given = vars(arguments)
+    flags = {key: (f"--{flag}", given[flag]) for flag, key in FLAGS.items() if given[flag] is not None}
+    try:
+        config = load(arguments.config or _default_file(), os.environ, flags)
+    except ConfigError as error:
+        return _complain(error)
+    return Keeper(make_plan(config, os.environ)).run()
+
+
+def _check_config(arguments: argparse.Namespace) -> int:
+    from router.config_load import ConfigError, load
+
+    path: Path | None = arguments.file or _default_file()
+    try:
+        config = load(path, os.environ, {})
+    except ConfigError as error:
+        return _complain(error)
+    print(f"{path or 'the defaults'}: good (digest {config.digest})")
+    return 0
+
+
+def _replay_events(arguments: argparse.Namespace) -> int:
+    from policies.plugins import PolicyError
+    from router.record import RecordError
+    from router.replay import explain, replay
+
+    try:
+        outcome = replay(arguments.file)
+    except (RecordError, PolicyError) as error:
+        return _complain(error)
+    header = outcome.header
+    if header.code_version != code_version():
+        print(f"recorded by {header.code_version}, replayed by {code_version()}")
+    if outcome.difference is None:
+        print(f"{outcome.events} events, {outcome.actions} actions: equal byte for byte")
+        return 0
+    print(f"event {outcome.events} gives other actions than were recorded:\n{explain(outcome.difference)}")
+    return 1
+
+
+def _version(_: argparse.Namespace) -> int:
+    print(f"headway {code_version()}")
+    return 0
+
+
+def code_version() -> str:
+    """The version of the installed package; of a bare checkout, only that it is one."""
+    try:
+        return version("headway")
+    except PackageNotFoundError:
+        return "0+checkout"
+
+
+def _default_file() -> Path | None:
+    path = Path(DEFAULT_FILE)
+    return path if path.exists() else None
+
+
+def _complain(error: Exception) -> int:
+    print(error, file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

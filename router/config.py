@@ -1,0 +1,154 @@
+"""The configuration: every key, its default and the reason for it; a file, the environment and flags become one value.
+
+Owns what may be configured, and no other file holds a default of it. Each part is handed its piece alone."""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct, field
+
+DEVICES = ("auto", "cpu", "cuda", "fake")
+
+Port = Annotated[int, Meta(ge=0, le=65535)]
+Count = Annotated[int, Meta(ge=1)]
+Seconds = Annotated[float, Meta(ge=0)]
+
+
+class Server(Struct, frozen=True, forbid_unknown_fields=True):
+    """Where clients and the operator reach Headway."""
+
+    host: str = "127.0.0.1"  # closed by default: without keys every other address is refused
+    port: Port = 8080  # 0: any free one, printed at start
+    admin_port: Port = 8081  # metrics, workers and receipts, always on 127.0.0.1
+    drain_grace_s: Seconds = 30.0  # as long as chatbot+ is patient; a longer answer is cut with an error, not silently
+
+
+class Model(Struct, frozen=True, forbid_unknown_fields=True):
+    """What is served."""
+
+    name: str = "smollm2"  # the embedded model; else a GGUF file or a directory with safetensors
+    served_as: str = ""  # the name that clients use; empty: the model's own
+
+
+class Workers(Struct, frozen=True, forbid_unknown_fields=True):
+    """The engine processes of this host."""
+
+    count: Annotated[int, Meta(ge=1, le=64)] = 2  # two show affinity and survive one death; 64 is what is measured
+    threads: Count = 1  # of each: more processes beat more threads for a 135M model on few cores
+    device: str = "auto"  # auto | cpu | cuda | fake: auto takes a GPU where torch finds one; fake is for trying clients
+    kv_mib: Count = 512  # KV memory of each worker: about 23k tokens of the embedded model in float32 (22.5 KiB each)
+
+
+class Promise(Struct, frozen=True, forbid_unknown_fields=True):
+    """What a class is promised; a key that is not set keeps the default that `policies/budget.py` explains."""
+
+    ttft_s: Seconds | None = None  # to the first token ...
+    ttft_per_prefill: Seconds | None = None  # ... plus so many times the unloaded prefill of the new tokens
+    tpot_s: Seconds | None = None
+    deadline_s: Seconds | None = None  # to the last token ...
+    deadline_per_turn: Seconds | None = None  # ... plus so many times the unloaded turn
+    patience_s: Seconds | None = None
+
+
+class Classes(Struct, frozen=True, forbid_unknown_fields=True):
+    """Promises by class."""
+
+    chatbot: Promise = field(default_factory=Promise, name="chatbot+")
+    background_agent: Promise = field(default_factory=Promise, name="background-agent")
+    data_processor: Promise = field(default_factory=Promise, name="data-processor")
+
+
+class Policy(Struct, frozen=True, forbid_unknown_fields=True):
+    """Which mind decides: a built-in name, an installed entry point, or `module:factory`."""
+
+    ref: Annotated[str, Meta(min_length=1)] = "headway"
+    params: dict[str, Any] = field(default_factory=dict)  # the policy's own, as it explains them
+
+
+class Limits(Struct, frozen=True, forbid_unknown_fields=True):
+    """The bounds of the mind that a deployment may want to move; all of them are in `policies/limits.py`."""
+
+    requests_max: Count = 16_384  # offered, waiting and running together; about 2 KB each, so 32 MB
+    attempts_max: Annotated[int, Meta(ge=1, le=10)] = 3  # placements of one request
+    index_every_block: Count = 1  # the embedded profile's 16-token blocks are few; 4 with blocks of 64
+
+
+class Tenant(Struct, frozen=True, forbid_unknown_fields=True):
+    """Who pays. There is one until keys exist: whoever reaches the loopback address."""
+
+    id: Annotated[str, Meta(min_length=1, max_length=64)] = "local"
+    organisation: Annotated[str, Meta(min_length=1, max_length=64)] = "local"
+
+
+class Record(Struct, frozen=True, forbid_unknown_fields=True):
+    """A recording of all that the mind saw and decided, for `headway replay-events`. It holds no prompt text."""
+
+    path: str = ""  # empty: none
+    segment_mib: Count = 64  # about 100,000 events; then the next file begins
+    segments_max: Count = 8  # then recording stops: a replay needs the beginning, so nothing older is thrown away
+
+
+class Receipts(Struct, frozen=True, forbid_unknown_fields=True):
+    """What is kept of requests that ended."""
+
+    kept: Count = 1000  # in memory, for the admin listener; about 1 KiB each
+    path: str = ""  # JSON lines; empty: none
+
+
+class Telemetry(Struct, frozen=True, forbid_unknown_fields=True):
+    """Traces. Nothing leaves this host unless an endpoint is named."""
+
+    otlp_endpoint: str = ""  # such as http://127.0.0.1:4318/v1/traces
+    service_name: str = "headway"
+
+
+class Config(Struct, frozen=True, forbid_unknown_fields=True):
+    """All of it, frozen. Its digest opens recordings."""
+
+    server: Server = field(default_factory=Server)
+    model: Model = field(default_factory=Model)
+    workers: Workers = field(default_factory=Workers)
+    classes: Classes = field(default_factory=Classes)
+    policy: Policy = field(default_factory=Policy)
+    limits: Limits = field(default_factory=Limits)
+    tenant: Tenant = field(default_factory=Tenant)
+    record: Record = field(default_factory=Record)
+    receipts: Receipts = field(default_factory=Receipts)
+    telemetry: Telemetry = field(default_factory=Telemetry)
+
+    def to_json(self) -> bytes:
+        """Canonical JSON: equal configurations are equal bytes."""
+        return msgspec.json.encode(self, order="sorted")
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Config:
+        """What `to_json` wrote, in another process of the same build."""
+        return msgspec.json.decode(data, type=cls)
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits that name this configuration."""
+        return hashlib.sha256(self.to_json()).hexdigest()[:16]
+
+
+def contradictions(config: Config) -> list[tuple[str, str]]:
+    """What each key alone allows and the whole does not: (key, why)."""
+    found = []
+    if not _is_loopback(config.server.host):
+        found.append(("server.host", "must be a loopback address: without keys anyone else could use it too"))
+    if config.server.port and config.server.port == config.server.admin_port:
+        found.append(("server.admin_port", "must differ from server.port"))
+    if config.workers.device not in DEVICES:
+        found.append(("workers.device", f"must be one of {', '.join(DEVICES)}"))
+    return found
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

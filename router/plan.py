@@ -1,0 +1,45 @@
+"""From a configuration to the keeper's plan: which commands prepare the model, run the workers and the router.
+
+Owns the command lines between our own processes. Never starts one."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from router.config import Config
+from router.keeper import Plan
+
+# -P: a directory `engine` or `router` where the user happens to be must not be taken for ours.
+PYTHON = (sys.executable, "-P", "-m")
+
+
+def make_plan(config: Config, env: Mapping[str, str]) -> Plan:
+    """What `headway serve` runs with this configuration."""
+    return Plan(
+        host=config.server.host,
+        port=config.server.port,
+        admin_port=config.server.admin_port,
+        drain_grace_s=config.server.drain_grace_s,
+        config=config.to_json(),
+        prepare=(*PYTHON, "engine", "convert", config.model.name),
+        workers={f"w{number}": _worker(config, number) for number in range(config.workers.count)},
+        router=(*PYTHON, "router", "--config", "{run}/config.json", "--model", "{model}"),
+        env=_environment(config, env),
+    )
+
+
+def _worker(config: Config, number: int) -> tuple[str, ...]:
+    name = f"w{number}"
+    command = "fake" if config.workers.device == "fake" else "worker"
+    return (*PYTHON, "engine", command, "--socket", f"{{run}}/{name}.sock", "--name", name, "--model", "{model}")
+
+
+def _environment(config: Config, env: Mapping[str, str]) -> dict[str, str]:
+    """The children import the code that this process was imported from, wherever they run."""
+    package_root = str(Path(__file__).resolve().parent.parent)
+    paths = [package_root, *filter(None, env.get("PYTHONPATH", "").split(os.pathsep))]
+    threads = str(config.workers.threads)
+    return {**env, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}

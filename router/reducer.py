@@ -1,0 +1,47 @@
+"""From a configuration to the mind's reducer: the same function for the live router and for a replay.
+
+Owns what the reducer is made of. Never reads a clock or draws a seed: both are given."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+
+import msgspec
+import numpy as np
+
+from policies import plugins
+from policies.api import PolicySpec
+from policies.builtin import BUILTINS
+from policies.dispatcher import BUILT_IN, Dispatcher
+from policies.events import PolicyFault
+from policies.limits import Limits
+from router.config import Config
+from router.guard import guard
+
+
+def policy_spec(config: Config) -> PolicySpec:
+    """The policy by name, with the promises of the configuration among its parameters."""
+    params = dict(config.policy.params)
+    if promises := {name: changed for name, row in _rows(config).items() if (changed := _changed(row))}:
+        params["promises"] = promises
+    return PolicySpec(config.policy.ref, params)
+
+
+def _rows(config: Config) -> dict[str, dict[str, float | None]]:
+    rows: dict[str, dict[str, float | None]] = msgspec.to_builtins(config.classes)
+    return rows
+
+
+def _changed(row: dict[str, float | None]) -> dict[str, float]:
+    return {key: value for key, value in row.items() if value is not None}
+
+
+def build(config: Config, seed: int, faults: deque[PolicyFault], *, is_timed: bool) -> Dispatcher:
+    """The reducer. `faults` fills while a policy that is not ours misbehaves. Raises policies.plugins.PolicyError."""
+    spec = policy_spec(config)
+    policy = plugins.load(spec)
+    if spec.ref not in BUILTINS:
+        policy = guard(policy, BUILT_IN, faults, is_timed=is_timed)
+    limits = dataclasses.replace(Limits(), **msgspec.to_builtins(config.limits))
+    return Dispatcher(policy, limits, np.random.default_rng(seed))

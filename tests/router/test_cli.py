@@ -1,0 +1,65 @@
+"""The command line: what it says, and with which exit code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from router.cli import main
+from router.config import Config, Workers
+from router.plan import make_plan
+
+
+def test_help_teaches_by_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["--help"])
+
+    assert left.value.code == 0
+    assert "headway serve --record run.jsonl" in capsys.readouterr().out
+
+
+def test_version_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["version"]) == 0
+    assert capsys.readouterr().out.startswith("headway ")
+
+
+def test_a_good_configuration_is_called_good(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "headway.toml"
+    path.write_text("[workers]\ncount = 4\n")
+
+    assert main(["check-config", str(path)]) == 0
+    assert capsys.readouterr().out.startswith(f"{path}: good (digest ")
+
+
+def test_a_bad_configuration_is_explained_and_serves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "headway.toml"
+    path.write_text("[workers]\ncuont = 4\n")
+
+    codes = (main(["check-config", str(path)]), main(["serve", "--config", str(path)]))
+
+    assert codes == (1, 1)
+    line = f"{path}:2: workers.cuont: no such key; did you mean workers.count?\n"
+    assert capsys.readouterr().err == line * 2
+
+
+def test_the_file_here_is_found_without_being_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "headway.toml").write_text("[workers]\ncount = 0\n")
+
+    assert main(["check-config"]) == 1
+    assert "headway.toml:2: workers.count: expected a whole number >= 1, got 0" in capsys.readouterr().err
+
+
+def test_children_run_the_same_code_with_their_share_of_threads() -> None:
+    plan = make_plan(Config(workers=Workers(count=3, threads=2)), {"PYTHONPATH": "/mine"})
+
+    assert list(plan.workers) == ["w0", "w1", "w2"]
+    assert plan.env["OMP_NUM_THREADS"] == "2"
+    root, mine = plan.env["PYTHONPATH"].split(":")
+    assert (Path(root) / "router" / "cli.py").exists()
+    assert mine == "/mine"

@@ -1,0 +1,100 @@
+"""The configuration: what wins, and how a mistake is explained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from router.config import Config
+from router.config_load import ConfigError, load
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "headway.toml"
+    path.write_text(text)
+    return path
+
+
+def problems(path: Path | None, env: dict[str, str] | None = None) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load(path, env or {}, {})
+    return [str(problem) for problem in caught.value.problems]
+
+
+def test_nothing_configured_is_the_defaults() -> None:
+    assert load(None, {"PATH": "/bin"}, {}) == Config()
+
+
+def test_a_flag_wins_over_a_variable_and_a_variable_over_the_file(tmp_path: Path) -> None:
+    path = written(tmp_path, "[server]\nport = 1\nadmin_port = 2\n[workers]\ncount = 3\n")
+
+    config = load(path, {"HEADWAY_SERVER_PORT": "10", "HEADWAY_WORKERS_COUNT": "5"}, {"server.port": ("--port", 20)})
+
+    assert (config.server.port, config.server.admin_port, config.workers.count) == (20, 2, 5)
+
+
+def test_classes_are_named_as_people_name_them(tmp_path: Path) -> None:
+    path = written(tmp_path, '[classes."chatbot+"]\ntpot_s = 0.06\n[classes.background-agent]\npatience_s = inf\n')
+
+    classes = load(path, {"HEADWAY_CLASSES_DATA_PROCESSOR_DEADLINE_S": "60"}, {}).classes
+
+    assert classes.chatbot.tpot_s == 0.06
+    assert classes.background_agent.patience_s == float("inf")
+    assert classes.data_processor.deadline_s == 60.0
+
+
+def test_every_mistake_is_named_with_its_line_and_the_nearest_key(tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        '[server]\nprt = 9\nport = "x"\n\n[worker]\ncount = 3\n[workers]\ncount = 0\n[classes."chatbot+"]\nttft = 1\n',
+    )
+
+    assert problems(path, {"HEADWAY_SERVER_PROT": "1", "HEADWAY_WORKERS_THREADS": "two"}) == [
+        f"{path}:2: server.prt: no such key; did you mean server.port?",
+        f"{path}:5: worker: no such key; did you mean workers?",
+        f"{path}:10: classes.chatbot+.ttft: no such key; did you mean classes.chatbot+.ttft_s?",
+        "HEADWAY_SERVER_PROT: no key has this name; did you mean HEADWAY_SERVER_PORT?",
+        f"{path}:3: server.port: expected a whole number, got 'x'",
+        f"{path}:8: workers.count: expected a whole number >= 1, got 0",
+        "HEADWAY_WORKERS_THREADS: workers.threads: expected a whole number, got 'two'",
+    ]
+
+
+def test_a_key_near_nothing_is_answered_with_what_there_is(tmp_path: Path) -> None:
+    (problem,) = problems(written(tmp_path, "[telemetry]\nzzz = 1\n"))
+
+    assert problem.endswith("telemetry.zzz: no such key; there are telemetry.otlp_endpoint, telemetry.service_name")
+
+
+def test_a_section_that_is_a_value_is_told_so(tmp_path: Path) -> None:
+    (problem,) = problems(written(tmp_path, "server = 8080\n"))
+
+    assert problem.endswith(":1: server: is a section, not a value")
+
+
+def test_broken_toml_says_where(tmp_path: Path) -> None:
+    path = written(tmp_path, "[server]\nport = = 1\n")
+
+    assert problems(path) == [f"{path}: cannot be read: Invalid value (at line 2, column 8)"]
+
+
+def test_a_missing_file_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "none.toml"
+
+    assert problems(path) == [f"{path}: cannot be read: No such file or directory"]
+
+
+def test_only_loopback_is_served_without_keys(tmp_path: Path) -> None:
+    path = written(tmp_path, '[server]\nhost = "0.0.0.0"\n')
+
+    (problem,) = problems(path)
+
+    assert problem.startswith(f"{path}:2: server.host: must be a loopback address")
+
+
+def test_a_configuration_survives_its_way_to_another_process() -> None:
+    config = load(None, {"HEADWAY_CLASSES_CHATBOT_TTFT_S": "2"}, {})
+
+    assert Config.from_json(config.to_json()) == config
+    assert config.digest != Config().digest
