@@ -138,8 +138,8 @@ class Fleet:
         return self._workers
 
     def is_ready(self) -> bool:
-        """Whether a worker has proved a step; a listening port proves nothing."""
-        return any(state.link and state.link.load and state.link.load.steps > 0 for state in self._workers)
+        """Whether a worker has proved a step, by its measured speed or since; a listening port proves nothing."""
+        return any(state.link is not None and state.link.has_stepped for state in self._workers)
 
     # Life -------------------------------------------------------------------------------------------------------------
 
