@@ -29,6 +29,50 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
+def _worker(arguments: argparse.Namespace) -> int:
+    config = _config(arguments)
+    import torch  # takes a second: not before the arguments are known to be good
+
+    from engine import build
+    from engine.digest import folder_digest
+    from engine.runner import RunnerConfig, TorchRunner
+    from engine.step import ModelFacts
+
+    torch.set_num_threads(config.threads)
+    folder = _convert(config.model, arguments.cache)
+    options = RunnerConfig(block_tokens=config.block_tokens, kv_bytes=config.kv_bytes, device=config.device)
+    runner = TorchRunner.load(folder, options)
+    facts = ModelFacts(
+        name=config.model_name or Path(config.model).stem,
+        digest=folder_digest(folder),
+        device=config.device if config.device != "cpu" else f"cpu, {config.threads} threads",
+        kv_dtype=str(options.dtype).removeprefix("torch."),
+        vocab_size=runner.model.vocab_size,
+        context_max=runner.model.context_max,
+        eos_ids=tuple(runner.model.eos_ids),
+    )
+    return build.serve(runner, facts, config)
+
+
+def _convert_command(arguments: argparse.Namespace) -> int:
+    print(_convert(arguments.model, arguments.cache))
+    return 0
+
+
+def _convert(model: str, cache: str) -> Path:
+    """The folder to load; progress goes to stderr."""
+    from engine import convert
+    from engine.models.config import ModelError
+
+    def progress(what: str, done: float) -> None:
+        print(f"\r{what} {100 * done:3.0f} %", end="\n" if done >= 1.0 else "", file=sys.stderr, flush=True)
+
+    try:
+        return convert.convert(convert.locate(model), Path(cache).expanduser(), progress)
+    except ModelError as error:
+        raise StartError(str(error)) from error
+
+
 def _fake(arguments: argparse.Namespace) -> int:
     from engine import build, fake
     from engine.step import ModelFacts
@@ -75,10 +119,29 @@ def _parser() -> argparse.ArgumentParser:
         epilog="`headway serve` starts workers by itself; these commands are for a worker alone.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    worker = commands.add_parser(
+        "worker",
+        help="serve a model on a socket",
+        description="Load a model, learn the device's speed for a second, then serve routers on a Unix socket.",
+        epilog="Example: python -m engine worker --model smollm2 --socket /tmp/w0.sock --threads 1",
+    )
+    _common(worker)
+    _model(worker, "--model")
+    worker.add_argument("--device", default="cpu", help="torch device (cpu)")
+    worker.add_argument("--threads", type=int, default=1, help="CPU threads (1)")
+    worker.add_argument("--kv-bytes", type=int, default=EngineConfig("").kv_bytes, help="memory for KV (256 MiB)")
+    worker.set_defaults(command=_worker)
+    convert = commands.add_parser(
+        "convert",
+        help="make a model ready for workers, print its folder",
+        description="Convert a GGUF model once to a cached folder of safetensors; a folder is checked and left alone.",
+    )
+    _model(convert, "model")
+    convert.set_defaults(command=_convert_command)
     fake = commands.add_parser(
         "fake",
         help="a worker without a model, for tests: tokens are hash(prompt, index)",
-        description="A worker without a model. Its tokens are hash(prompt, index): a lost, repeated or foreign one shows.",
+        description="A worker without a model. Tokens are hash(prompt, index): a lost, repeated or foreign one shows.",
         epilog="Example: python -m engine fake --socket /tmp/w0.sock --fault stall@100:5",
     )
     _common(fake)
@@ -95,6 +158,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     fake.set_defaults(command=_fake)
     return parser
+
+
+def _model(parser: argparse.ArgumentParser, name: str) -> None:
+    kept = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "headway")
+    required = {"required": True} if name.startswith("-") else {}
+    parser.add_argument(name, help="smollm2 (embedded), a .gguf file or a Hugging Face folder", **required)
+    parser.add_argument("--cache", default=kept, help=f"where conversions are kept ({kept})")
 
 
 def _common(parser: argparse.ArgumentParser) -> None:

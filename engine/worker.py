@@ -104,8 +104,8 @@ class Worker:
     async def _flush(self) -> None:
         """Let the senders, which run beside this, empty the outboxes."""
         until = time.monotonic() + FLUSH_S
-        while time.monotonic() < until and not all(outbox.is_empty for outbox in self._links.values()):
-            await asyncio.sleep(FLUSH_POLL_S)
+        while time.monotonic() < until and not all(box.is_empty for box in self._links.values()):
+            await asyncio.sleep(FLUSH_POLL_S)  # noqa: ASYNC110 -- once, at the end
 
     # One link --------------------------------------------------------------------------------------------------------
 
