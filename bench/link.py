@@ -31,7 +31,7 @@ from router.config import Config
 from router.fleet import Fleet
 from router.link import Link, LinkLimits
 from router.mind import Mind
-from router.reducer import build
+from router.reducer import build, load_policy
 
 RUNS, FRAMES = 5, 2000
 MODEL = StepModelParts(0.005, 1e-4, 0.001, 1e-8, 1e-8, 1e-5, 1.0, 1.25, 1)
@@ -85,7 +85,8 @@ def frame(handles: list[int], steps: int) -> bytes:
 
 def measure(streams: int) -> float:
     """CPU seconds a frame with one token for each of `streams`."""
-    mind = Mind(build(Config(), 1, deque(), is_timed=True), deque())
+    policy = load_policy(Config(), deque(), is_timed=True)
+    mind = Mind(build(Config(), policy, seed=1), deque())
     fleet = Fleet([("w0", "")], mind, "{}")
     link = Link(WorkerId(0), fleet, Welcome(PROTOCOL_VERSION, "r", "{}", b""), LinkLimits(), time.monotonic)
     link.connection_made(Null())

@@ -20,6 +20,8 @@ from router.ports import Sink
 
 log = logging.getLogger(__name__)
 
+STOPPING = "the router stops"
+
 
 @dataclass(frozen=True, slots=True)
 class FleetLimits:
@@ -153,7 +155,7 @@ class Fleet:
         finally:
             for state in self._workers:
                 if state.dialled is not None:
-                    state.dialled.eject("the router stops")
+                    state.dialled.eject(STOPPING)
 
     async def _keep_connected(self, state: WorkerState) -> None:
         retry_s = self._limits.retry_first_s
@@ -230,7 +232,8 @@ class Fleet:
         state.link = None
         state.losses += 1
         state.stalled_at = self._clock() if link.is_stalled else None
-        log.warning("worker %s is lost with %d requests: %s", state.name, link.orphan_count, reason)
+        level = logging.INFO if reason == STOPPING else logging.WARNING
+        log.log(level, "worker %s is lost with %d requests: %s", state.name, link.orphan_count, reason)
         self._watcher.worker_lost(WorkerLost(state.id, reason))
 
 
