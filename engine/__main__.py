@@ -12,9 +12,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
 
 from engine.config import EngineConfig
 from engine.worker import StartError
+
+T = TypeVar("T")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,21 +35,21 @@ def main(argv: list[str] | None = None) -> int:
 
 def _worker(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
+    folder = _convert(config.model, arguments.cache)
     import torch  # takes a second: not before the arguments are known to be good
 
-    from engine import build
-    from engine.digest import folder_digest
+    from engine import build, manifest
     from engine.runner import RunnerConfig, TorchRunner
     from engine.step import ModelFacts
 
     torch.set_num_threads(config.threads)
-    folder = _convert(config.model, arguments.cache)
     options = RunnerConfig(block_tokens=config.block_tokens, kv_bytes=config.kv_bytes, device=config.device)
-    runner = TorchRunner.load(folder, options)
+    _explained(lambda: manifest.verify(folder))
+    runner = _explained(lambda: TorchRunner.load(folder, options))
     facts = ModelFacts(
         name=config.model_name or Path(config.model).stem,
-        digest=folder_digest(folder),
-        device=config.device if config.device != "cpu" else f"cpu, {config.threads} threads",
+        digest=manifest.digest_of(folder),
+        device=config.device if config.device != "cpu" else f"cpu x{config.threads}",
         kv_dtype=str(options.dtype).removeprefix("torch."),
         vocab_size=runner.model.vocab_size,
         context_max=runner.model.context_max,
@@ -62,13 +66,17 @@ def _convert_command(arguments: argparse.Namespace) -> int:
 def _convert(model: str, cache: str) -> Path:
     """The folder to load; progress goes to stderr."""
     from engine import convert
+
+    kept = Path(cache).expanduser() if cache else convert.default_cache()
+    return _explained(lambda: convert.convert(convert.locate(model), kept, convert.print_progress))
+
+
+def _explained(make: Callable[[], T]) -> T:
+    """What `make` gives; a model that cannot be served ends the process with its one sentence."""
     from engine.models.config import ModelError
 
-    def progress(what: str, done: float) -> None:
-        print(f"\r{what} {100 * done:3.0f} %", end="\n" if done >= 1.0 else "", file=sys.stderr, flush=True)
-
     try:
-        return convert.convert(convert.locate(model), Path(cache).expanduser(), progress)
+        return make()
     except ModelError as error:
         raise StartError(str(error)) from error
 
@@ -126,17 +134,17 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Example: python -m engine worker --model smollm2 --socket /tmp/w0.sock --threads 1",
     )
     _common(worker)
-    _model(worker, "--model")
+    _model(worker, worker.add_argument("--model", required=True))
     worker.add_argument("--device", default="cpu", help="torch device (cpu)")
     worker.add_argument("--threads", type=int, default=1, help="CPU threads (1)")
-    worker.add_argument("--kv-bytes", type=int, default=EngineConfig("").kv_bytes, help="memory for KV (256 MiB)")
+    worker.add_argument("--kv-bytes", type=int, default=EngineConfig("").kv_bytes, help="memory for KV (512 MiB)")
     worker.set_defaults(command=_worker)
     convert = commands.add_parser(
         "convert",
         help="make a model ready for workers, print its folder",
         description="Convert a GGUF model once to a cached folder of safetensors; a folder is checked and left alone.",
     )
-    _model(convert, "model")
+    _model(convert, convert.add_argument("model"))
     convert.set_defaults(command=_convert_command)
     fake = commands.add_parser(
         "fake",
@@ -160,11 +168,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _model(parser: argparse.ArgumentParser, name: str) -> None:
-    kept = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "headway")
-    required = {"required": True} if name.startswith("-") else {}
-    parser.add_argument(name, help="smollm2 (embedded), a .gguf file or a Hugging Face folder", **required)
-    parser.add_argument("--cache", default=kept, help=f"where conversions are kept ({kept})")
+def _model(parser: argparse.ArgumentParser, argument: argparse.Action) -> None:
+    argument.help = "smollm2 (embedded), a .gguf file or a Hugging Face folder"
+    parser.add_argument("--cache", default="", help="where conversions are kept (~/.cache/headway/models)")
 
 
 def _common(parser: argparse.ArgumentParser) -> None:
@@ -176,6 +182,7 @@ def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sequences-max", type=int, default=default.sequences_max, help="resident at once (256)")
     parser.add_argument("--waiting-max", type=int, default=default.waiting_max, help="waiting, then refused (1024)")
     parser.add_argument("--drain-s", type=float, default=default.drain_s, help="grace on SIGTERM, seconds (30)")
+    parser.add_argument("--send-s", type=float, default=default.send_s, help="a link that reads nothing is cut (30)")
     parser.add_argument("--calibrate-s", type=float, default=default.calibrate_s, help="at start, seconds (1)")
     parser.add_argument("--die-with-parent", action="store_true", help="drain when the parent process dies (Linux)")
 

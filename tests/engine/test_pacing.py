@@ -75,7 +75,9 @@ def test_decodes_of_lower_classes_pause_when_they_alone_break_a_chat_line_but_no
     assert any(len(launch.plan.paused) for launch in rig.steps)
     pace = gaps(rig.times[1][1:])
     assert np.median(pace) <= 0.040
-    batch_progress = [at for handle in range(2, 6) for at in rig.times[handle] if rig.times[1][0] < at < rig.times[1][-1]]
+    batch_progress = [
+        at for handle in range(2, 6) for at in rig.times[handle] if rig.times[1][0] < at < rig.times[1][-1]
+    ]
     assert batch_progress
 
 

@@ -8,7 +8,9 @@ from policies.retention import Band, KeepLimits, SpanView, keep
 CHAT, AGENT, BATCH = RequestClass
 
 
-def span(cls: RequestClass, *, shared: bool = False, aborted: bool = False, hits: int = 0, born: float = 0.0) -> SpanView:
+def span(
+    cls: RequestClass, *, shared: bool = False, aborted: bool = False, hits: int = 0, born: float = 0.0
+) -> SpanView:
     return SpanView(cls, shared, aborted, hits, born)
 
 
@@ -27,5 +29,5 @@ def test_an_abort_leaves_ten_seconds_whatever_the_class() -> None:
 
 
 def test_a_prefix_in_demand_is_leased_by_the_pace_of_its_hits() -> None:
-    assert keep(span(BATCH, shared=True, hits=10, born=0.0), 100.0) == (Band.DATA_PROCESSOR, 30.0)
-    assert keep(span(CHAT, shared=True, hits=4, born=0.0), 1e6)[1] == KeepLimits().lease_s_max
+    assert keep(span(BATCH, shared=True, hits=10), 100.0) == (Band.DATA_PROCESSOR, 30.0)
+    assert keep(span(CHAT, shared=True, hits=4), 1e6)[1] == KeepLimits().lease_s_max
