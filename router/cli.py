@@ -95,12 +95,16 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _check_config(arguments: argparse.Namespace) -> int:
+    from policies.plugins import PolicyError
+    from policies.plugins import load as load_policy
     from router.config_load import ConfigError, load
+    from router.reducer import policy_spec
 
     path: Path | None = arguments.file or _default_file()
     try:
         config = load(path, os.environ, {})
-    except ConfigError as error:
+        load_policy(policy_spec(config))
+    except (ConfigError, PolicyError) as error:
         return _complain(error)
     print(f"{path or 'the defaults'}: good (digest {config.digest})")
     return 0

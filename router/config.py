@@ -40,9 +40,7 @@ class Workers(Struct, frozen=True, forbid_unknown_fields=True):
     count: Annotated[int, Meta(ge=1, le=64)] = 2  # two show affinity and survive one death; 64 is what is measured
     threads: Count = 1  # of each: more processes beat more threads for a 135M model on few cores
     device: str = "cpu"  # cpu | cuda | fake: made-up tokens at a fixed speed, to try clients without a model
-    kv_mib: Count = (
-        512  # KV of each worker: 11,650 tokens of the embedded model (45 KiB each): 8k of context fit
-    )
+    kv_mib: Count = 512  # KV of each worker: 11,650 tokens of the embedded model (45 KiB each): 8k of context fit
 
 
 class Promise(Struct, frozen=True, forbid_unknown_fields=True):

@@ -94,9 +94,7 @@ class House:
         self.directory = directory
         self.model = model
         self.config = config or Config()
-        self.worker_flags = [
-            part for name, value in worker.items() for part in (f"--{name.replace('_', '-')}", str(value))
-        ]
+        self.worker_flags = [f"--{name.replace('_', '-')}={value}" for name, value in worker.items()]
         self.workers: dict[str, subprocess.Popen[bytes]] = {}
         self.router: subprocess.Popen[bytes] | None = None
         self.client: httpx.AsyncClient
