@@ -12,9 +12,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
 
 from engine.config import EngineConfig
 from engine.worker import StartError
+
+T = TypeVar("T")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,6 +31,54 @@ def main(argv: list[str] | None = None) -> int:
     except (StartError, ValueError) as error:
         print(f"engine: {error}", file=sys.stderr)
         return 2
+
+
+def _worker(arguments: argparse.Namespace) -> int:
+    config = _config(arguments)
+    folder = _convert(config.model, arguments.cache)
+    import torch  # takes a second: not before the arguments are known to be good
+
+    from engine import build, manifest
+    from engine.runner import RunnerConfig, TorchRunner
+    from engine.step import ModelFacts
+
+    torch.set_num_threads(config.threads)
+    options = RunnerConfig(block_tokens=config.block_tokens, kv_bytes=config.kv_bytes, device=config.device)
+    _explained(lambda: manifest.verify(folder))
+    runner = _explained(lambda: TorchRunner.load(folder, options))
+    facts = ModelFacts(
+        name=config.model_name or Path(config.model).stem,
+        digest=manifest.digest_of(folder),
+        device=config.device if config.device != "cpu" else f"cpu x{config.threads}",
+        kv_dtype=str(options.dtype).removeprefix("torch."),
+        vocab_size=runner.model.vocab_size,
+        context_max=runner.model.context_max,
+        eos_ids=tuple(runner.model.eos_ids),
+    )
+    return build.serve(runner, facts, config)
+
+
+def _convert_command(arguments: argparse.Namespace) -> int:
+    print(_convert(arguments.model, arguments.cache))
+    return 0
+
+
+def _convert(model: str, cache: str) -> Path:
+    """The folder to load; progress goes to stderr."""
+    from engine import convert
+
+    kept = Path(cache).expanduser() if cache else convert.default_cache()
+    return _explained(lambda: convert.convert(convert.locate(model), kept, convert.print_progress))
+
+
+def _explained(make: Callable[[], T]) -> T:
+    """What `make` gives; a model that cannot be served ends the process with its one sentence."""
+    from engine.models.config import ModelError
+
+    try:
+        return make()
+    except ModelError as error:
+        raise StartError(str(error)) from error
 
 
 def _fake(arguments: argparse.Namespace) -> int:
@@ -75,10 +127,29 @@ def _parser() -> argparse.ArgumentParser:
         epilog="`headway serve` starts workers by itself; these commands are for a worker alone.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    worker = commands.add_parser(
+        "worker",
+        help="serve a model on a socket",
+        description="Load a model, learn the device's speed for a second, then serve routers on a Unix socket.",
+        epilog="Example: python -m engine worker --model smollm2 --socket /tmp/w0.sock --threads 1",
+    )
+    _common(worker)
+    _model(worker, worker.add_argument("--model", required=True))
+    worker.add_argument("--device", default="cpu", help="torch device (cpu)")
+    worker.add_argument("--threads", type=int, default=1, help="CPU threads (1)")
+    worker.add_argument("--kv-bytes", type=int, default=EngineConfig("").kv_bytes, help="memory for KV (512 MiB)")
+    worker.set_defaults(command=_worker)
+    convert = commands.add_parser(
+        "convert",
+        help="make a model ready for workers, print its folder",
+        description="Convert a GGUF model once to a cached folder of safetensors; a folder is checked and left alone.",
+    )
+    _model(convert, convert.add_argument("model"))
+    convert.set_defaults(command=_convert_command)
     fake = commands.add_parser(
         "fake",
         help="a worker without a model, for tests: tokens are hash(prompt, index)",
-        description="A worker without a model. Its tokens are hash(prompt, index): a lost, repeated or foreign one shows.",
+        description="A worker without a model. Tokens are hash(prompt, index): a lost, repeated or foreign one shows.",
         epilog="Example: python -m engine fake --socket /tmp/w0.sock --fault stall@100:5",
     )
     _common(fake)
@@ -97,6 +168,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _model(parser: argparse.ArgumentParser, argument: argparse.Action) -> None:
+    argument.help = "smollm2 (embedded), a .gguf file or a Hugging Face folder"
+    parser.add_argument("--cache", default="", help="where conversions are kept (~/.cache/headway/models)")
+
+
 def _common(parser: argparse.ArgumentParser) -> None:
     default = EngineConfig(socket="")
     parser.add_argument("--socket", required=True, help="Unix socket to listen on; made with mode 0600")
@@ -106,6 +182,7 @@ def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sequences-max", type=int, default=default.sequences_max, help="resident at once (256)")
     parser.add_argument("--waiting-max", type=int, default=default.waiting_max, help="waiting, then refused (1024)")
     parser.add_argument("--drain-s", type=float, default=default.drain_s, help="grace on SIGTERM, seconds (30)")
+    parser.add_argument("--send-s", type=float, default=default.send_s, help="a link that reads nothing is cut (30)")
     parser.add_argument("--calibrate-s", type=float, default=default.calibrate_s, help="at start, seconds (1)")
     parser.add_argument("--die-with-parent", action="store_true", help="drain when the parent process dies (Linux)")
 

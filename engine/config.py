@@ -20,12 +20,13 @@ class EngineConfig:
     device: str = "cpu"
     threads: int = 1
     block_tokens: int = 16  # 64 on a GPU (decision 18)
-    kv_bytes: int = 256 * 1024 * 1024
+    kv_bytes: int = 512 * 1024 * 1024  # 11,600 tokens of SmolLM2-135M in float32: its whole context and room beside it
     sequences_max: int = 256
     waiting_max: int = 1024
     calibrate_s: float = 1.0
     drain_s: float = 30.0  # on SIGTERM
     links_max: int = 16
+    send_s: float = 30.0  # a link that takes nothing for so long is cut
     die_with_parent: bool = False
 
 

@@ -34,7 +34,6 @@ from engine.wire import (
 log = logging.getLogger(__name__)
 
 WELCOME_S = 5.0  # from connect to the router's welcome
-SEND_S = 30.0  # a link that takes nothing for so long is cut
 SEND_BUFFER_BYTES = 256 * 1024  # beyond what the kernel holds; then frames merge in the outbox
 READ_BYTES = 256 * 1024
 INBOX_FULL_WAIT_S = 0.005
@@ -102,10 +101,11 @@ class Worker:
         self._inbox.put(Order(0, Drain(self._config.drain_s), time.monotonic()))
 
     async def _flush(self) -> None:
-        """Let the senders, which run beside this, empty the outboxes."""
+        """Give the senders, which run beside this, time to empty the outboxes."""
         until = time.monotonic() + FLUSH_S
-        while time.monotonic() < until and not all(outbox.is_empty for outbox in self._links.values()):
-            await asyncio.sleep(FLUSH_POLL_S)
+        for outbox in self._links.values():
+            while not outbox.is_empty and time.monotonic() < until:  # noqa: ASYNC110 -- once, at the end
+                await asyncio.sleep(FLUSH_POLL_S)
 
     # One link --------------------------------------------------------------------------------------------------------
 
@@ -149,7 +149,7 @@ class Worker:
             has_news.clear()
             while message := outbox.take():
                 writer.write(self._encode(message))
-                async with asyncio.timeout(SEND_S):
+                async with asyncio.timeout(self._config.send_s):
                     await writer.drain()
 
     async def _receive(self, link: int, reader: asyncio.StreamReader) -> None:

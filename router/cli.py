@@ -64,7 +64,7 @@ def _add_serve(commands: Any) -> None:
     serve.add_argument("--port", type=int, help="where clients connect; 0 takes a free one [server.port]")
     serve.add_argument("--workers", type=int, metavar="N", help="engine processes [workers.count]")
     serve.add_argument("--model", metavar="MODEL", help="smollm2, a GGUF file or a directory [model.name]")
-    serve.add_argument("--device", metavar="DEVICE", help="auto, cpu, cuda, or fake: scripted tokens [workers.device]")
+    serve.add_argument("--device", metavar="DEVICE", help="cpu, cuda, or fake: made-up tokens [workers.device]")
     serve.add_argument("--policy", metavar="REF", help="a built-in, an entry point or module:factory [policy.ref]")
     serve.add_argument("--record", metavar="FILE", help="record what the mind sees and decides [record.path]")
     serve.set_defaults(run=_serve)
@@ -95,12 +95,16 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _check_config(arguments: argparse.Namespace) -> int:
+    from policies.plugins import PolicyError
+    from policies.plugins import load as load_policy
     from router.config_load import ConfigError, load
+    from router.reducer import policy_spec
 
     path: Path | None = arguments.file or _default_file()
     try:
         config = load(path, os.environ, {})
-    except ConfigError as error:
+        load_policy(policy_spec(config))
+    except (ConfigError, PolicyError) as error:
         return _complain(error)
     print(f"{path or 'the defaults'}: good (digest {config.digest})")
     return 0

@@ -20,6 +20,8 @@ from router.ports import Sink
 
 log = logging.getLogger(__name__)
 
+STOPPING = "the router stops"
+
 
 @dataclass(frozen=True, slots=True)
 class FleetLimits:
@@ -138,8 +140,8 @@ class Fleet:
         return self._workers
 
     def is_ready(self) -> bool:
-        """Whether a worker has proved a step; a listening port proves nothing."""
-        return any(state.link and state.link.load and state.link.load.steps > 0 for state in self._workers)
+        """Whether a worker has proved a step, by its measured speed or since; a listening port proves nothing."""
+        return any(state.link is not None and state.link.has_stepped for state in self._workers)
 
     # Life -------------------------------------------------------------------------------------------------------------
 
@@ -153,7 +155,7 @@ class Fleet:
         finally:
             for state in self._workers:
                 if state.dialled is not None:
-                    state.dialled.eject("the router stops")
+                    state.dialled.eject(STOPPING)
 
     async def _keep_connected(self, state: WorkerState) -> None:
         retry_s = self._limits.retry_first_s
@@ -230,7 +232,8 @@ class Fleet:
         state.link = None
         state.losses += 1
         state.stalled_at = self._clock() if link.is_stalled else None
-        log.warning("worker %s is lost with %d requests: %s", state.name, link.orphan_count, reason)
+        level = logging.INFO if reason == STOPPING else logging.WARNING
+        log.log(level, "worker %s is lost with %d requests: %s", state.name, link.orphan_count, reason)
         self._watcher.worker_lost(WorkerLost(state.id, reason))
 
 

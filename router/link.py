@@ -103,6 +103,12 @@ class Link(asyncio.Protocol):
     def running_count(self) -> int:
         return len(self._running)
 
+    @property
+    def has_stepped(self) -> bool:
+        """Whether the worker has computed something: its start's calibration counts."""
+        is_measured = self.step_model is not None and self.step_model.version > 0
+        return is_measured or (self.load is not None and self.load.steps > 0)
+
     def silent_s(self, now: float) -> float:
         """Seconds since the last frame; an idle worker sends one each half second."""
         return now - self._heard_at

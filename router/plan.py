@@ -31,10 +31,18 @@ def make_plan(config: Config, env: Mapping[str, str]) -> Plan:
     )
 
 
+def served_name(config: Config) -> str:
+    """What clients call the model."""
+    return config.model.served_as or Path(config.model.name).stem
+
+
 def _worker(config: Config, number: int) -> tuple[str, ...]:
-    name = f"w{number}"
-    command = "fake" if config.workers.device == "fake" else "worker"
-    return (*PYTHON, "engine", command, "--socket", f"{{run}}/{name}.sock", "--name", name, "--model", "{model}")
+    name, workers = f"w{number}", config.workers
+    place = ("--socket", f"{{run}}/{name}.sock", "--name", name, "--model-name", served_name(config))
+    if workers.device == "fake":
+        return (*PYTHON, "engine", "fake", *place)
+    memory = ("--threads", str(workers.threads), "--kv-bytes", str(workers.kv_mib * 1024 * 1024))
+    return (*PYTHON, "engine", "worker", *place, "--model", "{model}", "--device", workers.device, *memory)
 
 
 def _environment(config: Config, env: Mapping[str, str]) -> dict[str, str]:

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from policies import plugins
-from policies.api import PolicySpec
+from policies.api import PolicySpec, RouterPolicy
 from policies.builtin import BUILTINS
 from policies.dispatcher import BUILT_IN, Dispatcher
 from policies.events import PolicyFault
@@ -37,11 +37,14 @@ def _changed(row: dict[str, float | None]) -> dict[str, float]:
     return {key: value for key, value in row.items() if value is not None}
 
 
-def build(config: Config, seed: int, faults: deque[PolicyFault], *, is_timed: bool) -> Dispatcher:
-    """The reducer. `faults` fills while a policy that is not ours misbehaves. Raises policies.plugins.PolicyError."""
+def load_policy(config: Config, faults: deque[PolicyFault], *, is_timed: bool) -> RouterPolicy:
+    """The policy that decides. `faults` fills while one that is not ours misbehaves. Raises plugins.PolicyError."""
     spec = policy_spec(config)
     policy = plugins.load(spec)
-    if spec.ref not in BUILTINS:
-        policy = guard(policy, BUILT_IN, faults, is_timed=is_timed)
+    return policy if spec.ref in BUILTINS else guard(policy, BUILT_IN, faults, is_timed=is_timed)
+
+
+def build(config: Config, policy: RouterPolicy, seed: int) -> Dispatcher:
+    """The reducer. The seed is for what it draws; a recording keeps it."""
     limits = dataclasses.replace(Limits(), **msgspec.to_builtins(config.limits))
     return Dispatcher(policy, limits, np.random.default_rng(seed))

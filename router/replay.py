@@ -13,7 +13,7 @@ from policies.actions import Action
 from policies.events import Event, PolicyFault
 from router.config import Config
 from router.record import Header, encode_actions, read_events, read_header
-from router.reducer import build
+from router.reducer import build, load_policy
 
 CONTEXT_LINES = 5  # events shown before a difference
 
@@ -42,7 +42,8 @@ def replay(path: Path) -> Outcome:
     """Replay until the end or the first difference. Raises RecordError, or PolicyError when the policy is not here."""
     header = read_header(path)
     faults = deque[PolicyFault]()  # what the guard sees again is in the recording already, as events
-    reducer = build(Config.from_json(header.config), header.seed, faults, is_timed=False)
+    config = Config.from_json(header.config)
+    reducer = build(config, load_policy(config, faults, is_timed=False), header.seed)
     before = deque[tuple[str, float, Event]](maxlen=CONTEXT_LINES)
     events = actions_count = 0
     for place, now, event, recorded in read_events(path):

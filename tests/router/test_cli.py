@@ -45,6 +45,14 @@ def test_a_bad_configuration_is_explained_and_serves_nothing(
     assert capsys.readouterr().err == line * 2
 
 
+def test_a_policy_that_is_not_there_is_found_by_the_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "headway.toml"
+    path.write_text('[policy]\nref = "nobody"\n')
+
+    assert main(["check-config", str(path)]) == 1
+    assert "no policy is called 'nobody'; there are headway, " in capsys.readouterr().err
+
+
 def test_the_file_here_is_found_without_being_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from engine.wire import FrameReader, FromRouter, Hello, Message, Submit, Welcome, decode_from_router, encode
@@ -13,7 +14,7 @@ from policies.events import WorkerLost, WorkerReport, WorkerUp
 from policies.request import RequestId, WorkerId
 from router.fleet import Fleet, FleetLimits
 from router.link import Link, LinkLimits, LinkLost
-from tests.router.frames import Heard, Pipe, hello, load, step, submit
+from tests.router.frames import MODEL, Heard, Pipe, hello, load, step, submit
 
 A, W0, W1 = RequestId("a"), WorkerId(0), WorkerId(1)
 
@@ -99,12 +100,20 @@ def test_a_lost_worker_takes_no_attempt_and_its_sinks_hear_after_the_mind() -> N
 
 def test_the_fleet_is_ready_when_a_worker_has_proved_a_step() -> None:
     fleet, _ = fleet_of_two()
-    link, _ = linked(fleet, 0, hello())
+    link, _ = linked(fleet, 0, hello(step_model=msgspec.structs.replace(MODEL, version=0)))
     assert not fleet.is_ready()
 
     link.data_received(encode(step(load=load(steps=0))))
     assert not fleet.is_ready()
     link.data_received(encode(step(load=load(steps=1))))
+
+    assert fleet.is_ready()
+
+
+def test_a_worker_that_measured_itself_is_ready_at_once() -> None:
+    fleet, _ = fleet_of_two()
+
+    linked(fleet, 0, hello())
 
     assert fleet.is_ready()
 

@@ -8,18 +8,24 @@ import pytest
 
 from policies.actions import Tokenise
 from policies.api import Job, Output, Promise, Prompt
-from policies.dispatcher import BUILT_IN
+from policies.chain import NO_CHAIN
+from policies.dispatcher import BUILT_IN, Dispatcher
 from policies.events import Offered, PolicyFault
 from policies.request import Budget, Facts, Request, RequestClass, RequestId, Tenant
 from router.config import Config, Policy
 from router.guard import guard
-from router.reducer import build
+from router.reducer import build, load_policy
 from tests.router.bad_policies import nan_at_order
 
 
 def offered() -> Offered:
     facts = Facts(declared_class=RequestClass.CHATBOT)
     return Offered(Request(RequestId("a"), Tenant(), "", "tiny", facts, 0.0, 10, 3))
+
+
+def reducer_of(name: str, faults: deque[PolicyFault], *, is_timed: bool) -> Dispatcher:
+    config = Config(policy=Policy(ref=f"tests.router.bad_policies:{name}"))
+    return build(config, load_policy(config, faults, is_timed=is_timed), seed=1)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +37,7 @@ def offered() -> Offered:
 )
 def test_a_faulty_stage_is_answered_by_the_built_in_one(name: str, stage: str, reason: str) -> None:
     faults: deque[PolicyFault] = deque()
-    reducer = build(Config(policy=Policy(ref=f"tests.router.bad_policies:{name}")), 1, faults, is_timed=True)
+    reducer = reducer_of(name, faults, is_timed=True)
 
     actions = reducer.handle(offered(), 0.0)
 
@@ -40,12 +46,11 @@ def test_a_faulty_stage_is_answered_by_the_built_in_one(name: str, stage: str, r
 
 
 def test_a_slow_answer_counts_and_is_a_fault_of_the_live_router_alone() -> None:
-    spec = Config(policy=Policy(ref="tests.router.bad_policies:slow_at_classify"))
     live: deque[PolicyFault] = deque()
     replayed: deque[PolicyFault] = deque()
 
-    first = build(spec, 1, live, is_timed=True).handle(offered(), 0.0)
-    second = build(spec, 1, replayed, is_timed=False).handle(offered(), 0.0)
+    first = reducer_of("slow_at_classify", live, is_timed=True).handle(offered(), 0.0)
+    second = reducer_of("slow_at_classify", replayed, is_timed=False).handle(offered(), 0.0)
 
     assert first == second
     assert [fault.stage for fault in live] == ["classify"]
@@ -57,7 +62,7 @@ def test_a_key_that_is_no_number_never_reaches_a_heap() -> None:
     faults: deque[PolicyFault] = deque()
     policy = guard(nan_at_order({}), BUILT_IN, faults, is_timed=False)
     promise = Promise(Budget(1.0, 0.04), 30.0)
-    job = Job(offered().request, RequestClass.CHATBOT, "", Prompt(3, 3, b""), Output(8.0, 8.0, 8.0), promise)
+    job = Job(offered().request, RequestClass.CHATBOT, "", Prompt(3, 3, NO_CHAIN), Output(8.0, 8.0, 8.0), promise)
 
     key, _ = policy.order(job, 0.1, 0.0)
 

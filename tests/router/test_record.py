@@ -28,7 +28,7 @@ from policies.request import Facts, Request, RequestClass, RequestId, Tenant, Wo
 from router.cli import main
 from router.config import Config, Policy
 from router.record import Header, Recorder, RecordError, read_events, set_aside
-from router.reducer import build
+from router.reducer import build, load_policy
 from router.replay import replay
 
 MODEL = StepModel(0.005, 0.0001, 0.001, 1e-8, 1e-8, 1e-5, version=1)
@@ -68,7 +68,7 @@ def story() -> list[tuple[float, Event]]:
 def record(path: Path, config: Config, segment_bytes: int = 1 << 20, segments_max: int = 8) -> Recorder:
     """Run the story as the live router does, and record it."""
     faults: deque[PolicyFault] = deque()
-    reducer = build(config, 7, faults, is_timed=True)
+    reducer = build(config, load_policy(config, faults, is_timed=True), seed=7)
     header = Header(1, 0, "0.1.0", 7, msgspec.Raw(config.to_json()))
     recorder = Recorder(path, header, segment_bytes=segment_bytes, segments_max=segments_max)
     for now, event in story():

@@ -1,0 +1,118 @@
+"""A scheduler on a fake device in virtual time, with everything that came out of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from engine import keys
+from engine.blocks import BlockTrie
+from engine.fake import FAKE_SPEED, FakeRunner, Fault, token
+from engine.launch import Launch
+from engine.scheduler import Outcome, Scheduler, SchedulerLimits
+from engine.step import ModelFacts
+from engine.wire import End, Sampling, Start, Submit
+from policies.costs import StepModel
+from policies.request import RequestClass
+from policies.step_plan import PlanLimits
+
+CHAT, AGENT, BATCH = RequestClass
+VOCAB = 1000
+FACTS = ModelFacts("fake", "digest", "fake", "ids", VOCAB, 4096, (2,))
+SIZE = 16
+
+Ids = npt.NDArray[np.int32]
+
+
+def prompt(seed: int, tokens: int) -> Ids:
+    return np.random.default_rng(seed).integers(3, VOCAB, tokens).astype(np.int32)
+
+
+def order(
+    handle: int,
+    ids: Ids,
+    *,
+    cls: RequestClass = CHAT,
+    max_tokens: int = 8,
+    first_left_s: float = 1.0,
+    tpot_s: float = 0.04,
+    salt: bytes = b"",
+    sampling: Sampling | None = None,
+    prompt_len: int | None = None,
+) -> Submit:
+    is_batch = cls == BATCH
+    return Submit(
+        handle=handle,
+        ids=ids.tobytes(),
+        prompt_len=len(ids) if prompt_len is None else prompt_len,
+        salt=salt,
+        public_blocks=0,
+        request_class=int(cls),
+        first_left_s=math.inf if is_batch else first_left_s,
+        tpot_s=math.inf if is_batch else tpot_s,
+        deadline_left_s=3600.0 if is_batch else math.inf,
+        session="",
+        sampling=sampling or Sampling(temperature=0.0, max_tokens=max_tokens),
+    )
+
+
+def expected(ids: Ids, count: int) -> list[int]:
+    return [token(ids, index, VOCAB, FACTS.eos_ids) for index in range(count)]
+
+
+@dataclass
+class Rig:
+    """`now` moves only by steps and by hand."""
+
+    blocks: int = 256
+    speed: StepModel = FAKE_SPEED
+    limits: SchedulerLimits = field(default_factory=SchedulerLimits)
+    faults: tuple[Fault, ...] = ()
+    now: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.trie = BlockTrie(self.blocks, SIZE, keys.root("digest"))
+        self.scheduler = Scheduler(self.trie, FACTS, self.limits, PlanLimits(quantum_tokens=SIZE))
+        self.runner = FakeRunner(FACTS, (self.blocks, SIZE), self.speed, self._sleep, self.faults)
+        self.tokens: dict[int, list[int]] = {}
+        self.times: dict[int, list[float]] = {}
+        self.starts: dict[int, Start] = {}
+        self.ends: dict[int, End] = {}
+        self.steps: list[Launch] = []
+
+    def _sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def submit(self, *orders: Submit, link: int = 1) -> None:
+        for each in orders:
+            self._note(self.scheduler.submit(link, each, self.now))
+
+    def abort(self, handle: int, link: int = 1) -> None:
+        self._note(self.scheduler.abort(link, handle, self.now))
+
+    def step(self, full_links: frozenset[int] = frozenset()) -> Launch | None:
+        launch = self.scheduler.launch(self.speed, self.now, full_links)
+        if launch is not None:
+            self.steps.append(launch)
+            result = self.runner.run(launch.batch)
+            self._note(self.scheduler.collect(launch, result, self.speed, self.now))
+        return launch
+
+    def run(self, steps_max: int = 5000) -> None:
+        """Until nothing is left to do."""
+        for _ in range(steps_max):
+            if self.step() is None:
+                break
+        assert self.scheduler.is_idle
+        self.scheduler.check_idle()
+        self.trie.check()
+
+    def _note(self, outcome: Outcome) -> None:
+        for sequence, each in outcome.tokens:
+            self.tokens.setdefault(sequence.handle, []).append(each)
+            self.times.setdefault(sequence.handle, []).append(self.now)
+        self.starts |= {start.handle: start for _, start in outcome.starts}
+        self.ends |= {end.handle: end for _, end in outcome.ends}

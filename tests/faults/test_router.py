@@ -1,0 +1,110 @@
+"""The router leaves, dies and comes back: workers survive it, clients are told the truth."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from router.cli import main
+from router.config import Config, Record
+from tests.faults.house import DEADLINE_S, house
+from tests.router.test_keeper import is_alive, until
+
+pytestmark = pytest.mark.model
+
+
+def test_a_draining_router_finishes_its_streams_and_leaves(tmp_path: Path, model_folder: Path) -> None:
+    async def scene() -> None:
+        async with house(tmp_path, model_folder, slower=20) as built:
+            stream = await built.ask("a long story", tokens=60).until(lambda seen: len(seen.text) > 0)
+            assert built.router is not None
+
+            built.router.send_signal(signal.SIGTERM)
+
+            await stream.end()
+            assert stream.is_done
+            assert await asyncio.get_running_loop().run_in_executor(None, built.router.wait, DEADLINE_S) == 0
+
+    asyncio.run(scene())
+
+
+def test_a_killed_router_is_replaced_and_workers_survive_it(tmp_path: Path, model_folder: Path) -> None:
+    async def scene() -> None:
+        async with house(tmp_path, model_folder, slower=20) as built:
+            stream = await built.ask("a long story", tokens=200).until(lambda seen: len(seen.text) > 0)
+            assert built.router is not None
+
+            built.router.kill()
+            built.router.wait()
+            await stream.end()
+            built.start_router()
+            await built.until_up(2)
+
+            assert not stream.is_done
+            assert all(worker.poll() is None for worker in built.workers.values())
+            await built.until(lambda seen: all(worker["load"]["running"] == 0 for worker in seen.values()))
+            again = await built.ask("a long story", tokens=10).end()
+            assert again.is_done
+            assert again.text
+
+    asyncio.run(scene())
+
+
+def test_a_recorded_run_replays_byte_for_byte(
+    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.jsonl"
+
+    async def scene() -> None:
+        async with house(tmp_path, model_folder, Config(record=Record(path=str(path))), slower=5) as built:
+            answers = [built.ask(f"tale {number}", tokens=30) for number in range(20)]
+            await answers[0].until(lambda seen: len(seen.text) > 0)
+            built.hurt("w0", signal.SIGKILL)
+            await answers[1].leave()
+            for answer in answers[2:]:
+                await answer.end()
+
+    asyncio.run(scene())
+
+    assert main(["replay-events", str(path)]) == 0
+    assert re.match(r"\d{2,} events, \d{2,} actions: equal byte for byte", capsys.readouterr().out)
+
+
+def test_serve_answers_survives_a_killed_worker_and_leaves_no_process(tmp_path: Path, model_folder: Path) -> None:
+    del model_folder  # converted already, so that the start is quick
+    printed = tmp_path / "printed"
+    command = [sys.executable, "-m", "router.cli", "serve", "--port", "0", "--device", "fake"]
+    env = {**os.environ, "HEADWAY_SERVER_ADMIN_PORT": "0", "XDG_RUNTIME_DIR": str(tmp_path)}
+    with printed.open("w") as file:
+        keeper = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env)
+    try:
+        until(lambda: "Ctrl-C drains and stops." in printed.read_text(), f"ready: {printed.read_text()}")
+        text = printed.read_text()
+        children = [int(pid) for pid in Path(f"/proc/{keeper.pid}/task/{keeper.pid}/children").read_text().split()]
+        base = re.search(r"http://127\.0\.0\.1:\d+", text)
+        assert base is not None
+        assert "chatbot+ " in text
+
+        with httpx.Client(base_url=base[0], timeout=DEADLINE_S) as client:
+            body = json.loads(re.search(r"-d '(.*)'", text)[1])  # type: ignore[index]
+            assert client.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
+            os.kill(children[0], signal.SIGKILL)
+            until(lambda: "w0 is up" in printed.read_text().split("ended (SIGKILL)")[-1], "w0 is back")
+            assert client.post("/v1/chat/completions", json=body).status_code == 200
+
+        keeper.terminate()
+        assert keeper.wait(DEADLINE_S) == 0
+        assert not any(map(is_alive, children))
+        assert not list(tmp_path.glob("headway-*"))
+    finally:
+        keeper.kill()
+        keeper.wait()

@@ -1,0 +1,188 @@
+"""Workers die, freeze and lie: what that costs the clients, and that nothing else is cost (R1, R2, R4, R5)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from router.config import Classes, Config, Promise
+from tests.faults.house import DEADLINE_S, House, Stream, house
+
+pytestmark = pytest.mark.model
+
+LONG = "word " * 1500  # prefill of this takes a fake worker 0.6 s at 20 times its usual slowness
+
+
+async def healthy_answer(built: House, prompt: str, tokens: int = 20) -> str:
+    """What this prompt's answer is when nothing goes wrong."""
+    answer = await built.ask(prompt, tokens=tokens).end()
+    assert answer.is_done
+    assert answer.text
+    return answer.text
+
+
+async def one_on_each(built: House, tokens: int) -> tuple[Stream, Stream]:
+    """Two running streams, the first on w0, the second on w1."""
+    streams: dict[str, Stream] = {}
+    for number in range(50):
+        stream = built.ask(f"story {number}", tokens=tokens)
+        await stream.until(lambda seen: len(seen.text) > 0 or seen.status > 200)
+        streams[stream.headers["x-headway-worker"]] = stream
+        if len(streams) == 2:
+            return streams["w0"], streams["w1"]
+    raise AssertionError("one worker got everything")
+
+
+def test_a_worker_killed_in_prefill_costs_the_client_nothing(tmp_path: Path, model_folder: Path) -> None:
+    async def scene() -> None:
+        async with house(tmp_path, model_folder, slower=20) as built:
+            answers = [built.ask(f"{number} {LONG}") for number in range(4)]
+            await built.until(lambda seen: seen["w0"]["requests"] > 0)
+
+            built.hurt("w0", signal.SIGKILL)
+
+            ended = [await answer.end() for answer in answers]
+            assert [answer.status for answer in ended] == [200] * 4
+            assert all(answer.is_done and not answer.errors for answer in ended)
+            assert {answer.headers["x-headway-worker"] for answer in ended} == {"w1"}
+            assert ended[0].text == await healthy_answer(built, f"0 {LONG}")
+
+    asyncio.run(scene())
+
+
+def test_a_stream_that_cannot_go_on_ends_with_an_error_and_its_neighbour_goes_on(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    async def scene() -> None:
+        async with house(tmp_path, model_folder, slower=20) as built:
+            cut, whole = await one_on_each(built, tokens=60)
+
+            built.hurt("w0", signal.SIGKILL)
+
+            await cut.end()
+            await whole.end()
+            assert cut.status == 200
+            assert len(cut.errors) == 1
+            assert not cut.is_done
+            assert cut.finish_reason is None
+            assert whole.is_done
+            assert whole.finish_reason == "length"
+            assert not whole.errors
+            assert await built.metric("headway_worker_losses_total") == 1
+
+    asyncio.run(scene())
+
+
+def test_a_frozen_worker_is_ejected_and_may_come_back(tmp_path: Path, model_folder: Path) -> None:
+    async def scene() -> None:
+        async with house(tmp_path, model_folder, slower=20) as built:
+            answers = [built.ask(f"{number} {LONG}") for number in range(4)]
+            await built.until(lambda seen: seen["w0"]["requests"] > 0)
+
+            built.hurt("w0", signal.SIGSTOP)
+            ended = [await answer.end() for answer in answers]
+            built.hurt("w0", signal.SIGCONT)
+            await built.until_up(2)
+
+            assert all(answer.is_done and not answer.errors for answer in ended)
+            assert ended[0].text == await healthy_answer(built, f"0 {LONG}")
+
+    asyncio.run(scene())
+
+
+def test_a_worker_that_stays_frozen_is_named_to_the_keeper(tmp_path: Path, model_folder: Path) -> None:
+    async def scene() -> None:
+        async with house(tmp_path, model_folder, slower=20) as built:
+            answers = [built.ask(f"{number} {LONG}") for number in range(4)]
+            await built.until(lambda seen: seen["w0"]["requests"] > 0)
+
+            built.hurt("w0", signal.SIGSTOP)
+
+            async with asyncio.timeout(DEADLINE_S):
+                asked = await asyncio.get_running_loop().run_in_executor(None, os.read, built.asked_read, 100)
+            assert asked == b"w0\n"
+            for answer in answers:
+                await answer.end()
+
+    asyncio.run(scene())
+
+
+def test_a_request_without_workers_is_held_until_one_is_back(tmp_path: Path, model_folder: Path) -> None:
+    async def scene() -> None:
+        async with house(tmp_path, model_folder) as built:
+            expected = await healthy_answer(built, "hello")
+            for name in ("w0", "w1"):
+                built.hurt(name, signal.SIGKILL)
+            await built.until(lambda seen: not any(worker["is_up"] for worker in seen.values()))
+            assert (await built.client.get("/readyz")).status_code == 503
+
+            held = built.ask("hello")
+            built.start_worker("w1")
+
+            await held.end()
+            assert held.is_done
+            assert held.text == expected
+
+    asyncio.run(scene())
+
+
+def test_a_request_without_workers_is_refused_when_its_patience_ends(tmp_path: Path, model_folder: Path) -> None:
+    impatient = Config(classes=Classes(chatbot=Promise(patience_s=0.5)))
+
+    async def scene() -> None:
+        async with house(tmp_path, model_folder, impatient) as built:
+            for name in ("w0", "w1"):
+                built.hurt(name, signal.SIGKILL)
+            await built.until(lambda seen: not any(worker["is_up"] for worker in seen.values()))
+
+            refused = await built.ask("hello", **{"x-headway-class": "chatbot+"}).end()
+
+            assert refused.status == 503
+            assert refused.headers["x-headway-class"] == "chatbot+"
+            assert int(refused.headers["retry-after"]) >= 1
+            assert refused.body["error"]["message"]
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize("fault", ["bad-frame@60", "foreign@60", "nan@60", "die@60"])
+def test_a_worker_that_lies_or_dies_harms_nobody_else(tmp_path: Path, model_folder: Path, fault: str) -> None:
+    async def scene() -> None:
+        async with house(tmp_path, model_folder, slower=5) as built:
+            built.hurt("w0", signal.SIGKILL)
+            await built.until_up(1)
+            built.start_worker("w0", "--fault", fault)
+            await built.until_up(2)
+
+            answers = [await answer.end() for answer in [built.ask(f"tale {n}", tokens=40) for n in range(12)]]
+
+            assert all(answer.is_done != bool(answer.errors) for answer in answers)  # whole, or said to be broken
+            whole = [answer for answer in answers if answer.is_done and answer.headers["x-headway-worker"] == "w1"]
+            assert whole
+            assert await healthy_answer(built, "tale 0", tokens=40)
+
+    asyncio.run(scene())
+
+
+def test_clients_that_leave_give_every_block_back(tmp_path: Path, model_folder: Path) -> None:
+    async def scene() -> None:
+        async with house(tmp_path, model_folder, slower=5) as built:
+            streams = [built.ask(f"{number} once upon a time", tokens=400) for number in range(60)]
+            for number, stream in enumerate(streams):
+                if number % 3:  # the others leave while they wait
+                    await stream.until(lambda seen: len(seen.text) > 0 or seen.status > 200)
+                await stream.leave()
+
+            def is_free(worker: dict[str, dict[str, int]]) -> bool:
+                load = worker["load"]
+                idle = load["running"] == load["waiting"] == 0
+                return idle and load["blocks_free"] + load["blocks_cached"] == worker["blocks_total"]
+
+            await built.until(lambda seen: all(worker["requests"] == 0 and is_free(worker) for worker in seen.values()))
+            assert await built.metric("headway_requests_live") == 0
+
+    asyncio.run(scene())
