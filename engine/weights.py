@@ -1,0 +1,124 @@
+"""Weights from a Hugging Face folder (safetensors, one file or shards) into a Decoder: merged, cast, packed.
+
+Owns the order of rows in memory. Reads by mmap and never unpickles; makes no file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from engine.models.config import ELSEWHERE, ModelConfig, ModelError, read, read_json
+from engine.models.decoder import Decoder, Layer, rope_frequencies
+from engine.models.linear import Linear, pack
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+def load(folder: Path, dtype: torch.dtype, device: torch.device) -> Decoder:
+    """A decoder ready to run. Raises ModelError when a tensor is missing or of another shape than the config says."""
+    config = read(folder)
+    with _opened(folder) as checkpoint:
+        source = _Source(checkpoint, config, dtype, device)
+        embedding = source.tensor("model.embed_tokens.weight", (config.vocab_size, config.hidden))
+        layers = tuple(_layer(source, number) for number in range(config.layers))
+        head = embedding if config.is_head_tied else source.tensor("lm_head.weight", (config.vocab_size, config.hidden))
+        norm = source.tensor("model.norm.weight", (config.hidden,))
+    return Decoder(config, embedding, layers, norm, pack(head), rope_frequencies(config).to(device))
+
+
+def shards(folder: Path) -> list[Path]:
+    """The weight files of a folder, in name order."""
+    if (folder / SINGLE_FILE).exists():
+        return [folder / SINGLE_FILE]
+    if not (folder / INDEX_FILE).exists():
+        raise ModelError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}; {ELSEWHERE}")
+    names = set(read_json(folder / INDEX_FILE).get("weight_map", {}).values())
+    if any(Path(name).name != name for name in names):
+        raise ModelError(f"{folder / INDEX_FILE} names files outside its folder")
+    return [folder / name for name in sorted(names)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Named tensors of a checkpoint, as the decoder wants them."""
+
+    checkpoint: dict[str, safe_open]  # tensor name -> the open file that holds it
+    config: ModelConfig
+    dtype: torch.dtype
+    device: torch.device
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        if name not in self.checkpoint:
+            raise ModelError(f"the checkpoint has no tensor {name}; {ELSEWHERE}")
+        tensor: Tensor = self.checkpoint[name].get_tensor(name)  # type: ignore[no-untyped-call]
+        if tuple(tensor.shape) != shape:
+            raise ModelError(f"the tensor {name} has shape {tuple(tensor.shape)}, the config says {shape}")
+        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+            raise ModelError(f"the tensor {name} is {tensor.dtype}: quantised checkpoints are not read; {ELSEWHERE}")
+        return tensor.to(self.device, self.dtype)
+
+    def linear(self, prefix: str, parts: dict[str, int], columns: int) -> Linear:
+        """Projections of the same input as one matrix, their rows one below the other, with biases if any has one."""
+        weight = torch.cat(
+            [self._turned(part, f"{prefix}{part}.weight", (rows, columns)) for part, rows in parts.items()]
+        )
+        if not any(f"{prefix}{part}.bias" in self.checkpoint for part in parts):
+            return pack(weight)
+        return pack(weight, torch.cat([self._bias(prefix, part, rows) for part, rows in parts.items()]))
+
+    def norm(self, prefix: str, part: str) -> Tensor | None:
+        if not self.config.has_qk_norm:
+            return None
+        return rope_order(self.tensor(f"{prefix}{part}.weight", (self.config.head_dim,)), self.config.head_dim)
+
+    def _bias(self, prefix: str, part: str, rows: int) -> Tensor:
+        name = f"{prefix}{part}.bias"
+        if name not in self.checkpoint:
+            return torch.zeros(rows, dtype=self.dtype, device=self.device)
+        return self._turned(part, name, (rows,))
+
+    def _turned(self, part: str, name: str, shape: tuple[int, ...]) -> Tensor:
+        tensor = self.tensor(name, shape)
+        return rope_order(tensor, self.config.head_dim) if part in ("q_proj", "k_proj") else tensor
+
+
+def rope_order(rows: Tensor, head_dim: int) -> Tensor:
+    """Rows of each head reordered so that the two numbers that turn together are neighbours: rope is then one
+    complex product. Queries and keys move alike, so their dot products stay what they were."""
+    return rows.view(-1, 2, head_dim // 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def _layer(source: _Source, number: int) -> Layer:
+    config, prefix = source.config, f"model.layers.{number}."
+    attention, mlp = prefix + "self_attn.", prefix + "mlp."
+    qkv = {"q_proj": config.q_width, "k_proj": config.kv_width, "v_proj": config.kv_width}
+    return Layer(
+        attention_norm=source.tensor(prefix + "input_layernorm.weight", (config.hidden,)),
+        qkv=source.linear(attention, qkv, config.hidden),
+        q_norm=source.norm(attention, "q_norm"),
+        k_norm=source.norm(attention, "k_norm"),
+        out=source.linear(attention, {"o_proj": config.hidden}, config.q_width),
+        mlp_norm=source.tensor(prefix + "post_attention_layernorm.weight", (config.hidden,)),
+        gate_up=source.linear(mlp, {"gate_proj": config.ffn, "up_proj": config.ffn}, config.hidden),
+        down=source.linear(mlp, {"down_proj": config.hidden}, config.ffn),
+    )
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[dict[str, safe_open]]:
+    with ExitStack() as stack:
+        checkpoint: dict[str, safe_open] = {}
+        for path in shards(folder):
+            try:
+                file = stack.enter_context(safe_open(path, framework="pt"))
+            except (OSError, SafetensorError) as error:
+                raise ModelError(f"{path} is not a readable safetensors file ({error})") from error
+            checkpoint |= dict.fromkeys(file.keys(), file)
+        yield checkpoint
