@@ -6,7 +6,6 @@ import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -36,6 +35,7 @@ GGML = {  # Hugging Face's names in a layer, in llama.cpp's
 }
 TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 Q = gguf.GGMLQuantizationType
+HALF_FIELDS = {Q.Q4_K: (0, 4), Q.Q5_K: (0, 4), Q.Q6_K: (208, 210)}  # where a block keeps its float16 scales
 
 
 def silent(what: str, done: float) -> None:
@@ -44,17 +44,19 @@ def silent(what: str, done: float) -> None:
 
 def write_gguf(
     path: Path, arch: str = "qwen2", kind: Q = Q.Q8_0, change: Callable[[gguf.GGUFWriter], None] | None = None
-) -> Any:
-    """A tiny random model as llama.cpp's converter would write it; also the transformers model it came from."""
-    model = tiny.model_of(arch, **SHAPE)
+) -> None:
+    """A tiny random model as llama.cpp's converter would write it."""
+    shape = SHAPE | ({"hidden_size": 256, "intermediate_size": 256} if kind in HALF_FIELDS else {})
+    model = tiny.model_of(arch, **shape)
     writer = gguf.GGUFWriter(path, arch)
     writer.add_context_length(512)
-    writer.add_embedding_length(64)
+    writer.add_embedding_length(shape["hidden_size"])
     writer.add_block_count(2)
-    writer.add_feed_forward_length(96)
+    writer.add_feed_forward_length(shape["intermediate_size"])
     writer.add_head_count(4)
     writer.add_head_count_kv(2)
     writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_key_length(16)
     writer.add_rope_freq_base(10_000.0)
     bytes_as_text = sorted(ByteLevel.alphabet())
     merges = ["h e", "l l", "he ll", "hell o", "Ġ w", "i n", "1 2", "Ġ Ġ"]
@@ -71,14 +73,25 @@ def write_gguf(
     for name, tensor in model.state_dict().items():
         values = tensor.numpy()
         stored = kind if values.ndim == 2 else Q.F32
-        writer.add_tensor(ggml_name(name), gguf.quantize(values, stored), raw_dtype=stored)
+        writer.add_tensor(ggml_name(name), quantised(values, stored), raw_dtype=stored)
     if change:
         change(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return model
+
+
+def quantised(values: np.ndarray, kind: Q) -> np.ndarray:
+    """gguf's own quantisation; for K-quants, which it can only read, random blocks of the same shape."""
+    if kind not in HALF_FIELDS:
+        return gguf.quantize(values, kind)
+    block_values, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    rows, columns = values.shape
+    blocks = np.random.default_rng(rows).integers(0, 256, (rows * columns // block_values, block_bytes), np.uint8)
+    first, end = HALF_FIELDS[kind]
+    blocks[:, first:end] = np.full((end - first) // 2, 2e-5, np.float16).view(np.uint8)
+    return blocks.reshape(rows, -1)
 
 
 def ggml_name(name: str) -> str:
@@ -89,7 +102,7 @@ def ggml_name(name: str) -> str:
     return f"blk.{number}.{GGML[part]}.{kind}"
 
 
-@pytest.mark.parametrize("kind", [Q.F32, Q.F16, Q.BF16, Q.Q8_0, Q.Q4_0, Q.Q4_1, Q.Q5_0])
+@pytest.mark.parametrize("kind", [Q.F32, Q.F16, Q.BF16, Q.Q8_0, Q.Q4_0, Q.Q4_1, Q.Q5_0, Q.Q4_K, Q.Q5_K, Q.Q6_K])
 def test_a_conversion_computes_what_transformers_computes_from_the_same_file(kind: Q, tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", kind=kind)
     folder = convert.convert(tmp_path / "m.gguf", tmp_path / "cache", silent)

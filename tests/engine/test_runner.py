@@ -96,11 +96,12 @@ def test_a_sequence_that_is_not_finite_fails_alone_and_leaves_no_trace(tiny_llam
     with torch.inference_mode():
         runner._decoder.embedding[poison] = torch.nan
 
-    bad, good = blocks.start([7, poison, 8], 6), blocks.start(healthy, 6)
-    advance(runner, [(bad, 3), (good, len(good.ids))])
+    bad, good = blocks.start([7, poison, 8, 9], 6), blocks.start(healthy, 6)
+    advance(runner, [(bad, 4), (good, len(good.ids))])
     assert bad.is_bad
     assert not good.is_bad
-    reused = Generation(list(healthy), len(healthy), bad.blocks + [blocks.free.pop() for _ in range(4)])
+    fresh = [blocks.free.pop() for _ in range(4)]  # its third block was the bad one's first, and stays half filled
+    reused = Generation(list(healthy), len(healthy), [*fresh[:2], bad.blocks[0], *fresh[2:]])
     while len(good.output) < 6:
         advance(runner, [(good, 1), (reused, len(reused.ids) - reused.computed)])
     advance(runner, [(reused, 1)])
