@@ -46,7 +46,7 @@ def write_gguf(
     path: Path, arch: str = "qwen2", kind: Q = Q.Q8_0, change: Callable[[gguf.GGUFWriter], None] | None = None
 ) -> None:
     """A tiny random model as llama.cpp's converter would write it."""
-    shape = SHAPE | ({"hidden_size": 256, "intermediate_size": 256} if kind in HALF_FIELDS else {})
+    shape = SHAPE | ({"hidden_size": 256, "intermediate_size": 256, "head_dim": 64} if kind in HALF_FIELDS else {})
     model = tiny.model_of(arch, **shape)
     writer = gguf.GGUFWriter(path, arch)
     writer.add_context_length(512)
@@ -56,7 +56,7 @@ def write_gguf(
     writer.add_head_count(4)
     writer.add_head_count_kv(2)
     writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_key_length(16)
+    writer.add_key_length(shape["head_dim"])
     writer.add_rope_freq_base(10_000.0)
     bytes_as_text = sorted(ByteLevel.alphabet())
     merges = ["h e", "l l", "he ll", "hell o", "Ġ w", "i n", "1 2", "Ġ Ġ"]
