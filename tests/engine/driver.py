@@ -4,10 +4,14 @@ Owns shuffled block tables and how prompts are cut into chunks. Knows nothing of
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from engine.runner import TorchRunner
 from engine.step import StepBatch
 from engine.wire import Sampling
 
@@ -75,3 +79,36 @@ def batch_of(turns: list[tuple[Generation, int]], block_tokens: int) -> StepBatc
         sampling=tuple(generation.sampling for generation in wanted),
         sample_positions=np.array([len(generation.output) for generation in wanted], np.int32),
     )
+
+
+def advance(runner: TorchRunner, turns: list[tuple[Generation, int]]) -> None:
+    """Run one step and take its tokens."""
+    ends = [one for one, rows in turns if one.computed + rows == len(one.ids)]
+    result = runner.run(batch_of(turns, runner.block_tokens))
+    for one, rows in turns:
+        one.computed += rows
+    for one, token, is_bad in zip(ends, result.ids.tolist(), result.is_bad.tolist(), strict=True):
+        one.ids.append(token)
+        one.is_bad |= is_bad
+
+
+def generate(runner: TorchRunner, blocks: Blocks, prompt: list[int], new: int, chunks: Sequence[int] = ()) -> list[int]:
+    """Alone: the prompt in chunks of these sizes, what is left of it in one, then a row a step."""
+    one = blocks.start(prompt, new)
+    for rows in chunks:
+        advance(runner, [(one, rows)])
+    while len(one.output) < new:
+        advance(runner, [(one, len(one.ids) - one.computed)])
+    blocks.give(one)
+    return one.output
+
+
+def all_logits(runner: TorchRunner, ids: list[int], chunks: Sequence[int]) -> Tensor:
+    """[tokens, vocab]: the logits at every position, computed in chunks of these sizes."""
+    one = Blocks(runner.blocks_total, runner.block_tokens).start(ids, 0)
+    parts = []
+    for rows in chunks:
+        batch = batch_of([(one, rows)], runner.block_tokens)
+        parts.append(runner.logits(replace(batch, sample_rows=np.arange(rows, dtype=np.int32))))
+        one.computed += rows
+    return torch.cat(parts)
