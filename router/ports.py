@@ -1,13 +1,15 @@
-"""The two faces between one request's relay and the rest of the router.
+"""The faces between one request's relay and the rest of the router.
 
-Owns no behaviour. Both are called synchronously from the event loop's own callbacks and must never block or await."""
+Owns no behaviour. All are called synchronously from the event loop's own callbacks and must never block or await."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
-from engine.wire import End, Start
+from engine.wire import End, Start, Submit
 from policies.actions import Cancel, Dispatch, Reject, Tokenise
+from policies.request import Request, RequestId, WorkerId
+from router.receipts import Receipt
 
 
 class Client(Protocol):
@@ -40,3 +42,35 @@ class Sink(Protocol):
 
     def lost(self, reason: str) -> None:
         """The worker died or the link broke; nothing follows."""
+
+
+class Attempt(Protocol):
+    """One try of a request on one worker."""
+
+    def abort(self, reason: str) -> None:
+        """Forget it; its sink hears nothing more. Idempotent."""
+
+
+class MindPort(Protocol):
+    """The mind, to a relay."""
+
+    def offer(self, request: Request, client: Client) -> None: ...
+    def arrived(self, request_id: RequestId, tokens: int, chain: bytes) -> None: ...
+    def gone(self, request_id: RequestId) -> None: ...
+    def failed(self, request_id: RequestId, worker: WorkerId, reason: str) -> None: ...
+
+
+class FleetPort(Protocol):
+    """The fleet, to a relay."""
+
+    def submit(self, worker: WorkerId, request_id: RequestId, order: Submit, sink: Sink) -> Attempt:
+        """Send an attempt. Raises router.link.LinkLost when the worker is gone: the sink hears nothing."""
+
+    def name(self, worker: WorkerId) -> str:
+        """The worker's name, for people."""
+
+
+class Observer(Protocol):
+    """Who hears how each request ended."""
+
+    def ended(self, receipt: Receipt) -> None: ...

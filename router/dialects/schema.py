@@ -1,0 +1,127 @@
+"""OpenAI's request bodies, typed: wrong types, ranges and JSON are refused here with the field's name.
+
+Owns the shapes and their bounds. Unknown fields pass unread: clients send what their vendor invented last week."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from router.errors import RequestError
+
+STOPS_MAX = 16  # OpenAI takes 4; vLLM any number
+STOP_CHARS_MAX = 256
+SEED_MAX = 2**63 - 1
+
+Temperature = Annotated[float, Meta(ge=0, le=2)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Tokens = Annotated[int, Meta(ge=0, le=10_000_000)]
+Positive = Annotated[int, Meta(ge=1, le=10_000_000)]
+Stops = Annotated[list[Annotated[str, Meta(max_length=STOP_CHARS_MAX)]], Meta(max_length=STOPS_MAX)]
+
+
+class StreamOptions(Struct):
+    """OpenAI's `stream_options`."""
+
+    include_usage: bool = False
+
+
+class ResponseFormat(Struct):
+    """OpenAI's `response_format`; its schema is read where grammars are."""
+
+    type: str
+
+
+class Part(Struct):
+    """A piece of a message's content. Only text is read."""
+
+    type: str
+    text: str = ""
+
+
+class ChatMessage(Struct):
+    """One message of a chat."""
+
+    role: Annotated[str, Meta(max_length=32)]
+    content: str | list[Part] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+
+
+class Common(Struct, kw_only=True):
+    """What chat and completions share."""
+
+    model: Annotated[str, Meta(max_length=256)] = ""
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: Positive | None = None
+    temperature: Temperature | None = None
+    top_p: Share | None = None
+    seed: Annotated[int, Meta(ge=-SEED_MAX, le=SEED_MAX)] | None = None
+    stop: Annotated[str, Meta(max_length=STOP_CHARS_MAX)] | Stops | None = None
+    n: Annotated[int, Meta(ge=1, le=128)] | None = None
+    user: Annotated[str, Meta(max_length=512)] | None = None
+    service_tier: Annotated[str, Meta(max_length=32)] | None = None
+    prompt_cache_key: Annotated[str, Meta(max_length=256)] | None = None
+    metadata: dict[str, Any] | None = None
+    # Beyond OpenAI, named as in vLLM and SGLang.
+    top_k: Annotated[int, Meta(ge=-1, le=10_000_000)] | None = None
+    min_p: Share | None = None
+    min_tokens: Tokens | None = None
+    ignore_eos: bool = False
+    stop_token_ids: Annotated[list[Annotated[int, Meta(ge=0, le=2**31 - 1)]], Meta(max_length=64)] | None = None
+
+
+class ChatRequest(Common, kw_only=True):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=65_536)]
+    max_completion_tokens: Positive | None = None
+    tools: list[dict[str, Any]] | None = None
+    response_format: ResponseFormat | None = None
+    logprobs: bool | None = None
+    background: bool = False
+
+
+class CompletionRequest(Common, kw_only=True):
+    """POST /v1/completions."""
+
+    prompt: str | list[Any]
+    echo: bool = False
+    suffix: str | None = None
+    logprobs: int | None = None
+    best_of: int | None = None
+
+
+_PATH = re.compile(r" - at `\$\.?([^`]*)`$")
+Body = TypeVar("Body")
+
+
+def decode(decoder: msgspec.json.Decoder[Body], body: bytes) -> Body:
+    """The body as its type. Raises RequestError 400 naming the field."""
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        path = _PATH.search(str(error))
+        raise wrong_field(path[1] if path else None, _PATH.sub("", str(error))) from None
+    except msgspec.DecodeError as error:
+        raise RequestError(400, f"The body is not valid JSON: {error}", code="invalid_json") from None
+    except RecursionError:
+        raise RequestError(400, "The body is nested too deeply.", code="invalid_json") from None
+    except UnicodeDecodeError:
+        raise RequestError(400, "The body is not valid UTF-8.", code="invalid_json") from None
+
+
+def wrong_field(param: str | None, why: str) -> RequestError:
+    """400 that names a field and says what is wrong with it."""
+    named = f"Invalid value for '{param}': {why}" if param else f"Invalid body: {why}"
+    return RequestError(400, named, param=param, code="invalid_value")
+
+
+def refuse_unsupported(param: str, why: str) -> RequestError:
+    """400 for a field that is understood and cannot be served."""
+    return RequestError(400, f"'{param}' is not supported: {why}.", param=param, code="unsupported_parameter")

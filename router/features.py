@@ -1,0 +1,159 @@
+"""What a request says of itself: headers and body become the facts that the mind classifies by.
+
+Owns the names that clients use. Never decides: every one of these can be forged, and the mind knows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import xxhash
+
+from policies.request import CLASS_LABELS, CLASS_NAMES, Facts, Request, RequestClass, RequestId, Tenant
+from router.dialects.schema import ChatRequest, Common, CompletionRequest
+from router.errors import RequestError
+from router.exchange import Exchange
+from router.turn import Turn
+
+TEMPLATE_CHARS = 2048  # siblings of one template share so much of their beginning
+CHARS_A_TOKEN = 4  # for the estimate before tokenising
+INTERACTIVE_TOOLS = frozenset(("AskUserQuestion", "EnterPlanMode", "ExitPlanMode", "request_user_input"))
+SESSION_HEADERS = (
+    "x-claude-code-session-id",
+    "session-id",
+    "thread-id",
+    "session_id",
+    "conversation_id",
+    "x-session-affinity",
+    "x-session-id",
+    "x-opencode-session",
+)
+TIMEOUT_HEADERS = ("x-stainless-read-timeout", "x-stainless-timeout")
+SIDE_SOURCES = ("thread_title",)
+SIDE_KINDS = ("compaction",)
+
+Headers = Mapping[str, str]
+
+
+def describe(
+    request_id: RequestId, exchange: Exchange, body: Common, turn: Turn, *, model: str, tenant: Tenant
+) -> Request:
+    """The request as the mind sees it. Raises RequestError 400 for a class that does not exist."""
+    headers = {name.decode("latin-1"): value.decode("latin-1").strip() for name, value in exchange.head.headers}
+    session = session_key(headers, body)
+    return Request(
+        id=request_id,
+        tenant=tenant,
+        session=session or _lineage(turn),
+        model=model,
+        facts=facts(headers, body, turn, has_session=bool(session)),
+        arrived=exchange.arrived,
+        body_bytes=len(exchange.body),
+        estimated_tokens=len(turn.ids) if turn.ids is not None else max(1, len(exchange.body) // CHARS_A_TOKEN),
+        max_output=turn.max_tokens,
+        declared_timeout_s=_timeout_s(headers),
+    )
+
+
+def facts(headers: Headers, body: Common, turn: Turn, *, has_session: bool) -> Facts:
+    """Declared facts of headers and body."""
+    codex = _json_object(headers.get("x-codex-turn-metadata", ""))
+    side = codex.get("thread_source") in SIDE_SOURCES or codex.get("request_kind") in SIDE_KINDS
+    last_role = turn.messages[-1].role if turn.messages else "user"
+    return Facts(
+        declared_class=_declared_class(headers),
+        service_tier=(body.service_tier or "").lower(),
+        background=isinstance(body, ChatRequest) and body.background,
+        user_agent=headers.get("user-agent", "").lower(),
+        originator=headers.get("originator", "").lower(),
+        turn_trigger=str(codex.get("turn_trigger", "")),
+        is_side_call=side,
+        agent_id=headers.get("x-claude-code-agent-id", ""),
+        stream=turn.is_stream,
+        message_count=max(1, len(turn.messages)),
+        prompt_count=_prompt_count(body),
+        last_role="tool" if last_role == "function" else last_role,
+        tool_count=len(turn.tools),
+        has_interactive_tools=not INTERACTIVE_TOOLS.isdisjoint(_tool_names(turn)),
+        has_json_schema=isinstance(body, ChatRequest) and body.response_format is not None,
+        has_session=has_session,
+        template_hash=xxhash.xxh3_64_intdigest(_beginning(turn)),
+    )
+
+
+def session_key(headers: Headers, body: Common) -> str:
+    """The client's own name for its session; empty if it has none."""
+    for name in SESSION_HEADERS:
+        if value := headers.get(name):
+            return value
+    user_id = (body.metadata or {}).get("user_id")
+    if isinstance(user_id, str) and user_id:
+        return str(_json_object(user_id).get("session_id") or user_id)
+    return body.prompt_cache_key or body.user or ""
+
+
+def _declared_class(headers: Headers) -> RequestClass | None:
+    name = headers.get("x-headway-class")
+    if name is None:
+        return None
+    if name.lower() not in CLASS_NAMES:
+        message = f"The header x-headway-class must be one of {', '.join(CLASS_LABELS)} (or chat, agent, batch)."
+        raise RequestError(400, message, param="x-headway-class", code="invalid_value")
+    return CLASS_NAMES[name.lower()]
+
+
+def _timeout_s(headers: Headers) -> float | None:
+    for name in TIMEOUT_HEADERS:
+        try:
+            seconds = float(headers.get(name, ""))
+        except ValueError:
+            continue
+        if 0 < seconds < float("inf"):
+            return seconds
+    return None
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    """A header or field that should hold a JSON object; what does not is nobody's fault and says nothing."""
+    if not text.startswith("{"):
+        return {}
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _tool_names(turn: Turn) -> list[str]:
+    functions = (tool.get("function") for tool in turn.tools)
+    return [str(function.get("name")) for function in functions if isinstance(function, dict)]
+
+
+def _prompt_count(body: Common) -> int:
+    if not (isinstance(body, CompletionRequest) and isinstance(body.prompt, list)):
+        return 1
+    return max(1, sum(isinstance(part, (str, list)) for part in body.prompt))
+
+
+def _beginning(turn: Turn) -> bytes:
+    """The first 2 KB of the prompt, whatever it is made of."""
+    if turn.ids is not None:
+        return turn.ids[: TEMPLATE_CHARS // CHARS_A_TOKEN].tobytes()
+    if turn.text is not None:
+        return turn.text[:TEMPLATE_CHARS].encode()
+    parts, left = [], TEMPLATE_CHARS
+    for message in turn.messages:
+        parts.append(message.content[:left])
+        left -= len(parts[-1])
+        if left <= 0:
+            break
+    return "\n".join(parts).encode()
+
+
+def _lineage(turn: Turn) -> str:
+    """A name for the conversation of a client that has none: what it began with. A turn alone begins nothing."""
+    opening = [message.content for message in turn.messages[:2]]
+    if len(turn.messages) < 2:
+        return ""
+    return f"lineage-{xxhash.xxh3_64_hexdigest(chr(0).join(opening).encode())}"

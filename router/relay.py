@@ -1,0 +1,385 @@
+"""One request's life on the wire: decisions of the mind and tokens of a worker become bytes for one client.
+
+Owns the request from its offer to its receipt: every one ends exactly once, as finished, refused, failed or cancelled.
+Never decides where or when it runs. Until the first token nothing is sent, so that a failed attempt is placed again
+unseen; after it a lost worker's stream goes on elsewhere from the tokens that were sent, or ends with an error event,
+never as if it were whole."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+
+from engine.wire import End, Start, Submit
+from policies.actions import Cancel, Dispatch, Reject, Tokenise
+from policies.request import Request, RequestClass
+from router.errors import ErrorDetail, Headers, RequestError, context_overflow, error_body, error_type, retry_headers
+from router.exchange import Exchange
+from router.link import LinkLost
+from router.ports import Attempt, FleetPort, MindPort, Observer
+from router.receipts import Receipt
+from router.stops import StopScanner
+from router.text import Identity, Prompt, Rendered, Text
+from router.turn import Encoder, Turn, Usage
+
+SSE: Headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+JSON: Headers = [(b"content-type", b"application/json")]
+HEARTBEAT = b": the request waits for its first token\n\n"
+
+
+@dataclass(frozen=True, slots=True)
+class RelayLimits:
+    """When bytes are sent."""
+
+    commit_after_s: float = 10.0  # a stream that waits longer commits early, so that no proxy between cuts it
+    heartbeat_s: float = 10.0  # and says so again this often
+    coalesce_tokens: int = 8  # classes that nobody watches are flushed every so many tokens ...
+    coalesce_s: float = 0.25  # ... or at the first token after this
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What every relay works with."""
+
+    mind: MindPort
+    fleet: FleetPort
+    observer: Observer
+    limits: RelayLimits
+    clock: Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One request as the door made it: who, what, in which model's tokens, answered in which dialect."""
+
+    request: Request
+    turn: Turn
+    text: Text
+    identity: Identity
+    context_max: int
+    encoder: Encoder
+    operation: str  # gen_ai.operation.name
+    traceparent: str
+
+
+class Relay:
+    """Implements router.ports.Client and Sink for one request. `begin` it, then await `over`."""
+
+    def __init__(self, order: Order, exchange: Exchange, services: Services) -> None:
+        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._order, self._exchange, self._services = order, exchange, services
+        self._request_class = RequestClass.CHATBOT
+        self._class_reason = ""
+        self._prompt: Prompt | None = None
+        self._max_tokens = 0
+        self._placed: Dispatch | None = None
+        self._attempt: Attempt | None = None
+        self._attempts = 0
+        self._emitted = array("i")
+        self._detokeniser = order.text.detokeniser()
+        self._stops = StopScanner(order.turn.stop) if order.turn.stop else None
+        self._unsent: list[str] = []
+        self._unsent_tokens = 0
+        self._flushed_at = 0.0
+        self._has_opened = False  # the encoder's first bytes are out
+        self._cached_tokens = 0
+        self._queue_s: float | None = None
+        self._prefill_s: float | None = None
+        self._ttft_s: float | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._tokenising: asyncio.Task[None] | None = None
+
+    def begin(self) -> None:
+        """Offer the request. It may be answered before this returns."""
+        self._exchange.on_gone = self._client_gone
+        self._exchange.on_writable = self._flush_unsent
+        if self._order.turn.is_stream:
+            self._arm(self._services.limits.commit_after_s)
+        self._services.mind.offer(self._order.request, self)
+
+    # router.ports.Client ----------------------------------------------------------------------------------------------
+
+    def tokenise(self, action: Tokenise) -> None:
+        self._request_class, self._class_reason = action.request_class, action.reason
+        try:
+            rendered = self._order.text.render(self._order.turn, self._order.identity)
+            if rendered.cold_chars > self._order.text.limits.inline_chars_max:
+                self._tokenising = asyncio.get_running_loop().create_task(self._tokenise_in_thread(rendered))
+                return
+            self._arrived(self._order.text.assemble(rendered, self._order.text.tokenise(rendered.cold)))
+        except RequestError as error:
+            self._refuse(error)
+
+    def dispatch(self, action: Dispatch) -> None:
+        assert self._prompt is not None, "tokens come before a place"
+        self._placed = action
+        self._attempts += 1
+        if self._queue_s is None:
+            self._queue_s = self._since_arrival_s()
+        request = self._order.request
+        try:
+            self._attempt = self._services.fleet.submit(action.worker, request.id, self._submit(action), self)
+        except LinkLost as lost:
+            self._services.mind.failed(request.id, action.worker, str(lost))
+
+    def reject(self, action: Reject) -> None:
+        self._request_class = action.request_class
+        self._class_reason = self._class_reason or action.reason
+        outcome = "failed" if self._attempts else "refused"
+        detail = ErrorDetail(action.message, error_type(action.status), None, action.reason)
+        self._end_with_error(action.status, detail, outcome, retry_headers(action.retry_after_s))
+
+    def cancel(self, action: Cancel) -> None:
+        self._drop_attempt(action.reason)
+
+    # router.ports.Sink ------------------------------------------------------------------------------------------------
+
+    def started(self, start: Start) -> None:
+        if self._ttft_s is not None:
+            return  # a resumed stream keeps its first start
+        self._ttft_s = self._since_arrival_s()
+        self._cached_tokens, self._prefill_s = start.cached_tokens, start.prefill_s
+
+    # Hot: once per token and stream. Budget 12 us with its write for chatbot+, 6 coalesced; bench/router.py.
+    def tokens(self, ids: memoryview) -> None:
+        numbers = ids.cast("i").tolist()
+        self._emitted.extend(numbers)
+        text = self._detokeniser.feed(numbers)
+        if self._stops is not None:
+            text = self._stops.feed(text)
+        if text:
+            self._unsent.append(text)
+        if self._stops is not None and self._stops.has_stopped:
+            self._stop_here()
+        elif self._order.turn.is_stream:
+            self._unsent_tokens += len(numbers)
+            if self._is_flush_due():
+                self._flush_unsent()
+
+    def ended(self, end: End) -> None:
+        self._attempt = None
+        if end.reason in ("stop", "length"):
+            self._finish(end.reason)
+        elif end.reason == "refused":
+            self._failed(end.message or "the worker refused")
+        else:
+            self._services.mind.gone(self._order.request.id)
+            message = "The model failed on this request."
+            self._end_with_error(500, ErrorDetail(message, "server_error", None, "engine_error"), "failed", [])
+
+    def lost(self, reason: str) -> None:
+        self._attempt = None
+        self._failed(reason)
+
+    # Placing ----------------------------------------------------------------------------------------------------------
+
+    async def _tokenise_in_thread(self, rendered: Rendered) -> None:
+        try:
+            tokenised = await asyncio.to_thread(self._order.text.tokenise, rendered.cold)
+            self._arrived(self._order.text.assemble(rendered, tokenised))
+        except RequestError as error:
+            self._refuse(error)
+
+    def _arrived(self, prompt: Prompt) -> None:
+        room = self._order.context_max - len(prompt.ids)
+        if room < 1:
+            raise context_overflow(len(prompt.ids), self._order.context_max)
+        self._prompt = prompt
+        wanted = self._order.turn.max_tokens
+        self._max_tokens = room if wanted is None else min(wanted, room)  # clamped, never refused: agents ask for 64k
+        self._services.mind.arrived(self._order.request.id, len(prompt.ids), prompt.chain)
+
+    def _submit(self, action: Dispatch) -> Submit:
+        assert self._prompt is not None
+        order, prompt = self._order, self._prompt
+        wanted = order.turn.sampling
+        return Submit(
+            handle=0,
+            ids=prompt.ids.tobytes() + self._emitted.tobytes(),
+            prompt_len=len(prompt.ids),
+            salt=order.identity.salt,
+            public_blocks=0,
+            request_class=int(action.request_class),
+            first_left_s=action.first_left_s,
+            tpot_s=action.budget.tpot_s,
+            deadline_left_s=action.deadline_left_s,
+            session=order.request.session,
+            sampling=msgspec.structs.replace(
+                wanted, max_tokens=self._max_tokens, min_tokens=min(wanted.min_tokens, self._max_tokens)
+            ),
+        )
+
+    def _failed(self, reason: str) -> None:
+        """The attempt is over and the answer is not: the mind places it again, or rejects it."""
+        assert self._placed is not None
+        self._services.mind.failed(self._order.request.id, self._placed.worker, reason)
+
+    def _drop_attempt(self, reason: str) -> None:
+        if self._attempt is not None:
+            self._attempt.abort(reason)
+            self._attempt = None
+
+    # Sending ----------------------------------------------------------------------------------------------------------
+
+    def _is_flush_due(self) -> bool:
+        if self._request_class is RequestClass.CHATBOT or not self._has_opened:
+            return True
+        limits = self._services.limits
+        is_late = self._services.clock() - self._flushed_at > limits.coalesce_s
+        return self._unsent_tokens >= limits.coalesce_tokens or is_late
+
+    def _flush_unsent(self) -> None:
+        """Send what is there, unless the client is behind: then it stays text, and `on_writable` comes back here."""
+        if not self._unsent or not self._order.turn.is_stream or not self._exchange.is_writable:
+            return
+        data = self._order.encoder.delta("".join(self._unsent))
+        self._unsent.clear()
+        self._unsent_tokens = 0
+        if self._has_opened:
+            self._exchange.write(data)
+        else:
+            self._open(data)
+        if self._request_class is not RequestClass.CHATBOT:
+            self._flushed_at = self._services.clock()
+
+    def _open(self, data: bytes) -> None:
+        """The first bytes of the answer; with them the status, unless it stands already."""
+        self._disarm()
+        self._has_opened = True
+        first = self._order.encoder.open() + data
+        if self._exchange.has_started:
+            self._exchange.write(first)
+        else:
+            self._exchange.start(200, SSE + self._headers(), first)
+
+    def _stop_here(self) -> None:
+        """A stop string came: the rest is not wanted."""
+        self._drop_attempt("stop string")
+        self._services.mind.gone(self._order.request.id)
+        self._finish("stop")
+
+    def _finish(self, reason: str) -> None:
+        tail = self._detokeniser.flush()
+        if self._stops is not None:
+            tail = self._stops.feed(tail) + self._stops.flush()
+        self._unsent.append(tail)
+        text = "".join(self._unsent)
+        usage = self._usage()
+        encoder = self._order.encoder
+        if not self._order.turn.is_stream:
+            self._exchange.respond(200, JSON + self._headers(), encoder.whole(text, reason, usage))
+        else:
+            last = (encoder.delta(text) if text else b"") + encoder.close(reason, usage)
+            if self._has_opened:
+                self._exchange.end(last)
+            else:
+                self._open(last)
+                self._exchange.end()
+        self._settle("finished", 200, reason)
+
+    def _refuse(self, error: RequestError) -> None:
+        """The client's fault, found before anything was placed."""
+        self._services.mind.gone(self._order.request.id)
+        self._end_with_error(error.status, error.detail, "refused", [])
+
+    def _end_with_error(self, status: int, detail: ErrorDetail, outcome: str, headers: Headers) -> None:
+        if self._exchange.has_started:
+            self._exchange.end(self._order.encoder.fail(detail.message, detail.code or outcome))
+        else:
+            self._exchange.respond(status, JSON + self._headers() + headers, error_body(detail))
+        self._settle(outcome, status, detail.code or outcome)
+
+    def _headers(self) -> Headers:
+        headers = [
+            (b"x-headway-request", self._order.request.id.encode()),
+            (b"x-headway-class", self._request_class.label.encode()),
+            (b"x-headway-class-reason", self._class_reason.encode("ascii", "replace")),
+        ]
+        if self._placed is not None:
+            headers.append((b"x-headway-worker", self._worker_name().encode("ascii", "replace")))
+        return headers
+
+    def _worker_name(self) -> str:
+        return self._services.fleet.name(self._placed.worker) if self._placed is not None else ""
+
+    # Waiting ----------------------------------------------------------------------------------------------------------
+
+    def _arm(self, seconds: float) -> None:
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._commit_early)
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _commit_early(self) -> None:
+        """Nothing came for long: say that we live. From here on errors go in-stream."""
+        if self._exchange.has_started:
+            self._exchange.write(HEARTBEAT)
+        else:
+            self._exchange.start(200, SSE + self._headers(), HEARTBEAT)
+        self._arm(self._services.limits.heartbeat_s)
+
+    def _client_gone(self) -> None:
+        self._drop_attempt("client gone")
+        self._services.mind.gone(self._order.request.id)
+        self._settle("cancelled", 499, "client-gone")
+
+    # The end ----------------------------------------------------------------------------------------------------------
+
+    def _settle(self, outcome: str, status: int, reason: str) -> None:
+        assert not self.over.done(), "a request ends exactly once"
+        self._disarm()
+        if self._tokenising is not None:
+            self._tokenising.cancel()
+        self._services.observer.ended(self._receipt(outcome, status, reason))
+        self.over.set_result(None)
+
+    def _receipt(self, outcome: str, status: int, reason: str) -> Receipt:
+        order, placed = self._order, self._placed
+        duration_s = self._since_arrival_s()
+        usage = self._usage()
+        return Receipt(
+            request=order.request.id,
+            operation=order.operation,
+            tenant=order.request.tenant.id,
+            model=order.request.model,
+            request_class=self._request_class.label,
+            class_reason=self._class_reason,
+            outcome=outcome,
+            status=status,
+            reason=reason,
+            worker=self._worker_name(),
+            place_reason=placed.reason if placed is not None else "",
+            attempts=self._attempts,
+            arrived_unix_s=time.time() - duration_s,
+            queue_s=self._queue_s,
+            prefill_s=self._prefill_s,
+            ttft_s=self._ttft_s,
+            duration_s=duration_s,
+            prompt_tokens=usage.prompt,
+            cached_tokens=usage.cached,
+            output_tokens=usage.output,
+            budget_ttft_s=_finite(placed.budget.ttft_s) if placed is not None else None,
+            budget_tpot_s=_finite(placed.budget.tpot_s) if placed is not None else None,
+            predicted_ttft_s=placed.predicted_ttft_s if placed is not None else None,
+            predicted_cached_tokens=placed.predicted_hit_tokens if placed is not None else 0,
+            traceparent=order.traceparent,
+        )
+
+    def _usage(self) -> Usage:
+        prompt_tokens = len(self._prompt.ids) if self._prompt is not None else 0
+        return Usage(prompt_tokens, self._cached_tokens, len(self._emitted))
+
+    def _since_arrival_s(self) -> float:
+        return self._services.clock() - self._order.request.arrived
+
+
+def _finite(seconds: float) -> float | None:
+    return seconds if math.isfinite(seconds) else None

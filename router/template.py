@@ -1,0 +1,186 @@
+"""A model's chat template: messages become pieces of text, the client's and the template's own kept apart.
+
+Owns the sandbox. A client's string never enters the rendered text: a numbered stand-in does, so that no wording of a
+client can become a mark of the template, and a long message costs the template nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+import jinja2
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from router.errors import RequestError
+from router.turn import Message
+
+OPEN, CLOSE = "\ue000", "\ue001"  # private use: a template has no such characters, a client's never get in
+_STAND_IN = re.compile(f"{OPEN}([0-9]+){CLOSE}")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A run of prompt text. Marks are special only where the template wrote them."""
+
+    text: str
+    is_client: bool
+
+
+class ClientText(str):
+    """Stands for a client's string in a template: prints as a stand-in, but answers questions as the real text.
+
+    What is not overridden here sees the stand-in: at worst a wrong rendering, never a client's text as a mark."""
+
+    __slots__ = ("book", "text")
+    book: list[str]
+    text: str
+
+    def __new__(cls, text: str, book: list[str]) -> ClientText:
+        stand_in = super().__new__(cls, f"{OPEN}{len(book)}{CLOSE}")
+        stand_in.text, stand_in.book = text, book
+        book.append(text)
+        return stand_in
+
+    def _like(self, text: str) -> ClientText:
+        return ClientText(text, self.book)
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def __eq__(self, other: object) -> bool:
+        return self.text == (other.text if isinstance(other, ClientText) else other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and key in self.text
+
+    def __getitem__(self, key: SupportsIndex | slice) -> ClientText:
+        return self._like(self.text[key])
+
+    def strip(self, chars: str | None = None, /) -> ClientText:
+        return self._like(self.text.strip(chars))
+
+    def lstrip(self, chars: str | None = None, /) -> ClientText:
+        return self._like(self.text.lstrip(chars))
+
+    def rstrip(self, chars: str | None = None, /) -> ClientText:
+        return self._like(self.text.rstrip(chars))
+
+    def startswith(self, *args: Any) -> bool:
+        return self.text.startswith(*args)
+
+    def endswith(self, *args: Any) -> bool:
+        return self.text.endswith(*args)
+
+    def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
+        return [self._like(part) for part in self.text.split(sep, maxsplit)]
+
+
+class ChatTemplate:
+    """The compiled template of one model."""
+
+    def __init__(self, source: str, marks: dict[str, str]) -> None:
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise
+        self._template = environment.from_string(source)
+        self._marks = marks
+
+    @classmethod
+    def load(cls, folder: Path) -> ChatTemplate | None:
+        """From the folder of a model; None when it has no chat template."""
+        settings_path, template_path = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+        settings = json.loads(settings_path.read_text(encoding="utf-8")) if settings_path.is_file() else {}
+        source = settings.get("chat_template")
+        if template_path.is_file():
+            source = template_path.read_text(encoding="utf-8")
+        if not isinstance(source, str):
+            return None
+        marks = {name: _mark(settings.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+        return cls(source, marks)
+
+    def render(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> list[Piece]:
+        """The prompt up to where the assistant speaks. Raises RequestError 400 when the template refuses."""
+        book: list[str] = []
+        views = [
+            {"role": message.role, "content": ClientText(message.content, book), **_hidden(message.extra or {}, book)}
+            for message in messages
+        ]
+        try:
+            text = self._template.render(
+                messages=views, tools=_hidden(list(tools), book) or None, add_generation_prompt=True, **self._marks
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            reason = str(error)[:200] if isinstance(error, TemplateRefusal) else "its roles or order do not fit"
+            raise RequestError(400, f"The model's chat template refuses these messages: {reason}.") from None
+        return _pieces(text, book)
+
+
+class TemplateRefusal(jinja2.TemplateError):
+    """The template called raise_exception: its author's words, safe to repeat."""
+
+
+def _pieces(text: str, book: list[str]) -> list[Piece]:
+    pieces = []
+    for at, part in enumerate(_STAND_IN.split(text)):
+        piece = Piece(book[int(part)], is_client=True) if at % 2 else Piece(part, is_client=False)
+        if piece.text:
+            pieces.append(piece)
+    return pieces
+
+
+def _hidden(value: Any, book: list[str]) -> Any:
+    """The same structure with every string behind a stand-in. Keys too: they are the client's as well."""
+    if isinstance(value, str):
+        return ClientText(value, book)
+    if isinstance(value, dict):
+        return {_key(key, book): _hidden(inner, book) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_hidden(inner, book) for inner in value]
+    return value
+
+
+def _key(key: str, book: list[str]) -> str:
+    return key if key.isidentifier() else ClientText(key, book)
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, ClientText):
+        return value.text
+    if isinstance(value, dict):
+        return {_shown(key): _shown(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_shown(inner) for inner in value]
+    return value
+
+
+def _book_of(value: Any) -> list[str] | None:
+    if isinstance(value, ClientText):
+        return value.book
+    inner = [*value.keys(), *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+    return next((book for part in inner if (book := _book_of(part)) is not None), None)
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    """As Hugging Face's templates expect it: no HTML escapes. What holds a client's text is a client's text."""
+    text, book = json.dumps(_shown(value), ensure_ascii=False, indent=indent), _book_of(value)
+    return text if book is None else ClientText(text, book)
+
+
+def _raise(message: str) -> None:
+    raise TemplateRefusal(message)
+
+
+def _mark(setting: Any) -> str:
+    """Older configs hold a string, newer ones an object."""
+    return setting["content"] if isinstance(setting, dict) else setting or ""

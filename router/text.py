@@ -1,0 +1,187 @@
+"""From a Turn to token ids and their chain keys; what was tokenised before is not tokenised again.
+
+Owns two caches. Segments: ids of one piece of text. Prefixes: ids and chain of everything up to a piece, so that an
+agent that resends 100k tokens pays for the new ones alone. Pieces are tokenised apart: no token crosses from the
+template's text into a client's, whatever the client wrote."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+
+from engine import keys
+from engine.keys import KEY_BYTES, ChainKey, Ids
+from router.errors import RequestError
+from router.template import ChatTemplate, Piece
+from router.turn import Turn
+from router.vocabulary import Detokeniser, Vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class TextLimits:
+    """Bounds of the text layer."""
+
+    segment_bytes_max: int = 64 * 1024 * 1024  # ids of pieces; 4 bytes a token
+    prefix_bytes_max: int = 128 * 1024 * 1024  # ids and chains of whole prompts: 200 conversations of 150k tokens
+    inline_chars_max: int = 32 * 1024  # more cold text than this (about 10 ms) is tokenised in a thread
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What gives KV its name: model and salt domain."""
+
+    root: ChainKey
+    salt: bytes
+    block_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A tokenised prompt and the chain keys of its full blocks."""
+
+    ids: Ids
+    chain: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A piece of a prompt and its names: `key` of its own text, `upto` of the prompt up to and including it."""
+
+    piece: Piece
+    key: bytes
+    upto: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A prompt on its way: what is known of it, and the pieces that must be tokenised first."""
+
+    identity: Identity
+    known: Prompt | None  # of the longest prefix seen before
+    rest: tuple[Segment, ...]  # behind that prefix
+    cold: tuple[Segment, ...]  # of the rest, what no cache holds
+
+    @property
+    def cold_chars(self) -> int:
+        """How much must be tokenised."""
+        return sum(len(segment.piece.text) for segment in self.cold)
+
+
+class ByteCache:
+    """Least recently used values under a bound of bytes."""
+
+    def __init__(self, bytes_max: int) -> None:
+        self._bytes_max = bytes_max
+        self._values: OrderedDict[bytes, Prompt] = OrderedDict()
+        self.bytes_held = 0
+
+    def get(self, key: bytes) -> Prompt | None:
+        value = self._values.get(key)
+        if value is not None:
+            self._values.move_to_end(key)
+        return value
+
+    def put(self, key: bytes, value: Prompt) -> None:
+        """Keep a value; one that is larger than the whole bound is not kept."""
+        old = self._values.pop(key, None)
+        self.bytes_held += _size(value) - (_size(old) if old is not None else 0)
+        self._values[key] = value
+        while self.bytes_held > self._bytes_max:
+            self.bytes_held -= _size(self._values.popitem(last=False)[1])
+
+
+class Text:
+    """The text side of one model."""
+
+    def __init__(self, vocabulary: Vocabulary, template: ChatTemplate | None, limits: TextLimits | None = None) -> None:
+        self._vocabulary = vocabulary
+        self._template = template
+        self.limits = limits or TextLimits()
+        self._segments = ByteCache(self.limits.segment_bytes_max)
+        self._prefixes = ByteCache(self.limits.prefix_bytes_max)
+
+    def detokeniser(self) -> Detokeniser:
+        """For one answer."""
+        return Detokeniser(self._vocabulary)
+
+    def render(self, turn: Turn, identity: Identity) -> Rendered:
+        """What must be tokenised. Raises RequestError 400 for a prompt that the model cannot have."""
+        if turn.ids is not None:
+            return Rendered(identity, self._named(turn.ids, identity), (), ())
+        segments = _segments(self._pieces(turn), identity)
+        known, at = None, len(segments)
+        while at and (known := self._prefixes.get(segments[at - 1].upto)) is None:
+            at -= 1
+        rest = tuple(segments[at:])
+        return Rendered(identity, known, rest, tuple(part for part in rest if self._segments.get(part.key) is None))
+
+    def tokenise(self, cold: Sequence[Segment]) -> list[Ids]:
+        """Ids of each segment. Touches no cache, so any thread may run it."""
+        pieces = [segment.piece for segment in cold]
+        encoded = iter(self._vocabulary.encode_data([piece.text for piece in pieces if piece.is_client]))
+        lists = (next(encoded) if piece.is_client else self._vocabulary.encode_marked(piece.text) for piece in pieces)
+        return [np.array(ids, dtype=np.int32) for ids in lists]
+
+    def assemble(self, rendered: Rendered, tokenised: Sequence[Ids]) -> Prompt:
+        """The prompt, from what was known and what was just tokenised."""
+        fresh = {segment.key: ids for segment, ids in zip(rendered.cold, tokenised, strict=True)}
+        for key, segment_ids in fresh.items():
+            self._segments.put(key, Prompt(segment_ids, b""))
+        if not rendered.rest:
+            assert rendered.known is not None, "an empty prompt is refused before"
+            return rendered.known
+        parts = [rendered.known.ids] if rendered.known is not None else []
+        parts += [fresh[part.key] if part.key in fresh else self._held(part) for part in rendered.rest]
+        ids = np.concatenate(parts)
+        prompt = Prompt(ids, _extended_chain(rendered, ids))
+        self._prefixes.put(rendered.rest[-1].upto, prompt)
+        return prompt
+
+    def _held(self, segment: Segment) -> Ids:
+        held = self._segments.get(segment.key)
+        # Another request may have pushed it out while a thread worked on this one.
+        return held.ids if held is not None else self.tokenise([segment])[0]
+
+    def _pieces(self, turn: Turn) -> list[Piece]:
+        if turn.text is not None:
+            pieces = [Piece(turn.text, is_client=True)]
+        elif self._template is None:
+            raise RequestError(400, "This model has no chat template; use /v1/completions.", param="messages")
+        else:
+            pieces = self._template.render(turn.messages, turn.tools)
+        if not any(piece.text for piece in pieces):
+            raise RequestError(400, "The prompt is empty.", param="prompt", code="invalid_value")
+        return pieces
+
+    def _named(self, ids: Ids, identity: Identity) -> Prompt:
+        if int(ids.max()) >= len(self._vocabulary):
+            message = f"Token ids must be below the vocabulary's size of {len(self._vocabulary)}."
+            raise RequestError(400, message, param="prompt", code="invalid_value")
+        return Prompt(ids, keys.chain(identity.root, ids, identity.block_tokens, identity.salt))
+
+
+def _size(prompt: Prompt) -> int:
+    return prompt.ids.nbytes + len(prompt.chain)
+
+
+def _segments(pieces: Sequence[Piece], identity: Identity) -> list[Segment]:
+    """Prefixes are named apart in every salt domain."""
+    segments, upto = [], xxhash.xxh3_128_digest(identity.root + identity.salt)
+    for piece in pieces:
+        key = xxhash.xxh3_128_digest((b"c" if piece.is_client else b"t") + piece.text.encode())
+        upto = xxhash.xxh3_128_digest(upto + key)
+        segments.append(Segment(piece, key, upto))
+    return segments
+
+
+def _extended_chain(rendered: Rendered, ids: Ids) -> bytes:
+    """The chain of `ids`; keys of the known prefix are not computed again."""
+    identity, known = rendered.identity, rendered.known
+    if known is None or not known.chain:
+        return keys.chain(identity.root, ids, identity.block_tokens, identity.salt)
+    behind = ids[len(known.chain) // KEY_BYTES * identity.block_tokens :]
+    return known.chain + keys.chain(ChainKey(known.chain[-KEY_BYTES:]), behind, identity.block_tokens)

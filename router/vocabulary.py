@@ -1,0 +1,108 @@
+"""A model's tokenizer: text to ids and ids back to text, never half a character.
+
+Owns the two readings of text: as data, where nothing is special, and as the template's own, where its marks are."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+
+class Vocabulary:
+    """Tokens of one model, from the tokenizer.json of a Hugging Face folder."""
+
+    def __init__(self, definition: dict[str, Any]) -> None:
+        marked = definition | {"post_processor": None, "truncation": None, "padding": None}
+        self._marked = Tokenizer.from_str(json.dumps(marked))
+        # Without its added tokens nothing in a text is special: client text that spells a mark stays text.
+        self._plain = Tokenizer.from_str(json.dumps(marked | {"added_tokens": []}))
+        self.token_bytes = _token_bytes(self._marked, definition)
+        self.token_texts = [_whole_text(token) for token in self.token_bytes]
+
+    @classmethod
+    def load(cls, folder: Path) -> Vocabulary:
+        """From the folder of a model. Raises OSError or ValueError when it has no readable tokenizer.json."""
+        return cls(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
+
+    def __len__(self) -> int:
+        return len(self.token_bytes)
+
+    def encode_marked(self, text: str) -> list[int]:
+        """Ids of template text: its marks become their special ids."""
+        ids: list[int] = self._marked.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_data(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each client text; nothing in it is special. Lets other threads run meanwhile."""
+        return [encoding.ids for encoding in self._plain.encode_batch(list(texts), add_special_tokens=False)]
+
+
+class Detokeniser:
+    """Ids of one answer back to text, as they come. A character split over tokens waits until it is whole."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._bytes = vocabulary.token_bytes
+        self._texts = vocabulary.token_texts
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._is_between = True  # no half character waits
+
+    # Hot: once per token. A table look-up; the decoder runs for split characters alone. bench/router.py.
+    def feed(self, ids: Sequence[int]) -> str:
+        """The text that `ids` complete; it may be empty. Ids outside the vocabulary are nothing."""
+        if self._is_between and len(ids) == 1 and 0 <= ids[0] < len(self._texts):
+            text = self._texts[ids[0]]
+            if text is not None:
+                return text
+        known = len(self._bytes)
+        text = self._decoder.decode(b"".join([self._bytes[token] for token in ids if 0 <= token < known]))
+        self._is_between = not self._decoder.getstate()[0]
+        return text
+
+    def flush(self) -> str:
+        """What is left at the end: a replacement character if the answer ended inside a character."""
+        return self._decoder.decode(b"", True)
+
+
+def _whole_text(token: bytes) -> str | None:
+    try:
+        return token.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def _token_bytes(tokenizer: Tokenizer, definition: dict[str, Any]) -> list[bytes]:
+    """What each id adds to the text. Special tokens add nothing."""
+    spell = _byte_level if "ByteLevel" in json.dumps(definition.get("decoder")) else _sentence_piece
+    table = [b""] * (max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1)
+    for token, number in tokenizer.get_vocab(with_added_tokens=False).items():
+        table[number] = spell(token)
+    for added in definition.get("added_tokens", []):
+        table[added["id"]] = b"" if added["special"] else added["content"].encode()
+    return table
+
+
+def _byte_level(token: str) -> bytes:
+    """GPT-2's alphabet: each of its characters is one byte."""
+    return bytes(_BYTE_OF.get(character, 0x3F) for character in token)
+
+
+def _sentence_piece(token: str) -> bytes:
+    """A byte as <0xNN>, a space as U+2581."""
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return bytes([int(token[3:5], 16)])
+    return token.replace("\u2581", " ").encode()
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Printable bytes stand for themselves, the others for the characters from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
