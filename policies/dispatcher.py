@@ -1,0 +1,506 @@
+"""The control plane as one reducer: an event and the time go in, actions come out.
+
+Owns every request that is queued, held or running, and the fleet's ledger. Never waits, sleeps, logs or draws chance
+of its own: the same events give the same actions, byte for byte."""
+
+from __future__ import annotations
+
+import enum
+import heapq
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from policies.actions import Action, Cancel, Dispatch, Reject, Tokenise, WakeAt
+from policies.admission import QueueFlow, admit, retry_after_s
+from policies.api import Admit, Classified, Forecast, Job, Key, Prompt, Refuse, RouterPolicy, Verdict
+from policies.budget import Promises
+from policies.classify import classify
+from policies.events import (
+    Arrived,
+    Event,
+    Failed,
+    Gone,
+    Offered,
+    PolicyFault,
+    Started,
+    Tick,
+    WorkerLost,
+    WorkerReport,
+    WorkerUp,
+)
+from policies.intake import Intake, Place
+from policies.lengths import Lengths
+from policies.limits import Limits
+from policies.ordering import WaitingRoom, least_laxity
+from policies.placement import lmetric_place
+from policies.prefix_index import SeenIndex
+from policies.request import Request, RequestClass, RequestId
+from policies.retry import RetryBudget
+from policies.sessions import Sessions
+from policies.worker import Charge, Fleet
+
+
+class State(enum.Enum):
+    """Where a request is. It is forgotten when it is answered, refused or gone."""
+
+    QUEUED = "queued"  # waits for its turn to tokenise
+    TOKENISING = "tokenising"
+    HELD = "held"  # waits for a worker
+    PLACED = "placed"  # on a worker, no token yet
+    STREAMING = "streaming"
+
+
+@dataclass(frozen=True, slots=True)
+class FirstToken:
+    """A frame said that the request has its first token."""
+
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A frame said that the answer ended by itself."""
+
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class OutOfPatience:
+    """The client is about to leave, and nothing was sent to a worker."""
+
+
+# What becomes of a request. What is not listed is late news of something settled, and is ignored.
+TRANSITIONS: dict[tuple[State, type], str] = {
+    (State.QUEUED, Gone): "_leave_intake",
+    (State.QUEUED, OutOfPatience): "_refuse_impatient",
+    (State.TOKENISING, Arrived): "_take_tokens",
+    (State.TOKENISING, Gone): "_leave_intake",
+    (State.TOKENISING, OutOfPatience): "_refuse_impatient",
+    (State.HELD, Gone): "_leave_room",
+    (State.HELD, OutOfPatience): "_refuse_impatient",
+    (State.PLACED, FirstToken): "_begin",
+    (State.PLACED, Finished): "_finish",  # an answer without tokens
+    (State.PLACED, Failed): "_place_again",
+    (State.PLACED, Gone): "_abort",
+    (State.STREAMING, Finished): "_finish",
+    (State.STREAMING, Failed): "_place_again",
+    (State.STREAMING, Gone): "_abort",
+}
+
+BUILT_IN = RouterPolicy(classify, Promises(), admit, least_laxity, lmetric_place)
+STAGES = ("classify", "promise", "admit", "order", "place")
+DISTRUST_S = 10.0  # how long the built-in stage stands in for a faulty one
+
+UNPLACED = (State.QUEUED, State.TOKENISING, State.HELD)
+
+
+@dataclass(slots=True, eq=False)
+class Live:
+    """A request that is not settled yet."""
+
+    request: Request
+    classified: Classified
+    state: State
+    leaves_at: float
+    job: Job | None = None  # from Arrived on
+    charge: Charge | None = None  # while on a worker
+    booked_s: float = 0.0  # GPU-seconds that fairness counts
+    cached_tokens: int = 0
+
+
+Step = Callable[[Live, Any, float, list[Action]], None]
+
+
+class Dispatcher:
+    """Feed it events in order, carry out what it says. `rng` only spreads Retry-After."""
+
+    def __init__(self, policy: RouterPolicy, limits: Limits, rng: np.random.Generator) -> None:
+        self._policy = policy
+        self._limits = limits
+        self._rng = rng
+        self._live: dict[RequestId, Live] = {}
+        self._intake = Intake(limits)
+        self._room = WaitingRoom(self._order_key, limits)
+        self._retries = RetryBudget(limits.retry_ratio, limits.retry_burst)
+        self._sessions = Sessions(limits.sessions_max, limits.templates_max)
+        self._lengths = Lengths(limits.lengths_max)
+        self._seen = SeenIndex(limits.index_every_block, limits.seen_keys_max)
+        self.fleet = Fleet(limits)
+        self._leaving: list[tuple[float, int, Live]] = []  # heap: who is out of patience next
+        self._watched = 0
+        self._distrusted_until: dict[str, float] = {}
+        self._wake_at = math.inf
+        self._pump_after = -math.inf
+        self._pump_wanted_at = math.inf
+        self._steps: dict[tuple[State, type], Step] = {on: getattr(self, name) for on, name in TRANSITIONS.items()}
+        self._handlers: dict[type, Callable[[Any, float, list[Action]], None]] = {
+            Offered: self._on_offered,
+            Arrived: self._on_request,
+            Gone: self._on_request,
+            Failed: self._on_request,
+            WorkerUp: self._on_worker_up,
+            WorkerReport: self._on_report,
+            WorkerLost: self._on_worker_lost,
+            PolicyFault: self._on_fault,
+            Started: self._on_nothing,
+            Tick: self._on_tick,
+        }
+
+    @property
+    def waiting_count(self) -> int:
+        """Requests held for a worker."""
+        return len(self._room)
+
+    @property
+    def live_count(self) -> int:
+        """Requests that are not settled, in whatever state."""
+        return len(self._live)
+
+    def state(self, request_id: RequestId) -> State | None:
+        """Where a request is; None when it is settled or was never offered."""
+        live = self._live.get(request_id)
+        return live.state if live is not None else None
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        """What to do because of `event`. `now` never goes back."""
+        actions: list[Action] = []
+        self._policy.learn(event)
+        self._handlers[type(event)](event, now, actions)
+        self._expire(now, actions)
+        self._schedule(actions)
+        return actions
+
+    # Events -----------------------------------------------------------------------------------------------------------
+
+    def _on_offered(self, event: Offered, now: float, actions: list[Action]) -> None:
+        request = event.request
+        assert request.id not in self._live, "request ids are the router's and unique"
+        classified = self._trusted("classify", now).classify(request, self._sessions.view(request, now), now)
+        self._sessions.note(request, classified, now)
+        cls = classified.request_class
+        live = Live(request, classified, State.QUEUED, leaves_at=math.inf)
+        if refusal := self._refusal_at_door(live, now):
+            self._reject(live, refusal, actions)
+            return
+        place = self._intake.offer(request, cls)
+        if place is Place.NONE:
+            message = "Too many requests of this class wait to be tokenised."
+            self._reject(live, Refuse(429, "tokenise-queue-full", message, 1.0), actions)
+            return
+        nothing_known = Prompt(request.estimated_tokens, request.estimated_tokens, b"")
+        promise = self._trusted("promise", now).promise(
+            request, cls, nothing_known, self._lengths.expect(request, cls), None
+        )
+        live.leaves_at = request.arrived + promise.patience_s
+        self._live[request.id] = live
+        self._watch(live)
+        if place is Place.NOW:
+            self._tokenise(live, actions)
+
+    def _on_request(self, event: Arrived | Gone | Failed, now: float, actions: list[Action]) -> None:
+        live = self._live.get(event.request_id)
+        if live is not None:
+            self._step(live, event, now, actions)
+            self._pump(now, actions)
+
+    def _on_worker_up(self, event: WorkerUp, now: float, actions: list[Action]) -> None:
+        self.fleet.up(event, now)
+        self._pump(now, actions)
+
+    def _on_report(self, event: WorkerReport, now: float, actions: list[Action]) -> None:
+        # Hot: once per engine step of every worker. Budget 15 us; bench/dispatcher.py.
+        if event.worker not in self.fleet:
+            return
+        self.fleet.report(event.worker, event.load, event.step_model, now)
+        for request_id, cached_tokens in event.first_tokens:
+            if live := self._live.get(request_id):
+                self._step(live, FirstToken(cached_tokens), now, actions)
+        for request_id, output_tokens in event.finished:
+            if live := self._live.get(request_id):
+                self._step(live, Finished(output_tokens), now, actions)
+        if event.stored:
+            self.fleet.stored(event.worker, event.stored)
+            self._seen.note(event.stored, now)
+        if event.evicted:
+            self.fleet.evicted(event.worker, event.evicted)
+        self.fleet.publish(event.worker)
+        self._pump(now, actions)
+
+    def _on_worker_lost(self, event: WorkerLost, now: float, actions: list[Action]) -> None:
+        del now, actions  # its requests come as Failed or Gone, each by the router's judgement
+        self.fleet.lost(event.worker)
+
+    def _on_fault(self, event: PolicyFault, now: float, actions: list[Action]) -> None:
+        del actions
+        if event.stage in STAGES:
+            self._distrusted_until[event.stage] = now + DISTRUST_S
+
+    def _on_nothing(self, event: Event, now: float, actions: list[Action]) -> None:
+        del event, now, actions
+
+    def _on_tick(self, event: Tick, now: float, actions: list[Action]) -> None:
+        del event
+        self._wake_at = math.inf
+        self._pump(now, actions)
+
+    # Steps of one request, named in TRANSITIONS -----------------------------------------------------------------------
+
+    def _step(self, live: Live, event: Any, now: float, actions: list[Action]) -> None:
+        step = self._steps.get((live.state, type(event)))
+        if step is not None:
+            step(live, event, now, actions)
+
+    def _take_tokens(self, live: Live, event: Arrived, now: float, actions: list[Action]) -> None:
+        request, cls = live.request, live.classified.request_class
+        self._free_intake(live, actions)
+        limit = self.fleet.context_limit(request.model)
+        if 0 < limit < event.tokens:
+            self._reject(live, _too_long(event.tokens, limit), actions)
+            return
+        prompt = Prompt(event.tokens, self._new_tokens(event, request.model, now), event.chain)
+        output = self._lengths.expect(request, cls)
+        live.job = Job(
+            request=request,
+            request_class=cls,
+            reason=live.classified.reason,
+            prompt=prompt,
+            output=output,
+            promise=self._trusted("promise", now).promise(
+                request, cls, prompt, output, self.fleet.profile(request.model)
+            ),
+            is_continuing=self._sessions.is_continuing(request, now),
+        )
+        self._decide(live, live.job, now, actions)
+
+    def _leave_intake(self, live: Live, event: Gone, now: float, actions: list[Action]) -> None:
+        del event, now
+        self._free_intake(live, actions)
+        self._forget(live)
+
+    def _leave_room(self, live: Live, event: Gone, now: float, actions: list[Action]) -> None:
+        del event, actions
+        self._room.remove(live.request.id)
+        self._sessions.left_early(live.request, now)
+        self._forget(live)
+
+    def _refuse_impatient(self, live: Live, event: OutOfPatience, now: float, actions: list[Action]) -> None:
+        del event, now
+        if live.state is State.HELD:
+            self._room.remove(live.request.id)
+        else:
+            self._free_intake(live, actions)
+        waiting_s = self._room.work_s(live.request.model, live.classified.request_class)
+        start_s = waiting_s / max(1, self.fleet.count(live.request.model))
+        message = "No worker could start this request before its client leaves."
+        self._reject(live, Refuse(503, "patience", message, start_s), actions)
+
+    def _begin(self, live: Live, event: FirstToken, now: float, actions: list[Action]) -> None:
+        del actions
+        assert live.charge is not None
+        live.state = State.STREAMING
+        live.cached_tokens = event.cached_tokens
+        live.charge.ledger.start(live.charge, now)
+
+    def _finish(self, live: Live, event: Finished, now: float, actions: list[Action]) -> None:
+        del actions
+        assert live.job is not None
+        assert live.charge is not None
+        self._lengths.learn(live.request, live.classified.request_class, event.output_tokens, now)
+        self._sessions.answered(live.request, now)
+        model, prompt = live.charge.ledger.model, live.job.prompt
+        paid_s = model.prefill_s(prompt.tokens - live.cached_tokens, live.cached_tokens) + event.output_tokens * (
+            model.bias * (model.sequence_s + model.decode_context_s * prompt.tokens)
+        )
+        self._room.given(live.job, paid_s - live.booked_s)
+        self._release(live)
+        self._forget(live)
+
+    def _place_again(self, live: Live, event: Failed, now: float, actions: list[Action]) -> None:
+        assert live.job is not None
+        self._release(live)
+        if live.job.attempt >= self._limits.attempts_max or not self._retries.spend():
+            message = f"The request failed on {live.job.attempt} workers."
+            self._reject(live, Refuse(503, "attempts", message, 1.0), actions)
+            return
+        live.job = replace(live.job, attempt=live.job.attempt + 1, avoid=event.worker)
+        live.state = State.HELD  # nobody's, until it is decided
+        self._watch(live)
+        self._decide(live, live.job, now, actions)
+
+    def _abort(self, live: Live, event: Gone, now: float, actions: list[Action]) -> None:
+        del event
+        assert live.charge is not None
+        if live.state is State.PLACED:
+            self._sessions.left_early(live.request, now)
+        actions.append(Cancel(live.request.id, live.charge.ledger.worker, "client left"))
+        self._release(live)
+        self._forget(live)
+
+    # Deciding ---------------------------------------------------------------------------------------------------------
+
+    def _decide(self, live: Live, job: Job, now: float, actions: list[Action]) -> None:
+        is_next = not self._room.is_anyone_before(job.request.model, job.request_class)
+        verdict, forecast = self._ask(job, now, is_next=is_next)
+        if isinstance(verdict, Admit) and forecast is not None:
+            self._dispatch(live, forecast, verdict.reason, now, actions)
+        elif isinstance(verdict, Refuse):
+            self._reject(live, verdict, actions)
+        else:
+            live.state = State.HELD
+            self._room.push(job, forecast.cost_s if forecast is not None else 0.0, now)
+
+    def _ask(self, job: Job, now: float, *, is_next: bool) -> tuple[Verdict, Forecast | None]:
+        forecasts = self._trusted("place", now).place(job, self.fleet, now)
+        flow = QueueFlow(self._limits, self._room, self.fleet, is_next)
+        return self._trusted("admit", now).admit(job, forecasts, flow, now), forecasts[0] if forecasts else None
+
+    def _pump(self, now: float, actions: list[Action]) -> None:
+        """Ask the heads again: something may have changed. A class whose head stays keeps less urgent ones back."""
+        if not len(self._room):
+            return
+        if now < self._pump_after:
+            self._pump_wanted_at = self._pump_after
+            return
+        self._pump_wanted_at = math.inf
+        self._pump_after = now + self._limits.reexamine_s
+        left = self._limits.pump_max
+        for model in self._room.models():
+            left = self._pump_model(model, left, now, actions)
+        if left <= 0:
+            self._pump_wanted_at = self._pump_after
+
+    def _pump_model(self, model: str, left: int, now: float, actions: list[Action]) -> int:
+        is_held_back = False
+        for cls in RequestClass:
+            if is_held_back and not self._room.is_reserve_due(cls):
+                continue
+            while left > 0 and (head := self._room.head(model, cls, now)) is not None:
+                left -= 1
+                live = self._live[head.job.request.id]
+                verdict, forecast = self._ask(head.job, now, is_next=True)
+                if not isinstance(verdict, Admit) or forecast is None:
+                    is_held_back = True
+                    break
+                self._room.remove(live.request.id)
+                self._dispatch(live, forecast, verdict.reason, now, actions)
+        return left
+
+    def _dispatch(self, live: Live, forecast: Forecast, reason: str, now: float, actions: list[Action]) -> None:
+        job = live.job
+        assert job is not None
+        live.state = State.PLACED
+        live.charge = self.fleet.charge(job, forecast, now)
+        live.booked_s = forecast.cost_s
+        self._room.given(job, forecast.cost_s)
+        if job.attempt == 1:
+            self._retries.earn()
+        budget = job.promise.budget
+        actions.append(
+            Dispatch(
+                request_id=job.request.id,
+                worker=forecast.worker,
+                request_class=job.request_class,
+                budget=budget,
+                first_left_s=job.first_left_s(now),
+                deadline_left_s=job.request.arrived + budget.deadline_s - now,
+                predicted_ttft_s=forecast.ttft_s,
+                predicted_hit_tokens=forecast.hit_tokens,
+                reason=reason,
+            )
+        )
+
+    def _refusal_at_door(self, live: Live, now: float) -> Refuse | None:
+        """No, before anything costly is done."""
+        if len(self._live) >= self._limits.requests_max:
+            return Refuse(503, "too-many-requests", "The server holds as many requests as it can.", 1.0)
+        model, cls = live.request.model, live.classified.request_class
+        flow = QueueFlow(self._limits, self._room, self.fleet, is_next=False)
+        if not flow.has_space_for(model, cls, 0.0, is_known=self._sessions.is_continuing(live.request, now)):
+            start_s = self._room.work_s(model, cls) / max(1, self.fleet.count(model))
+            return Refuse(503, "waiting-room-full", "The waiting room for this class of request is full.", start_s)
+        return None
+
+    def _reject(self, live: Live, refusal: Refuse, actions: list[Action]) -> None:
+        start_s = refusal.start_s
+        after_s = None if start_s is None else retry_after_s(start_s, float(self._rng.random()), self._limits)
+        # Flex without room is the tenant's own bargain; its clients expect 429.
+        is_flex = refusal.status == 503 and live.request.facts.service_tier == "flex"
+        actions.append(
+            Reject(
+                request_id=live.request.id,
+                request_class=live.classified.request_class,
+                status=429 if is_flex else refusal.status,
+                reason=refusal.reason,
+                message=refusal.message,
+                retry_after_s=after_s,
+            )
+        )
+        self._forget(live)
+
+    # Bookkeeping ------------------------------------------------------------------------------------------------------
+
+    def _new_tokens(self, event: Arrived, model: str, now: float) -> int:
+        """Tokens beyond what an ideal cache would hold; at least one, which makes the first logits."""
+        seen_tokens = self._seen.blocks_seen(event.chain, now) * self.fleet.block_tokens(model)
+        return max(1, event.tokens - seen_tokens)
+
+    def _trusted(self, stage: str, now: float) -> RouterPolicy:
+        """The policy, or the built-in one while the router's guard has just seen this stage fail."""
+        return BUILT_IN if now < self._distrusted_until.get(stage, now) else self._policy
+
+    def _order_key(self, job: Job, work_s: float, now: float) -> tuple[Key, float]:
+        return self._trusted("order", now).order(job, work_s, now)
+
+    def _tokenise(self, live: Live, actions: list[Action]) -> None:
+        live.state = State.TOKENISING
+        actions.append(Tokenise(live.request.id, live.classified.request_class, live.classified.reason))
+
+    def _free_intake(self, live: Live, actions: list[Action]) -> None:
+        self._intake.leave(live.request, live.classified.request_class)
+        while (request_id := self._intake.start_next()) is not None:
+            self._tokenise(self._live[request_id], actions)
+
+    def _release(self, live: Live) -> None:
+        assert live.charge is not None
+        self.fleet.release(live.charge, has_started=live.state is State.STREAMING)
+        live.charge = None
+
+    def _forget(self, live: Live) -> None:
+        self._live.pop(live.request.id, None)
+
+    def _watch(self, live: Live) -> None:
+        """Remember when its client leaves. Entries of settled requests are swept once they are the majority."""
+        self._watched += 1
+        heapq.heappush(self._leaving, (live.leaves_at, self._watched, live))
+        if len(self._leaving) > 2 * len(self._live) + 64:
+            self._leaving = [entry for entry in self._leaving if self._is_unplaced(entry[2])]
+            heapq.heapify(self._leaving)
+
+    def _is_unplaced(self, live: Live) -> bool:
+        return live.state in UNPLACED and self._live.get(live.request.id) is live
+
+    def _expire(self, now: float, actions: list[Action]) -> None:
+        while self._leaving and self._leaving[0][0] <= now:
+            live = heapq.heappop(self._leaving)[2]
+            if self._is_unplaced(live):
+                self._step(live, OutOfPatience(), now, actions)
+
+    def _schedule(self, actions: list[Action]) -> None:
+        """Ask for a Tick at the next moment when something is due by itself."""
+        while self._leaving and not self._is_unplaced(self._leaving[0][2]):
+            heapq.heappop(self._leaving)
+        due_at = min(self._pump_wanted_at, self._leaving[0][0] if self._leaving else math.inf)
+        if due_at < self._wake_at:
+            self._wake_at = due_at
+            actions.append(WakeAt(due_at))
+
+
+def _too_long(tokens: int, limit: int) -> Refuse:
+    message = (
+        f"This model's maximum context length is {limit} tokens. However, your messages resulted in {tokens} tokens."
+    )
+    return Refuse(400, "context-length", message, None)

@@ -1,0 +1,164 @@
+"""Where a request would run best: a forecast in seconds for every worker at once, feasible first, then cheapest.
+
+Owns the formula and its few factors. Never books anything: the dispatcher does, for the worker it takes."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from policies.api import Bools, FleetView, Floats, Forecast, Job, Place
+from policies.request import WorkerId
+
+# Hot: once per decision over all workers. Budget 50 us a decision at 64 workers; bench/dispatcher.py.
+
+Z90 = 1.2816
+MIN_SHARE = 0.15  # of each step is left for prefill however many decode: the step planner sees to it
+FAR = 1e9  # seconds; keeps infeasible workers behind feasible ones in one array
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The factors of the cost, all start values."""
+
+    spread: tuple[float, float, float] = (0.15, 0.02, 0.0)  # price of a second of TTFT: 0 packs onto cache holders
+    sure: tuple[float, float, float] = (1.0, 0.41, 0.0)  # in units of log q90: P >= 0.9, 0.7, 0.5 of being in time
+    pace_margin: float = 0.9  # of the tightest TPOT
+    reuse: float = 0.5  # probability that a displaced block would have been asked for again
+    near: float = 0.05  # costs within 5 % are equal: the session's own hash chooses, alike in every router
+
+
+def budget_place(weights: Weights = Weights()) -> Place:
+    """Placement by remaining budget; LMetric while a worker has not measured its own step model."""
+
+    def place(job: Job, fleet: FleetView, now: float) -> Sequence[Forecast]:
+        if not fleet.is_calibrated:
+            return lmetric_place(job, fleet, now)
+        scene = Scene.of(job, fleet, now, weights)
+        return scene.best(job, fleet, now) if scene.serves.any() else ()
+
+    return place
+
+
+def lmetric_place(job: Job, fleet: FleetView, now: float) -> Sequence[Forecast]:
+    """(uncached tokens queued and own) x (batch size): no unit, no knob, no model (arXiv 2603.15202)."""
+    scene = Scene.of(job, fleet, now, Weights())
+    score = (fleet.waiting_tokens + scene.uncached) * (fleet.streams + 1.0)
+    return choose(scene, score, job, fleet, now)
+
+
+def choose(scene: Scene, score: Floats, job: Job, fleet: FleetView, now: float) -> Sequence[Forecast]:
+    """The worker with the smallest score, for policies that promise nothing: feasible whenever its KV fits."""
+    if not scene.serves.any():
+        return ()
+    slot = int(np.where(scene.serves, score, np.inf).argmin())
+    return (scene.forecast(slot, job, fleet, now, is_feasible=bool(scene.has_room[slot])),)
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """One job before all workers: arrays over slots."""
+
+    serves: Bools
+    hit: Floats
+    uncached: Floats
+    own_s: Floats
+    ttft_s: Floats
+    step_s: Floats
+    is_steady: Bools
+    has_room: Bools
+    weights: Weights
+
+    @classmethod
+    def of(cls, job: Job, fleet: FleetView, now: float, weights: Weights) -> Scene:
+        number, tokens = int(job.request_class), job.prompt.tokens
+        hit = np.minimum(fleet.hit_tokens(job.prompt.chain, job.request.model), tokens - 1.0)
+        uncached = tokens - hit
+        own_s = uncached * (fleet.row_s + fleet.chunk_context_s * (tokens - 0.5 * uncached))
+        step_s = fleet.step_s[number] + fleet.decode_context_s * tokens
+        pace_s = np.minimum(fleet.pace_s[number], job.promise.budget.tpot_s)
+        share = np.maximum(1.0 - step_s / pace_s, MIN_SHARE)
+        silence_s = np.maximum(now - fleet.silent_after, 0.0)
+        ttft_s = fleet.residual * ((fleet.ahead_s[number] + own_s) / share + step_s) + silence_s
+        return cls(
+            serves=fleet.serves(job.request.model, tokens, job.avoid),
+            hit=hit,
+            uncached=uncached,
+            own_s=own_s,
+            ttft_s=ttft_s,
+            step_s=step_s,
+            is_steady=step_s <= weights.pace_margin * pace_s,
+            has_room=fleet.room_tokens >= tokens + job.output.q80,
+            weights=weights,
+        )
+
+    def best(self, job: Job, fleet: FleetView, now: float) -> Sequence[Forecast]:
+        """Feasible first, by cost; else soonest."""
+        number, weights = int(job.request_class), self.weights
+        sure_s = self.ttft_s * fleet.q90 ** weights.sure[number]
+        feasible = (sure_s <= job.first_left_s(now)) & self.is_steady & self.has_room & self.serves
+        if feasible.any():
+            score = np.where(feasible, self._cost_s(job, fleet), FAR)
+        else:
+            score = np.where(self.serves, self.ttft_s, FAR)
+        slot = int(score.argmin())
+        near = np.flatnonzero(score <= score[slot] * (1.0 + weights.near))
+        if len(near) > 1:
+            slot = _rendezvous(job, fleet.worker[near], near)
+        return (self.forecast(slot, job, fleet, now, is_feasible=bool(feasible[slot])),)
+
+    def _cost_s(self, job: Job, fleet: FleetView) -> Floats:
+        tokens, output = job.prompt.tokens, job.output.mean
+        answer_s = output * (fleet.sequence_s + fleet.decode_context_s * tokens)
+        displaced = np.maximum(tokens + output - fleet.free_tokens, 0.0)
+        return (
+            self.own_s
+            + answer_s
+            + self.weights.reuse * fleet.row_s * displaced
+            + self.weights.spread[job.request_class] * self.ttft_s
+        )
+
+    def forecast(self, slot: int, job: Job, fleet: FleetView, now: float, *, is_feasible: bool) -> Forecast:
+        """The figures of one slot, as plain numbers."""
+        tokens = job.prompt.tokens
+        own_s, ttft_s = float(self.own_s[slot]), float(self.ttft_s[slot])
+        answer_s = job.output.mean * float(fleet.sequence_s[slot] + fleet.decode_context_s[slot] * tokens)
+        return Forecast(
+            worker=WorkerId(int(fleet.worker[slot])),
+            hit_tokens=int(self.hit[slot]),
+            own_s=own_s,
+            ahead_s=float(fleet.ahead_s[int(job.request_class), slot]),
+            ttft_s=ttft_s,
+            tpot_s=float(self.step_s[slot]),
+            cost_s=own_s + answer_s,
+            probability=in_time(ttft_s, float(fleet.q90[slot]), job.first_left_s(now)),
+            is_feasible=is_feasible,
+            is_steady=bool(self.is_steady[slot]),
+            is_alone=not fleet.streams[slot],
+            has_room=bool(self.has_room[slot]),
+            staged=int(fleet.staged[slot]),
+        )
+
+
+def in_time(predicted_s: float, q90: float, left_s: float) -> float:
+    """P(duration <= left) for a lognormal with this median and this 90th percentile of actual / predicted."""
+    if left_s <= 0.0:
+        return 0.0
+    if math.isinf(left_s):
+        return 1.0
+    sigma = math.log(max(q90, 1.001)) / Z90
+    return 0.5 * math.erfc(-math.log(left_s / max(predicted_s, 1e-9)) / (sigma * math.sqrt(2.0)))
+
+
+def _rendezvous(job: Job, workers: npt.NDArray[np.int64], slots: npt.NDArray[np.intp]) -> int:
+    """Highest hash of (session, worker): spreads, yet sends a session to the same place from every router."""
+    name = job.request.session or job.request.id
+    seed = np.uint64(zlib.crc32(name.encode()))
+    mixed = (workers.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) ^ seed
+    mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+    return int(slots[int((mixed >> np.uint64(32)).argmax())])

@@ -1,0 +1,150 @@
+"""What is remembered of sessions and of prompt templates: the few bits that later requests are judged by.
+
+Owns two bounded maps, least recently used first out. Never holds text: a template is a hash."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, field
+
+from policies.api import Classified, SessionView
+from policies.request import Request, RequestClass
+
+BURST_WINDOW_S = 10.0
+BURST_COUNT = 8
+GAPS_KEPT = 5
+REMEMBERED_S = 3600.0  # a session or a template not seen for an hour begins anew
+
+SessionKey = tuple[str, str]  # salt domain, session: a stranger cannot inherit somebody's class
+TemplateKey = tuple[str, int]  # tenant, template hash
+
+UNKNOWN = SessionView()
+
+
+@dataclass(slots=True)
+class _Session:
+    request_class: RequestClass
+    seen_at: float
+    demotion: RequestClass | None = None
+    agreeing: int = 0
+    human_at: float | None = None
+    tool_steps: int = 0
+    answered_at: float | None = None
+    gaps_s: list[float] = field(default_factory=list)
+    answers: int = 0
+
+
+@dataclass(slots=True)
+class _Template:
+    times: list[float] = field(default_factory=list)  # the last BURST_COUNT
+    siblings: int = 0
+
+
+class Sessions:
+    """Remembers; `view` tells what a decision may know, `note` counts the request afterwards."""
+
+    def __init__(self, sessions_max: int, templates_max: int) -> None:
+        self._sessions_max, self._templates_max = sessions_max, templates_max
+        self._sessions: dict[SessionKey, _Session] = {}
+        self._templates: dict[TemplateKey, _Template] = {}
+
+    def view(self, request: Request, now: float) -> SessionView:
+        """What is known of this request's session and siblings. Counts the request as a sibling, nothing else."""
+        burst, siblings = self._count_sibling(request, now)
+        session = self._find(request, now)
+        if session is None:
+            return SessionView(burst=burst, siblings=siblings) if siblings else UNKNOWN
+        return SessionView(
+            request_class=session.request_class,
+            demotion=session.demotion,
+            agreeing=session.agreeing,
+            human_at=session.human_at,
+            tool_steps=session.tool_steps,
+            human_gap_s=statistics.median(session.gaps_s) if session.gaps_s else None,
+            burst=burst,
+            siblings=siblings,
+        )
+
+    def note(self, request: Request, classified: Classified, now: float) -> None:
+        """The request was classified. Side calls and subagents say nothing of their root."""
+        if not request.session or is_inner(request):
+            return
+        session = self._find(request, now) or _Session(classified.request_class, now)
+        key = _key(request)
+        self._sessions.pop(key, None)
+        self._sessions[key] = session
+        while len(self._sessions) > self._sessions_max:
+            del self._sessions[next(iter(self._sessions))]
+        session.seen_at = now
+        _count_turn(session, request, now)
+        _count_votes(session, classified)
+
+    def answered(self, request: Request, now: float) -> None:
+        """An answer ended by itself."""
+        session = self._find(request, now)
+        if session is not None and not is_inner(request):
+            session.answered_at = now
+            session.answers += 1
+
+    def left_early(self, request: Request, now: float) -> None:
+        """The client left before the first token: people do that."""
+        session = self._find(request, now)
+        if session is not None and request.facts.last_role == "user" and not is_inner(request):
+            session.gaps_s = [*session.gaps_s, 10.0][-GAPS_KEPT:]
+
+    def is_continuing(self, request: Request, now: float) -> bool:
+        """Whether this session has had an answer already."""
+        session = self._find(request, now)
+        return session is not None and session.answers > 0
+
+    def _find(self, request: Request, now: float) -> _Session | None:
+        session = self._sessions.get(_key(request)) if request.session else None
+        return session if session is not None and now - session.seen_at <= REMEMBERED_S else None
+
+    def _count_sibling(self, request: Request, now: float) -> tuple[int, int]:
+        facts = request.facts
+        if not facts.template_hash:
+            return 0, 0
+        key = (request.tenant.id, facts.template_hash)
+        template = self._templates.pop(key, None) or _Template()
+        self._templates[key] = template
+        while len(self._templates) > self._templates_max:
+            del self._templates[next(iter(self._templates))]
+        if facts.message_count > 2:  # system and user: anything longer continues a conversation
+            template.siblings, template.times = 0, []
+            return 0, 0
+        if facts.stream:
+            return 0, template.siblings
+        if template.times and now - template.times[-1] > REMEMBERED_S:
+            template.siblings = 0
+        template.siblings += 1
+        template.times = [time for time in (*template.times, now)[-BURST_COUNT:] if now - time <= BURST_WINDOW_S]
+        return len(template.times), template.siblings
+
+
+def is_inner(request: Request) -> bool:
+    """A subagent's or a side call: part of a session that somebody else leads."""
+    return bool(request.facts.agent_id) or request.facts.is_side_call
+
+
+def _key(request: Request) -> SessionKey:
+    return request.tenant.organisation, request.session
+
+
+def _count_turn(session: _Session, request: Request, now: float) -> None:
+    if request.facts.last_role == "user":
+        if session.answered_at is not None:
+            session.gaps_s = [*session.gaps_s, request.arrived - session.answered_at][-GAPS_KEPT:]
+        session.human_at, session.tool_steps = now, 0
+    else:
+        session.tool_steps += 1
+    session.answered_at = None
+
+
+def _count_votes(session: _Session, classified: Classified) -> None:
+    proposed, current = classified.proposed, classified.request_class
+    session.agreeing = session.agreeing + 1 if proposed == session.demotion else 1
+    session.demotion = proposed
+    if proposed <= current:
+        session.demotion, session.agreeing = None, 0
+    session.request_class = current
