@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from policies.api import Admit, Flow, Forecast, Hold, Job, Refuse, Verdict
 from policies.limits import Limits
@@ -52,8 +51,7 @@ def _why_now(job: Job, best: Forecast, limits: Limits) -> str:
     return ""
 
 
-@dataclass(frozen=True, slots=True)
-class QueueFlow:
+class QueueFlow(NamedTuple):
     """The waiting room and the fleet, as admission sees them. Implements Flow."""
 
     limits: Limits
@@ -72,7 +70,7 @@ class QueueFlow:
         start_s = max(0.0, best.ahead_s - self.limits.stage_s) + waiting_s / workers
         if best.is_steady and best.has_room:
             return start_s
-        before = self.room.count(model, cls, own=True) + self.room.count(model, cls, own=False)
+        before = self.room.count(model, cls)
         return max(start_s, self._exit_s(job, best) * (1 if self.is_next else before + 1))
 
     def _exit_s(self, job: Job, best: Forecast) -> float:

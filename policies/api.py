@@ -8,11 +8,12 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from policies.chain import Chain
 from policies.costs import StepModel
 from policies.events import Event
 from policies.limits import Limits
@@ -51,15 +52,14 @@ class Classified:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What tokenising told. `chain`: 16 bytes a full block."""
+    """What tokenising told."""
 
     tokens: int
     new_tokens: int  # beyond the longest prefix that an ideal cache would hold
-    chain: bytes
+    chain: Chain
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
+class Output(NamedTuple):
     """How long the answer will be, in tokens."""
 
     mean: float
@@ -128,12 +128,11 @@ class FleetView(Protocol):
     def serves(self, model: str, tokens: int, avoid: WorkerId | None) -> Bools:
         """Which slots hold a live worker of `model` with room in its context; `avoid` only if there is no other."""
 
-    def hit_tokens(self, chain: bytes, model: str) -> Floats:
+    def hit_tokens(self, chain: Chain, model: str) -> Floats:
         """Prompt tokens that each slot's worker has cached, as far as the router knows."""
 
 
-@dataclass(frozen=True, slots=True)
-class Forecast:
+class Forecast(NamedTuple):
     """What would happen on one worker. Seconds."""
 
     worker: WorkerId

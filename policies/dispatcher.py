@@ -16,8 +16,9 @@ import numpy as np
 
 from policies.actions import Action, Cancel, Dispatch, Reject, Tokenise, WakeAt
 from policies.admission import QueueFlow, admit, retry_after_s
-from policies.api import Admit, Classified, Forecast, Job, Key, Prompt, Refuse, RouterPolicy, Verdict
+from policies.api import Admit, Classified, Forecast, Job, Key, Output, Prompt, Refuse, RouterPolicy, Verdict
 from policies.budget import Promises
+from policies.chain import NO_CHAIN, sample
 from policies.classify import classify
 from policies.events import (
     Arrived,
@@ -92,6 +93,7 @@ TRANSITIONS: dict[tuple[State, type], str] = {
 }
 
 BUILT_IN = RouterPolicy(classify, Promises(), admit, least_laxity, lmetric_place)
+NO_OUTPUT = Output(0.0, 0.0, 0.0)
 STAGES = ("classify", "promise", "admit", "order", "place")
 DISTRUST_S = 10.0  # how long the built-in stage stands in for a faulty one
 
@@ -128,7 +130,7 @@ class Dispatcher:
         self._retries = RetryBudget(limits.retry_ratio, limits.retry_burst)
         self._sessions = Sessions(limits.sessions_max, limits.templates_max)
         self._lengths = Lengths(limits.lengths_max)
-        self._seen = SeenIndex(limits.index_every_block, limits.seen_keys_max)
+        self._seen = SeenIndex(limits.seen_keys_max)
         self.fleet = Fleet(limits)
         self._leaving: list[tuple[float, int, Live]] = []  # heap: who is out of patience next
         self._watched = 0
@@ -191,11 +193,7 @@ class Dispatcher:
             message = "Too many requests of this class wait to be tokenised."
             self._reject(live, Refuse(429, "tokenise-queue-full", message, 1.0), actions)
             return
-        nothing_known = Prompt(request.estimated_tokens, request.estimated_tokens, b"")
-        promise = self._trusted("promise", now).promise(
-            request, cls, nothing_known, self._lengths.expect(request, cls), None
-        )
-        live.leaves_at = request.arrived + promise.patience_s
+        live.leaves_at = request.arrived + self._patience_s(request, cls, now)
         self._live[request.id] = live
         self._watch(live)
         if place is Place.NOW:
@@ -223,10 +221,11 @@ class Dispatcher:
             if live := self._live.get(request_id):
                 self._step(live, Finished(output_tokens), now, actions)
         if event.stored:
-            self.fleet.stored(event.worker, event.stored)
-            self._seen.note(event.stored, now)
+            stored = sample(event.stored, self._limits.index_every_block).sampled()
+            self.fleet.stored(event.worker, stored)
+            self._seen.note(stored, now)
         if event.evicted:
-            self.fleet.evicted(event.worker, event.evicted)
+            self.fleet.evicted(event.worker, sample(event.evicted, self._limits.index_every_block).sampled())
         self.fleet.publish(event.worker)
         self._pump(now, actions)
 
@@ -261,7 +260,10 @@ class Dispatcher:
         if 0 < limit < event.tokens:
             self._reject(live, _too_long(event.tokens, limit), actions)
             return
-        prompt = Prompt(event.tokens, self._new_tokens(event, request.model, now), event.chain)
+        chain = sample(event.chain, self._limits.index_every_block)
+        seen_tokens = self._seen.blocks_seen(chain, now) * self.fleet.block_tokens(request.model)
+        # At least one token is new: computing it makes the first logits.
+        prompt = Prompt(event.tokens, max(1, event.tokens - seen_tokens), chain)
         output = self._lengths.expect(request, cls)
         live.job = Job(
             request=request,
@@ -443,14 +445,15 @@ class Dispatcher:
 
     # Bookkeeping ------------------------------------------------------------------------------------------------------
 
-    def _new_tokens(self, event: Arrived, model: str, now: float) -> int:
-        """Tokens beyond what an ideal cache would hold; at least one, which makes the first logits."""
-        seen_tokens = self._seen.blocks_seen(event.chain, now) * self.fleet.block_tokens(model)
-        return max(1, event.tokens - seen_tokens)
-
     def _trusted(self, stage: str, now: float) -> RouterPolicy:
         """The policy, or the built-in one while the router's guard has just seen this stage fail."""
         return BUILT_IN if now < self._distrusted_until.get(stage, now) else self._policy
+
+    def _patience_s(self, request: Request, request_class: RequestClass, now: float) -> float:
+        """How long its client waits, known before there are tokens."""
+        tokens = request.estimated_tokens
+        unknown = Prompt(tokens, tokens, NO_CHAIN)
+        return self._trusted("promise", now).promise(request, request_class, unknown, NO_OUTPUT, None).patience_s
 
     def _order_key(self, job: Job, work_s: float, now: float) -> tuple[Key, float]:
         return self._trusted("order", now).order(job, work_s, now)

@@ -15,6 +15,7 @@ from policies.request import RequestClass, RequestId
 
 # Hot: once per examined head; 10,000 may wait. bench/dispatcher.py.
 
+CLASSES = tuple(RequestClass)
 ON_TIME, LATE = 0, 1  # tiers: who can still make it goes before who cannot
 AGING = 4.0  # a late request yields to one that is shorter by x seconds only if it is older by less than 4x
 
@@ -140,27 +141,31 @@ class WaitingRoom:
         return min(slot for tenant, slot in heads if self.accounts.given_s(tenant) <= near_s)[2]
 
     def is_anyone_before(self, model: str, request_class: RequestClass) -> bool:
-        """Whether somebody as urgent or more waits for `model`, and the class's own reserve is spent."""
-        if self.count(model, request_class, own=True):
+        """Whether somebody of this class waits for `model`, or somebody more urgent while the class's own reserve is
+        spent."""
+        if not self._by_id:
+            return False
+        before = self.count(model, request_class)
+        own = self._lanes.get((model, request_class))
+        if own is not None and own.count:
             return True
-        return self.count(model, request_class, own=False) > 0 and not self.is_reserve_due(request_class)
+        return before > 0 and not self.is_reserve_due(request_class)
 
-    def count(self, model: str, request_class: RequestClass, *, own: bool) -> int:
-        """How many wait for `model`: of this class (own), or of more urgent ones."""
-        return sum(
-            lane.count
-            for (name, cls), lane in self._lanes.items()
-            if name == model and (cls == request_class if own else cls < request_class)
-        )
+    def count(self, model: str, request_class: RequestClass) -> int:
+        """How many wait for `model`, of this class and of more urgent ones."""
+        return sum(lane.count for lane in self._lanes_before(model, request_class))
 
     def work_s(self, model: str, request_class: RequestClass) -> float:
         """GPU-seconds that wait for `model`, of this class and of more urgent ones."""
-        return sum(lane.work_s for (name, cls), lane in self._lanes.items() if name == model and cls <= request_class)
+        return sum(lane.work_s for lane in self._lanes_before(model, request_class))
 
     def class_work_s(self, model: str, request_class: RequestClass) -> float:
         """GPU-seconds that wait for `model` in this class alone."""
         lane = self._lanes.get((model, request_class))
         return lane.work_s if lane is not None else 0.0
+
+    def _lanes_before(self, model: str, request_class: RequestClass) -> list[Lane]:
+        return [lane for cls in CLASSES[: request_class + 1] if (lane := self._lanes.get((model, cls)))]
 
     def is_reserve_due(self, request_class: RequestClass) -> bool:
         """Whether the class had less than its reserved share of late: then it may pass more urgent ones."""

@@ -8,6 +8,7 @@ import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -39,8 +40,7 @@ def budget_place(weights: Weights = Weights()) -> Place:
     def place(job: Job, fleet: FleetView, now: float) -> Sequence[Forecast]:
         if not fleet.is_calibrated:
             return lmetric_place(job, fleet, now)
-        scene = Scene.of(job, fleet, now, weights)
-        return scene.best(job, fleet, now) if scene.serves.any() else ()
+        return Scene.of(job, fleet, now, weights).best(job, fleet, now, weights) if len(fleet.worker) else ()
 
     return place
 
@@ -60,8 +60,7 @@ def choose(scene: Scene, score: Floats, job: Job, fleet: FleetView, now: float) 
     return (scene.forecast(slot, job, fleet, now, is_feasible=bool(scene.has_room[slot])),)
 
 
-@dataclass(frozen=True, slots=True)
-class Scene:
+class Scene(NamedTuple):
     """One job before all workers: arrays over slots."""
 
     serves: Bools
@@ -72,56 +71,54 @@ class Scene:
     step_s: Floats
     is_steady: Bools
     has_room: Bools
-    weights: Weights
 
     @classmethod
     def of(cls, job: Job, fleet: FleetView, now: float, weights: Weights) -> Scene:
-        number, tokens = int(job.request_class), job.prompt.tokens
-        hit = np.minimum(fleet.hit_tokens(job.prompt.chain, job.request.model), tokens - 1.0)
+        """What `job` would meet on each worker."""
+        number, prompt, tokens = job.request_class, job.prompt, float(job.prompt.tokens)
+        hit = np.minimum(fleet.hit_tokens(prompt.chain, job.request.model), tokens - 1.0)
         uncached = tokens - hit
         own_s = uncached * (fleet.row_s + fleet.chunk_context_s * (tokens - 0.5 * uncached))
         step_s = fleet.step_s[number] + fleet.decode_context_s * tokens
         pace_s = np.minimum(fleet.pace_s[number], job.promise.budget.tpot_s)
-        share = np.maximum(1.0 - step_s / pace_s, MIN_SHARE)
-        silence_s = np.maximum(now - fleet.silent_after, 0.0)
-        ttft_s = fleet.residual * ((fleet.ahead_s[number] + own_s) / share + step_s) + silence_s
+        used = step_s / pace_s
+        share = np.maximum(1.0 - used, MIN_SHARE)
+        ttft_s = fleet.residual * ((fleet.ahead_s[number] + own_s) / share + step_s)
+        ttft_s += np.maximum(now - fleet.silent_after, 0.0)  # a busy worker that says nothing may be stuck
         return cls(
-            serves=fleet.serves(job.request.model, tokens, job.avoid),
+            serves=fleet.serves(job.request.model, prompt.tokens, job.avoid),
             hit=hit,
             uncached=uncached,
             own_s=own_s,
             ttft_s=ttft_s,
             step_s=step_s,
-            is_steady=step_s <= weights.pace_margin * pace_s,
+            is_steady=used <= weights.pace_margin,
             has_room=fleet.room_tokens >= tokens + job.output.q80,
-            weights=weights,
         )
 
-    def best(self, job: Job, fleet: FleetView, now: float) -> Sequence[Forecast]:
+    def best(self, job: Job, fleet: FleetView, now: float, weights: Weights) -> Sequence[Forecast]:
         """Feasible first, by cost; else soonest."""
-        number, weights = int(job.request_class), self.weights
-        sure_s = self.ttft_s * fleet.q90 ** weights.sure[number]
-        feasible = (sure_s <= job.first_left_s(now)) & self.is_steady & self.has_room & self.serves
-        if feasible.any():
-            score = np.where(feasible, self._cost_s(job, fleet), FAR)
-        else:
-            score = np.where(self.serves, self.ttft_s, FAR)
-        slot = int(score.argmin())
-        near = np.flatnonzero(score <= score[slot] * (1.0 + weights.near))
-        if len(near) > 1:
-            slot = _rendezvous(job, fleet.worker[near], near)
-        return (self.forecast(slot, job, fleet, now, is_feasible=bool(feasible[slot])),)
-
-    def _cost_s(self, job: Job, fleet: FleetView) -> Floats:
-        tokens, output = job.prompt.tokens, job.output.mean
-        answer_s = output * (fleet.sequence_s + fleet.decode_context_s * tokens)
-        displaced = np.maximum(tokens + output - fleet.free_tokens, 0.0)
-        return (
-            self.own_s
-            + answer_s
-            + self.weights.reuse * fleet.row_s * displaced
-            + self.weights.spread[job.request_class] * self.ttft_s
+        number = job.request_class
+        sure_s = (
+            self.ttft_s * fleet.q90 if weights.sure[number] == 1.0 else self.ttft_s * fleet.q90 ** weights.sure[number]
         )
+        feasible = (sure_s <= job.first_left_s(now)) & self.is_steady & self.has_room & self.serves
+        score = np.where(feasible, self._cost_s(job, fleet, weights), self.ttft_s + FAR)
+        if score[slot := int(score.argmin())] < FAR:
+            near = (score <= score[slot] * (1.0 + weights.near)).nonzero()[0]
+            chosen = slot if len(near) == 1 else _rendezvous(job, fleet.worker[near], near)
+            return (self.forecast(chosen, job, fleet, now, is_feasible=True),)
+        slot = int(np.where(self.serves, self.ttft_s, np.inf).argmin())
+        return (self.forecast(slot, job, fleet, now, is_feasible=False),) if self.serves[slot] else ()
+
+    def _cost_s(self, job: Job, fleet: FleetView, weights: Weights) -> Floats:
+        tokens, output = job.prompt.tokens, job.output.mean
+        cost_s = self.own_s + output * (fleet.sequence_s + fleet.decode_context_s * tokens)
+        displaced = np.maximum(tokens + output - fleet.free_tokens, 0.0)
+        cost_s += weights.reuse * fleet.row_s * displaced
+        if spread := weights.spread[job.request_class]:
+            cost_s += spread * self.ttft_s
+        return cost_s
 
     def forecast(self, slot: int, job: Job, fleet: FleetView, now: float, *, is_feasible: bool) -> Forecast:
         """The figures of one slot, as plain numbers."""

@@ -4,7 +4,6 @@ Owns two bounded maps, least recently used first out. Never holds text: a templa
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import dataclass, field
 
 from policies.api import Classified, SessionView
@@ -60,7 +59,7 @@ class Sessions:
             agreeing=session.agreeing,
             human_at=session.human_at,
             tool_steps=session.tool_steps,
-            human_gap_s=statistics.median(session.gaps_s) if session.gaps_s else None,
+            human_gap_s=sorted(session.gaps_s)[len(session.gaps_s) // 2] if session.gaps_s else None,
             burst=burst,
             siblings=siblings,
         )

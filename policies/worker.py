@@ -5,12 +5,15 @@ Owns what was promised to whom: charged when decided, released on events, correc
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from policies.api import Bools, Floats, Forecast, Job
+from policies.chain import Chain, sample
 from policies.costs import StepModel
 from policies.events import WorkerLoad, WorkerUp
 from policies.limits import Limits
@@ -44,8 +47,7 @@ COLUMNS = (
 HEIGHT = sum(rows for _, rows in COLUMNS)
 
 
-@dataclass(frozen=True, slots=True)
-class Charge:
+class Charge(NamedTuple):
     """What one placed request was booked with, so that the same is released."""
 
     ledger: Ledger
@@ -65,9 +67,13 @@ class Ledger:
     """One worker. Counts by class are of our own requests; what frames show beyond them is other routers' work."""
 
     __slots__ = (
+        "base_s",
         "block_tokens",
+        "chunk_context_s",
         "context",
         "context_max",
+        "decode_context_s",
+        "floor_s",
         "frame",
         "fresh_tokens",
         "growth",
@@ -78,8 +84,11 @@ class Ledger:
         "pace_s",
         "pending_s",
         "previous_tokens",
+        "q90",
         "reported_at",
         "residual",
+        "row_s",
+        "sequence_s",
         "slot",
         "staged",
         "streams",
@@ -89,7 +98,8 @@ class Ledger:
 
     def __init__(self, up: WorkerUp, slot: int, now: float) -> None:
         self.worker, self.slot = up.worker, slot
-        self.model, self.model_name = up.step_model, up.model
+        self.model_name = up.model
+        self.learn(up.step_model)
         self.block_tokens, self.context_max = up.block_tokens, up.context_max
         self.load = WorkerLoad(0, 0, 0, up.blocks_total, 0, 0, 0.0)
         self.reported_at, self.frame, self.residual = now, 0, 1.0
@@ -97,6 +107,14 @@ class Ledger:
         self.context, self.pace_s = [0.0, 0.0, 0.0], [math.inf, math.inf, math.inf]
         self.own_tokens = self.fresh_tokens = self.previous_tokens = 0  # uncached prompt tokens not yet computed
         self.growth = self.variance = 0.0
+
+    def learn(self, model: StepModel) -> None:
+        """The worker published its step model."""
+        bias = model.bias
+        self.model, self.q90 = model, model.q90
+        self.floor_s, self.base_s, self.row_s = model.floor_s * bias, model.base_s * bias, model.row_s * bias
+        self.chunk_context_s, self.decode_context_s = model.chunk_context_s * bias, model.decode_context_s * bias
+        self.sequence_s = model.sequence_s * bias
 
     def charge(self, job: Job, forecast: Forecast, now: float) -> Charge:
         """Book a request that was just placed here."""
@@ -146,7 +164,7 @@ class Ledger:
         self.variance -= charge.variance
         if self.streams[number] == 0:  # also where rounding ends
             self.context[number], self.pace_s[number] = 0.0, math.inf
-        if not any(self.streams):
+        if self.variance < 0.0 or not any(self.streams):
             self.growth = self.variance = 0.0
 
     def _release_prompt(self, charge: Charge) -> None:
@@ -170,58 +188,64 @@ class Ledger:
 
     def column(self) -> tuple[float, ...]:
         """This worker as placement sees it, in the order of COLUMNS."""
-        model, load, streams, pending_s, context = self.model, self.load, self.streams, self.pending_s, self.context
-        bias = model.bias
-        own_streams = streams[0] + streams[1] + streams[2]
-        committed = max(own_streams, load.running + load.waiting)
-        others = committed - own_streams
-        other_context = max(0.0, load.decode_context - context[0] - context[1] - context[2]) if others else 0.0
-        other_tokens = max(0, load.waiting_uncached_tokens - self.own_tokens) if others else 0
-        unseen = self.fresh_tokens + self.previous_tokens
-        queued = load.waiting_uncached_tokens + unseen
-        # Our own prompts count only as far as they are not computed yet: frames tell how many tokens are left.
-        left = min(1.0, queued / self.own_tokens) if self.own_tokens > queued else 1.0
-        ahead0 = other_tokens * model.row_s * bias + pending_s[0] * left
-        ahead1 = ahead0 + pending_s[1] * left
-        rows0 = others + streams[0] + 1
-        rows1 = rows0 + streams[1]
-        context0 = other_context + context[0]
-        context1 = context0 + context[1]
-        pace0 = self.pace_s[0]
-        pace1 = min(pace0, self.pace_s[1])
-        step2 = self._step_s(rows1 + streams[2], context1 + context[2])
-        reclaimable = (load.blocks_free + load.blocks_cached) * self.block_tokens
-        waiting_tokens = float(max(self.own_tokens * left, load.waiting_uncached_tokens) if own_streams else queued)
-        growth = self.growth / 2 + Z90 * math.sqrt(max(0.0, self.variance))  # residents are half done on average
+        load = self.load
+        chat, agent, batch = self.streams
+        own_streams = chat + agent + batch
+        context0, context1, context2 = self.context
+        committed, queued = load.running + load.waiting, load.waiting_uncached_tokens
+        others, other_context, other_s = 0, 0.0, 0.0
+        if committed > own_streams:
+            others = committed - own_streams
+            other_context = max(0.0, load.decode_context - context0 - context1 - context2)
+            other_s = self.row_s * max(0, queued - self.own_tokens)
+        else:
+            committed = own_streams
+        queued += self.fresh_tokens + self.previous_tokens
+        # Our own prompts count as far as they are not computed yet: frames tell how many tokens are left.
+        left = queued / self.own_tokens if queued < self.own_tokens else 1.0
+        pending0, pending1, pending2 = self.pending_s
+        ahead0 = other_s + pending0 * left
+        ahead1 = ahead0 + pending1 * left
+        rows = others + chat + 1  # with the request that asks
+        context0 += other_context
+        context1 += context0
+        context2 += context1
+        pace0, pace1, pace2 = self.pace_s
+        pace1 = min(pace0, pace1)
+        step2 = self._step_s(rows + agent + batch, context2)
+        free = load.blocks_free * self.block_tokens
+        # Residents are half done on average; their answers' lengths are independent, so the spread adds up in squares.
+        growth = self.growth / 2 + Z90 * math.sqrt(self.variance)
+        silent_s = max(SILENCE_S, 3 * step2, 3 * load.step_s) if committed else math.inf
         return (
-            model.row_s * bias,
-            model.chunk_context_s * bias,
-            model.decode_context_s * bias,
-            model.sequence_s * bias,
-            model.q90,
+            self.row_s,
+            self.chunk_context_s,
+            self.decode_context_s,
+            self.sequence_s,
+            self.q90,
             ahead0,
             ahead1,
-            ahead1 + pending_s[2] * left,
-            self._step_s(rows0, context0),
-            self._step_s(rows1, context1),
+            ahead1 + pending2 * left,
+            self._step_s(rows, context0),
+            self._step_s(rows + agent, context1),
             step2,
             pace0,
             pace1,
-            min(pace1, self.pace_s[2]),
-            reclaimable - waiting_tokens - growth,
-            load.blocks_free * self.block_tokens - waiting_tokens,
-            self.reported_at + max(SILENCE_S, 3 * max(step2, load.step_s)) if committed else math.inf,
+            min(pace1, pace2),
+            free + load.blocks_cached * self.block_tokens - queued - growth,
+            free - queued,
+            self.reported_at + silent_s,
             self.residual,
             committed,
-            waiting_tokens,
+            queued,
             self.staged,
             self.context_max,
         )
 
     def _step_s(self, rows: int, context: float) -> float:
-        model = self.model
-        dense_s = max(model.floor_s, model.row_s * rows)
-        return model.bias * (dense_s + model.base_s + model.decode_context_s * context + model.sequence_s * rows)
+        dense_s = self.row_s * rows
+        dense_s = max(dense_s, self.floor_s)
+        return dense_s + self.base_s + self.decode_context_s * context + self.sequence_s * rows
 
 
 class Fleet:
@@ -254,8 +278,9 @@ class Fleet:
         self._table: Floats = np.zeros((HEIGHT, 0))
         self.worker: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
         self.is_calibrated = False
+        self._context_min = 0
         self.dispatched = 0
-        self.index = PrefixIndex(limits.index_every_block, limits.index_nodes_per_worker)
+        self.index = PrefixIndex(limits.index_nodes_per_worker)
         self._bind()
 
     def _bind(self) -> None:
@@ -281,7 +306,7 @@ class Fleet:
         ledger = Ledger(event, slot, now)
         self._slots[slot] = self._ledgers[event.worker] = ledger
         self.worker[slot] = event.worker
-        self.index.add(slot, event.cached)
+        self.index.add(slot, sample(event.cached, self._limits.index_every_block).sampled())
         self._publish(ledger)
         self._survey()
         return True
@@ -299,7 +324,7 @@ class Fleet:
         ledger = self._ledgers[worker]
         ledger.report(load, now)
         if model is not None:
-            ledger.model = model
+            ledger.learn(model)
             self._survey()
 
     def publish(self, worker: WorkerId) -> None:
@@ -312,8 +337,9 @@ class Fleet:
         charge = ledger.charge(job, forecast, now)
         self.dispatched += 1
         self._publish(ledger)
-        block = ledger.block_tokens
-        self.index.add(ledger.slot, job.prompt.chain, forecast.hit_tokens // block)
+        chain = job.prompt.chain
+        known = bisect_left(chain.at, forecast.hit_tokens // ledger.block_tokens)
+        self.index.add(ledger.slot, chain.sampled(known))
         return charge
 
     def release(self, charge: Charge, has_started: bool) -> None:
@@ -321,10 +347,12 @@ class Fleet:
         charge.ledger.release(charge, has_started)
         self._publish(charge.ledger)
 
-    def stored(self, worker: WorkerId, keys: bytes) -> None:
+    def stored(self, worker: WorkerId, keys: Sequence[bytes]) -> None:
+        """A worker published these blocks."""
         self.index.add(self._ledgers[worker].slot, keys)
 
-    def evicted(self, worker: WorkerId, keys: bytes) -> None:
+    def evicted(self, worker: WorkerId, keys: Sequence[bytes]) -> None:
+        """A worker dropped these blocks."""
         self.index.remove(self._ledgers[worker].slot, keys)
 
     def profile(self, model: str) -> StepModel | None:
@@ -349,13 +377,13 @@ class Fleet:
         serving = self._serving.get(model)
         if serving is None:
             return np.zeros(len(self._slots), dtype=np.bool_)
-        able: Bools = serving & (self.context_max >= tokens)
+        able: Bools = serving if tokens <= self._context_min else serving & (self.context_max >= tokens)
         if avoid is not None:
             others: Bools = able & (self.worker != avoid)
             return others if others.any() else able
         return able
 
-    def hit_tokens(self, chain: bytes, model: str) -> Floats:
+    def hit_tokens(self, chain: Chain, model: str) -> Floats:
         return self.index.hit_blocks(chain, len(self._slots)) * self.block_tokens(model)
 
     def _publish(self, ledger: Ledger) -> None:
@@ -366,6 +394,7 @@ class Fleet:
         """What changes only when workers or their models do."""
         alive = [ledger for ledger in self._slots if ledger is not None]
         self.is_calibrated = all(ledger.model.version > 0 for ledger in alive)
+        self._context_min = min((ledger.context_max for ledger in alive), default=0)
         self._serving = {}
         for ledger in alive:
             mask = self._serving.setdefault(ledger.model_name, np.zeros(len(self._slots), dtype=np.bool_))
