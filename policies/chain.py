@@ -43,7 +43,7 @@ def sample(keys: bytes, every: int) -> Chain:
         return Chain(keys, range(count))
     if count <= FEW:
         return Chain(keys, [at for at in range(count) if not keys[at * KEY_BYTES + KEY_BYTES - 1] % every])
-    last_bytes = np.frombuffer(keys, dtype=np.uint8)[KEY_BYTES - 1 :: KEY_BYTES]
+    last_bytes = np.frombuffer(keys[KEY_BYTES - 1 :: KEY_BYTES], dtype=np.uint8)
     return Chain(keys, (last_bytes % every == 0).nonzero()[0].tolist())
 
 

@@ -362,12 +362,12 @@ class Dispatcher:
 
     def _pump(self, now: float, actions: list[Action]) -> None:
         """Ask the heads again: something may have changed. A class whose head stays keeps less urgent ones back."""
+        self._pump_wanted_at = math.inf
         if not len(self._room):
             return
         if now < self._pump_after:
             self._pump_wanted_at = self._pump_after
             return
-        self._pump_wanted_at = math.inf
         self._pump_after = now + self._limits.reexamine_s
         left = self._limits.pump_max
         for model in self._room.models():

@@ -20,7 +20,7 @@ from policies.request import WorkerId
 
 Z90 = 1.2816
 MIN_SHARE = 0.15  # of each step is left for prefill however many decode: the step planner sees to it
-FAR = 1e9  # seconds; keeps infeasible workers behind feasible ones in one array
+FAR = 1e9  # seconds: dearer than any feasible worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,7 @@ class Scene(NamedTuple):
     hit: Floats
     uncached: Floats
     own_s: Floats
+    context_s: Floats
     ttft_s: Floats
     step_s: Floats
     is_steady: Bools
@@ -79,7 +80,8 @@ class Scene(NamedTuple):
         hit = np.minimum(fleet.hit_tokens(prompt.chain, job.request.model), tokens - 1.0)
         uncached = tokens - hit
         own_s = uncached * (fleet.row_s + fleet.chunk_context_s * (tokens - 0.5 * uncached))
-        step_s = fleet.step_s[number] + fleet.decode_context_s * tokens
+        context_s = fleet.decode_context_s * tokens  # what each step pays for attending to this prompt
+        step_s = fleet.step_s[number] + context_s
         pace_s = np.minimum(fleet.pace_s[number], job.promise.budget.tpot_s)
         used = step_s / pace_s
         share = np.maximum(1.0 - used, MIN_SHARE)
@@ -90,6 +92,7 @@ class Scene(NamedTuple):
             hit=hit,
             uncached=uncached,
             own_s=own_s,
+            context_s=context_s,
             ttft_s=ttft_s,
             step_s=step_s,
             is_steady=used <= weights.pace_margin,
@@ -103,7 +106,8 @@ class Scene(NamedTuple):
             self.ttft_s * fleet.q90 if weights.sure[number] == 1.0 else self.ttft_s * fleet.q90 ** weights.sure[number]
         )
         feasible = (sure_s <= job.first_left_s(now)) & self.is_steady & self.has_room & self.serves
-        score = np.where(feasible, self._cost_s(job, fleet, weights), self.ttft_s + FAR)
+        score = self._cost_s(job, fleet, weights)
+        score[~feasible] = FAR
         if score[slot := int(score.argmin())] < FAR:
             near = (score <= score[slot] * (1.0 + weights.near)).nonzero()[0]
             chosen = slot if len(near) == 1 else _rendezvous(job, fleet.worker[near], near)
@@ -112,19 +116,21 @@ class Scene(NamedTuple):
         return (self.forecast(slot, job, fleet, now, is_feasible=False),) if self.serves[slot] else ()
 
     def _cost_s(self, job: Job, fleet: FleetView, weights: Weights) -> Floats:
-        tokens, output = job.prompt.tokens, job.output.mean
-        cost_s = self.own_s + output * (fleet.sequence_s + fleet.decode_context_s * tokens)
-        displaced = np.maximum(tokens + output - fleet.free_tokens, 0.0)
-        cost_s += weights.reuse * fleet.row_s * displaced
+        """GPU seconds of prompt and answer, what computing again the displaced cache will cost, and mild spreading."""
+        output = job.output.mean
+        displaced = np.maximum(self.uncached + (output - fleet.free_tokens), 0.0)
+        displaced *= fleet.row_s
+        displaced *= weights.reuse
+        displaced += self.own_s
+        displaced += output * (fleet.sequence_s + self.context_s)
         if spread := weights.spread[job.request_class]:
-            cost_s += spread * self.ttft_s
-        return cost_s
+            displaced += spread * self.ttft_s
+        return displaced
 
     def forecast(self, slot: int, job: Job, fleet: FleetView, now: float, *, is_feasible: bool) -> Forecast:
         """The figures of one slot, as plain numbers."""
-        tokens = job.prompt.tokens
         own_s, ttft_s = float(self.own_s[slot]), float(self.ttft_s[slot])
-        answer_s = job.output.mean * float(fleet.sequence_s[slot] + fleet.decode_context_s[slot] * tokens)
+        answer_s = job.output.mean * float(fleet.sequence_s[slot] + self.context_s[slot])
         return Forecast(
             worker=WorkerId(int(fleet.worker[slot])),
             hit_tokens=int(self.hit[slot]),

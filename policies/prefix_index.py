@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable
 import numpy as np
 
 from policies.api import Floats
-from policies.chain import Chain
+from policies.chain import KEY_BYTES, Chain
 
 # Hot: a prompt of 142k tokens has 2,200 keys; every question here is logarithmic in them. bench/dispatcher.py.
 
@@ -62,19 +62,20 @@ class PrefixIndex:
         """How many leading blocks each slot holds, as far as the sample tells. Bisects: whoever holds a key holds all
         before it, so the set of holders only shrinks along a chain."""
         hits = np.zeros(slots)
-        holders, length = self._holders, len(chain)
+        find, keys, at, length = self._holders.get, chain.keys, chain.at, len(chain.at)
         begin = 0
-        holding = holders.get(chain.key(0), 0) if length else 0
+        holding = find(chain.key(0), 0) if length else 0
         while holding:
             low, high, beyond = begin, length, 0  # `holding` at low; fewer at high, namely `beyond`
             while high - low > 1:
                 middle = (low + high) // 2
-                found = holders.get(chain.key(middle), 0) & holding
+                start = at[middle] * KEY_BYTES  # chain.key(middle), without the call
+                found = find(keys[start : start + KEY_BYTES], 0) & holding
                 if found == holding:
                     low = middle
                 else:
                     high, beyond = middle, found
-            _write(hits, holding & ~beyond, chain.at[low] + 1)
+            _write(hits, holding & ~beyond, at[low] + 1)
             begin, holding = high, beyond
         return hits
 
@@ -106,7 +107,9 @@ class SeenIndex:
         """Leading blocks of `chain` that an ideal cache would hold; then they all count as seen."""
         self._turn(now)
         seen = _leading(chain, self._generations, len(chain))
-        self._note(chain.sampled(_leading(chain, self._generations[:1], seen)))
+        current = self._generations[0]
+        is_fresh = seen == 0 or chain.key(seen - 1) in current  # then all before it are, too
+        self._note(chain.sampled(seen if is_fresh else _leading(chain, [current], seen)))
         return chain.at[seen - 1] + 1 if seen else 0
 
     def note(self, keys: Iterable[bytes], now: float) -> None:

@@ -292,6 +292,10 @@ class Fleet:
     def __contains__(self, worker: WorkerId) -> bool:
         return worker in self._ledgers
 
+    def ledger(self, worker: WorkerId) -> Ledger:
+        """The book of a live worker."""
+        return self._ledgers[worker]
+
     def up(self, event: WorkerUp, now: float) -> bool:
         """A worker joins, or comes back with what it has cached. False: there are too many."""
         self.lost(event.worker)
