@@ -160,10 +160,10 @@ class Flow(Protocol):
     def is_next(self) -> bool:
         """Nobody as urgent or more waits before it."""
 
-    def predicted_start_s(self, job: Job, best: Forecast | None) -> float:
+    def predicted_start_s(self, job: Job, best: Forecast | None, /) -> float:
         """Seconds until a worker would take this request, behind everyone who waits before it."""
 
-    def has_space(self, job: Job, cost_s: float) -> bool:
+    def has_space(self, job: Job, cost_s: float, /) -> bool:
         """Whether the class's waiting room takes so many more GPU-seconds."""
 
 

@@ -97,6 +97,7 @@ NO_OUTPUT = Output(0.0, 0.0, 0.0)
 STAGES = ("classify", "promise", "admit", "order", "place")
 DISTRUST_S = 10.0  # how long the built-in stage stands in for a faulty one
 
+TURNS = (*((cls, True) for cls in RequestClass), *((cls, False) for cls in RequestClass))
 UNPLACED = (State.QUEUED, State.TOKENISING, State.HELD)
 
 
@@ -203,7 +204,8 @@ class Dispatcher:
         live = self._live.get(event.request_id)
         if live is not None:
             self._step(live, event, now, actions)
-            self._pump(now, actions)
+            if not isinstance(event, Arrived):  # who arrives frees nothing
+                self._pump(now, actions)
 
     def _on_worker_up(self, event: WorkerUp, now: float, actions: list[Action]) -> None:
         self.fleet.up(event, now)
@@ -361,7 +363,7 @@ class Dispatcher:
         return self._trusted("admit", now).admit(job, forecasts, flow, now), forecasts[0] if forecasts else None
 
     def _pump(self, now: float, actions: list[Action]) -> None:
-        """Ask the heads again: something may have changed. A class whose head stays keeps less urgent ones back."""
+        """Ask the heads again: something may have changed. A head that stays keeps less urgent classes back."""
         self._pump_wanted_at = math.inf
         if not len(self._room):
             return
@@ -376,20 +378,28 @@ class Dispatcher:
             self._pump_wanted_at = self._pump_after
 
     def _pump_model(self, model: str, left: int, now: float, actions: list[Action]) -> int:
-        is_held_back = False
-        for cls in RequestClass:
-            if is_held_back and not self._room.is_reserve_due(cls):
-                continue
-            while left > 0 and (head := self._room.head(model, cls, now)) is not None:
-                left -= 1
-                live = self._live[head.job.request.id]
-                verdict, forecast = self._ask(head.job, now, is_next=True)
-                if not isinstance(verdict, Admit) or forecast is None:
-                    is_held_back = True
+        """First who is owed a reserve, as long as it is; then by class. Returns how many may still be asked."""
+        for cls, is_owed in TURNS:
+            while left > 0 and self._room.class_count(model, cls):
+                if is_owed and not self._room.is_reserve_due(cls):
                     break
-                self._room.remove(live.request.id)
-                self._dispatch(live, forecast, verdict.reason, now, actions)
+                left -= 1
+                if not self._try_head(model, cls, now, actions):
+                    if is_owed:
+                        break
+                    return left
         return left
+
+    def _try_head(self, model: str, request_class: RequestClass, now: float, actions: list[Action]) -> bool:
+        """Ask the head of a lane where somebody waits. Whether it went."""
+        head = self._room.head(model, request_class, now)
+        assert head is not None
+        verdict, forecast = self._ask(head.job, now, is_next=True)
+        if not isinstance(verdict, Admit) or forecast is None:
+            return False
+        self._room.remove(head.job.request.id)
+        self._dispatch(self._live[head.job.request.id], forecast, verdict.reason, now, actions)
+        return True
 
     def _dispatch(self, live: Live, forecast: Forecast, reason: str, now: float, actions: list[Action]) -> None:
         job = live.job
