@@ -197,6 +197,25 @@ def test_a_failed_attempt_goes_elsewhere_with_what_is_left_of_its_budget() -> No
     assert second.first_left_s == pytest.approx(first.first_left_s - 0.5)
 
 
+def test_news_of_an_earlier_attempt_is_ignored() -> None:
+    mind = dispatcher(workers=2)
+    (first,) = dispatched(offer(mind, request()))
+    (second,) = dispatched(mind.handle(Failed(first.request_id, first.worker, "refused"), 0.1))
+    assert mind.handle(Failed(first.request_id, first.worker, "refused"), 0.2) == []
+    assert mind.fleet.ledger(second.worker).streams == [1, 0, 0]
+
+
+def test_a_stream_cut_after_its_patience_still_waits_for_another_worker() -> None:
+    """Patience is for the first token; who has been reading for a minute has not left."""
+    mind = dispatcher(workers=1)
+    (placed,) = dispatched(offer(mind, request()))
+    mind.handle(report(first_tokens=((placed.request_id, 0),)), 0.5)
+    mind.handle(WorkerLost(placed.worker, "killed"), 60.0)
+    assert rejected(mind.handle(Failed(placed.request_id, placed.worker, "worker lost"), 60.0)) == []
+    assert rejected(mind.handle(Tick(), 89.0)) == []
+    assert rejected(mind.handle(Tick(), 90.0))
+
+
 def test_without_any_worker_left_it_waits_for_one_to_come_back() -> None:
     mind = dispatcher(workers=1)
     (first,) = dispatched(offer(mind, request()))
