@@ -1,0 +1,216 @@
+"""The router process: builds the parts, joins them, serves until told to stop. Started by the keeper.
+
+Owns the wiring and the order of start and stop. Holds no behaviour of its own."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import uvloop
+
+from policies.events import PolicyFault, Started
+from policies.plugins import PolicyError
+from policies.request import Tenant
+from router import admin
+from router.app import App, House
+from router.config import Config
+from router.fleet import Fleet
+from router.metrics import GcPauses, Metrics
+from router.mind import Mind
+from router.plan import served_name, state_folder
+from router.ports import Observer
+from router.readiness import Readiness
+from router.receipts import Receipt, Receipts
+from router.record import FORMAT, Header, Recorder, set_aside
+from router.reducer import build, load_policy, policy_spec
+from router.relay import RelayLimits, Services
+from router.salts import Salts
+from router.server import Listener
+from router.template import ChatTemplate
+from router.text import Text
+from router.version import code_version
+from router.vocabulary import Vocabulary
+
+log = logging.getLogger("router")
+
+BAD_START = 2  # what was configured cannot be had: a restart will not help
+BROKEN = 70  # the mind failed: only a restart helps
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What the keeper hands a router."""
+
+    listen: socket.socket
+    admin: socket.socket
+    workers: Sequence[tuple[str, str]]  # (name, path of its socket)
+    model: Path  # the prepared model: its tokenizer and template are read here
+    restart: Callable[[str], None]  # ask the keeper to restart a worker
+
+
+@dataclass(frozen=True, slots=True)
+class Observers:
+    """All who hear how a request ended."""
+
+    each: Sequence[Observer]
+
+    def ended(self, receipt: Receipt) -> None:
+        for observer in self.each:
+            observer.ended(receipt)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What runs."""
+
+    mind: Mind
+    fleet: Fleet
+    readiness: Readiness
+    app: App
+    operator: admin.Admin
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve. Returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    config = Config.from_json(arguments.config.read_bytes())
+    workers = [worker.partition("=") for worker in arguments.worker]
+    place = Place(
+        listen=socket.socket(fileno=arguments.listen_fd),
+        admin=socket.socket(fileno=arguments.admin_fd),
+        workers=[(name, path) for name, _, path in workers],
+        model=arguments.model,
+        restart=lambda name: _ask(arguments.keeper_fd, name),
+    )
+    try:
+        return uvloop.run(serve(config, place))
+    except (PolicyError, OSError) as error:
+        log.error("the router cannot start: %s", error)
+        return BAD_START
+
+
+async def serve(config: Config, place: Place) -> int:
+    """Build everything, serve until a signal, drain. Raises PolicyError or OSError when something cannot be had."""
+    with contextlib.ExitStack() as stack:
+        parts = _build(config, place, stack)
+        public = Listener(parts.app.gate, parts.app.handle)
+        operator = Listener(admin.gate, parts.operator.answer)
+        stop = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        running = asyncio.create_task(parts.fleet.run())
+        stopped = asyncio.create_task(stop.wait())
+        try:
+            await public.start(place.listen)
+            await operator.start(place.admin)
+            # What is here now stays for ever: the collector need not look at it again. Its pauses are exported.
+            gc.collect()
+            gc.freeze()
+            await asyncio.wait((running, stopped, parts.mind.broken), return_when=asyncio.FIRST_COMPLETED)
+            if not stopped.done():
+                return BROKEN
+            parts.readiness.is_draining = True
+            log.info("draining for up to %g s", config.server.drain_grace_s)
+            await public.drain(config.server.drain_grace_s)
+            return 0
+        finally:
+            running.cancel()
+            stopped.cancel()
+            await public.close()
+            await operator.close()
+            await asyncio.gather(running, stopped, return_exceptions=True)
+
+
+def _build(config: Config, place: Place, stack: contextlib.ExitStack) -> Parts:
+    """From the configuration to parts that run; `stack` closes what they opened."""
+    seed, faults = secrets.randbits(32), deque[PolicyFault]()
+    policy = load_policy(config, faults, is_timed=True)
+    reducer = build(config, policy, seed)
+    recorder = _recorder(config, seed, stack)
+    mind = Mind(reducer, faults, recorder)
+    stack.callback(mind.close)
+    spec = policy_spec(config).to_json()
+    mind.begin(Started(config.digest, code_version(), seed, spec))
+    fleet = Fleet(place.workers, mind, spec, restart=place.restart)
+    metrics, receipts = Metrics(), _receipts(config, stack)
+    metrics.watch(fleet, lambda: mind.live_count, lambda: recorder.dropped_events if recorder is not None else 0)
+    metrics.registry.register(stack.enter_context(GcPauses()))
+    observers = Observers([receipts, metrics, *_tracing(config, place, stack)])
+    tenant = Tenant(config.tenant.id, config.tenant.organisation)
+    readiness = Readiness(fleet, policy, reducer.fleet.profile, tenant)
+    house = House(
+        services=Services(mind, fleet, observers, RelayLimits(), time.monotonic),
+        models=fleet.models,
+        text=Text(Vocabulary.load(place.model), ChatTemplate.load(place.model)),
+        model=served_name(config),
+        salt=Salts.load(state_folder(config, os.environ) / "salt.key").of(tenant.organisation),
+        tenant=tenant,
+        readiness=readiness.state,
+    )
+    return Parts(mind, fleet, readiness, App(house), admin.Admin(metrics, fleet, receipts))
+
+
+def _recorder(config: Config, seed: int, stack: contextlib.ExitStack) -> Recorder | None:
+    record = config.record
+    if not record.path:
+        return None
+    path = Path(record.path)
+    set_aside(path)
+    header = Header(FORMAT, 0, code_version(), seed, msgspec.Raw(config.to_json()))
+    recorder = Recorder(path, header, segment_bytes=record.segment_mib * 1024 * 1024, segments_max=record.segments_max)
+    stack.callback(recorder.close)
+    return recorder
+
+
+def _receipts(config: Config, stack: contextlib.ExitStack) -> Receipts:
+    path = Path(config.receipts.path) if config.receipts.path else None
+    receipts = Receipts(config.receipts.kept, path)
+    stack.callback(receipts.close)
+    return receipts
+
+
+def _tracing(config: Config, place: Place, stack: contextlib.ExitStack) -> list[Observer]:
+    """Nothing, unless somebody collects: then the SDK is imported, too."""
+    if not config.telemetry.otlp_endpoint:
+        return []
+    from router.tracing import Tracing, otlp
+
+    host, port = place.listen.getsockname()[:2]
+    tracing = Tracing(otlp(config.telemetry.otlp_endpoint), config.telemetry.service_name, host, port)
+    stack.callback(tracing.close)
+    return [tracing]
+
+
+def _ask(keeper_fd: int, name: str) -> None:
+    os.write(keeper_fd, name.encode() + b"\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m router", description="One router; `headway serve` starts it.")
+    parser.add_argument("--config", type=Path, required=True, help="JSON that the keeper wrote")
+    parser.add_argument("--model", type=Path, required=True, help="folder of the prepared model")
+    parser.add_argument("--listen-fd", type=int, required=True, help="bound socket for clients")
+    parser.add_argument("--admin-fd", type=int, required=True, help="bound socket for the operator")
+    parser.add_argument("--keeper-fd", type=int, required=True, help="pipe: names of workers to restart")
+    parser.add_argument("--worker", action="append", default=[], metavar="NAME=SOCKET", help="may be repeated")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
