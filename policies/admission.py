@@ -30,7 +30,7 @@ def admit(job: Job, forecasts: Sequence[Forecast], flow: Flow, now: float) -> Ve
     if start_s > job.patience_left_s(now):
         return Refuse(503, "patience", "No worker would start this request before its client leaves.", start_s)
     if not flow.has_space(job, best.cost_s if best is not None else 0.0):
-        return Refuse(503, "waiting-room-full", "The waiting room for this class of request is full.", start_s)
+        return room_is_full(start_s)
     return Hold("no worker has room for it in time")
 
 
@@ -65,13 +65,16 @@ class QueueFlow(NamedTuple):
         if best is None:
             return 0.0  # no worker at all: the keeper is starting one; hold as long as the client does
         model, cls = job.request.model, job.request_class
-        workers = max(1, self.fleet.count(model))
-        waiting_s = self.room.work_s(model, cls) if not self.is_next else 0.0
-        start_s = max(0.0, best.ahead_s - self.limits.stage_s) + waiting_s / workers
+        waiting_s = 0.0 if self.is_next else self.drain_s(model, cls)
+        start_s = max(0.0, best.ahead_s - self.limits.stage_s) + waiting_s
         if best.is_steady and best.has_room:
             return start_s
         before = self.room.count(model, cls)
         return max(start_s, self._exit_s(job, best) * (1 if self.is_next else before + 1))
+
+    def drain_s(self, model: str, request_class: RequestClass) -> float:
+        """Seconds that all workers together need for what waits of this class and of more urgent ones."""
+        return self.room.work_s(model, request_class) / max(1, self.fleet.count(model))
 
     def _exit_s(self, job: Job, best: Forecast) -> float:
         """Seconds between two residents' ends, over all workers, by Little's law."""
@@ -94,3 +97,16 @@ def retry_after_s(start_s: float, jitter: float, limits: Limits) -> float:
     """What a refused client is told: whole seconds, at least one, spread so that a burst does not return as one."""
     spread = 1.0 + limits.retry_after_jitter * jitter
     return float(min(limits.retry_after_max_s, max(1, math.ceil(start_s * spread))))
+
+
+def room_is_full(start_s: float) -> Refuse:
+    """Ours to answer for: 503."""
+    return Refuse(503, "waiting-room-full", "The waiting room for this class of request is full.", start_s)
+
+
+def too_long(tokens: int, limit: int) -> Refuse:
+    """For ever: the words are those that agents know to answer with compaction."""
+    message = (
+        f"This model's maximum context length is {limit} tokens. However, your messages resulted in {tokens} tokens."
+    )
+    return Refuse(400, "context-length", message, None)

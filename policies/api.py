@@ -118,7 +118,6 @@ class FleetView(Protocol):
     pace_s: Floats  # [3, slots] tightest TPOT promised to a resident
     room_tokens: Floats  # KV tokens that can be had without hurting residents
     free_tokens: Floats  # of which no cache has to go
-    silent_after: Floats  # when a busy worker's silence becomes suspicious
     residual: Floats  # actual / predicted TTFT, as seen from here
     streams: Floats  # everything that runs or waits there
     waiting_tokens: Floats  # uncached prompt tokens queued there
@@ -127,6 +126,9 @@ class FleetView(Protocol):
 
     def serves(self, model: str, tokens: int, avoid: WorkerId | None) -> Bools:
         """Which slots hold a live worker of `model` with room in its context; `avoid` only if there is no other."""
+
+    def silence_s(self, now: float) -> Floats | None:
+        """How long each busy worker has been silent beyond what its steps explain; None: nobody is."""
 
     def hit_tokens(self, chain: Chain, model: str) -> Floats:
         """Prompt tokens that each slot's worker has cached, as far as the router knows."""
@@ -160,10 +162,10 @@ class Flow(Protocol):
     def is_next(self) -> bool:
         """Nobody as urgent or more waits before it."""
 
-    def predicted_start_s(self, job: Job, best: Forecast | None) -> float:
+    def predicted_start_s(self, job: Job, best: Forecast | None, /) -> float:
         """Seconds until a worker would take this request, behind everyone who waits before it."""
 
-    def has_space(self, job: Job, cost_s: float) -> bool:
+    def has_space(self, job: Job, cost_s: float, /) -> bool:
         """Whether the class's waiting room takes so many more GPU-seconds."""
 
 

@@ -5,18 +5,16 @@ of its own: the same events give the same actions, byte for byte."""
 
 from __future__ import annotations
 
-import enum
-import heapq
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from policies.actions import Action, Cancel, Dispatch, Reject, Tokenise, WakeAt
-from policies.admission import QueueFlow, admit, retry_after_s
-from policies.api import Admit, Classified, Forecast, Job, Key, Output, Prompt, Refuse, RouterPolicy, Verdict
+from policies.admission import QueueFlow, admit, retry_after_s, room_is_full, too_long
+from policies.api import Admit, Forecast, Job, Key, Output, Prompt, Refuse, RouterPolicy, Verdict
 from policies.budget import Promises
 from policies.chain import NO_CHAIN, sample
 from policies.classify import classify
@@ -36,52 +34,23 @@ from policies.events import (
 from policies.intake import Intake, Place
 from policies.lengths import Lengths
 from policies.limits import Limits
+from policies.lives import Finished, FirstToken, Live, OutOfPatience, Patience, State
 from policies.ordering import WaitingRoom, least_laxity
 from policies.placement import lmetric_place
 from policies.prefix_index import SeenIndex
 from policies.request import Request, RequestClass, RequestId
 from policies.retry import RetryBudget
 from policies.sessions import Sessions
-from policies.worker import Charge, Fleet
-
-
-class State(enum.Enum):
-    """Where a request is. It is forgotten when it is answered, refused or gone."""
-
-    QUEUED = "queued"  # waits for its turn to tokenise
-    TOKENISING = "tokenising"
-    HELD = "held"  # waits for a worker
-    PLACED = "placed"  # on a worker, no token yet
-    STREAMING = "streaming"
-
-
-@dataclass(frozen=True, slots=True)
-class FirstToken:
-    """A frame said that the request has its first token."""
-
-    cached_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """A frame said that the answer ended by itself."""
-
-    output_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class OutOfPatience:
-    """The client is about to leave, and nothing was sent to a worker."""
-
+from policies.worker import Fleet
 
 # What becomes of a request. What is not listed is late news of something settled, and is ignored.
 TRANSITIONS: dict[tuple[State, type], str] = {
-    (State.QUEUED, Gone): "_leave_intake",
+    (State.QUEUED, Gone): "_leave",
     (State.QUEUED, OutOfPatience): "_refuse_impatient",
     (State.TOKENISING, Arrived): "_take_tokens",
-    (State.TOKENISING, Gone): "_leave_intake",
+    (State.TOKENISING, Gone): "_leave",
     (State.TOKENISING, OutOfPatience): "_refuse_impatient",
-    (State.HELD, Gone): "_leave_room",
+    (State.HELD, Gone): "_leave",
     (State.HELD, OutOfPatience): "_refuse_impatient",
     (State.PLACED, FirstToken): "_begin",
     (State.PLACED, Finished): "_finish",  # an answer without tokens
@@ -96,23 +65,8 @@ BUILT_IN = RouterPolicy(classify, Promises(), admit, least_laxity, lmetric_place
 NO_OUTPUT = Output(0.0, 0.0, 0.0)
 STAGES = ("classify", "promise", "admit", "order", "place")
 DISTRUST_S = 10.0  # how long the built-in stage stands in for a faulty one
-
-UNPLACED = (State.QUEUED, State.TOKENISING, State.HELD)
-
-
-@dataclass(slots=True, eq=False)
-class Live:
-    """A request that is not settled yet."""
-
-    request: Request
-    classified: Classified
-    state: State
-    leaves_at: float
-    job: Job | None = None  # from Arrived on
-    charge: Charge | None = None  # while on a worker
-    booked_s: float = 0.0  # GPU-seconds that fairness counts
-    cached_tokens: int = 0
-
+# Who may pass first: classes that are owed their reserve, then all by urgency.
+TURNS = (*((cls, True) for cls in RequestClass), *((cls, False) for cls in RequestClass))
 
 Step = Callable[[Live, Any, float, list[Action]], None]
 
@@ -132,8 +86,7 @@ class Dispatcher:
         self._lengths = Lengths(limits.lengths_max)
         self._seen = SeenIndex(limits.seen_keys_max)
         self.fleet = Fleet(limits)
-        self._leaving: list[tuple[float, int, Live]] = []  # heap: who is out of patience next
-        self._watched = 0
+        self._patience = Patience(self._live)
         self._distrusted_until: dict[str, float] = {}
         self._wake_at = math.inf
         self._pump_after = -math.inf
@@ -195,7 +148,7 @@ class Dispatcher:
             return
         live.leaves_at = request.arrived + self._patience_s(request, cls, now)
         self._live[request.id] = live
-        self._watch(live)
+        self._patience.watch(live)
         if place is Place.NOW:
             self._tokenise(live, actions)
 
@@ -203,7 +156,8 @@ class Dispatcher:
         live = self._live.get(event.request_id)
         if live is not None:
             self._step(live, event, now, actions)
-            self._pump(now, actions)
+            if not isinstance(event, Arrived):  # who arrives frees nothing
+                self._pump(now, actions)
 
     def _on_worker_up(self, event: WorkerUp, now: float, actions: list[Action]) -> None:
         self.fleet.up(event, now)
@@ -258,7 +212,7 @@ class Dispatcher:
         self._free_intake(live, actions)
         limit = self.fleet.context_limit(request.model)
         if 0 < limit < event.tokens:
-            self._reject(live, _too_long(event.tokens, limit), actions)
+            self._reject(live, too_long(event.tokens, limit), actions)
             return
         chain = sample(event.chain, self._limits.index_every_block)
         seen_tokens = self._seen.blocks_seen(chain, now) * self.fleet.block_tokens(request.model)
@@ -278,27 +232,17 @@ class Dispatcher:
         )
         self._decide(live, live.job, now, actions)
 
-    def _leave_intake(self, live: Live, event: Gone, now: float, actions: list[Action]) -> None:
-        del event, now
-        self._free_intake(live, actions)
-        self._forget(live)
-
-    def _leave_room(self, live: Live, event: Gone, now: float, actions: list[Action]) -> None:
-        del event, actions
-        self._room.remove(live.request.id)
+    def _leave(self, live: Live, event: Gone, now: float, actions: list[Action]) -> None:
+        del event
+        self._stop_waiting(live, actions)
         self._sessions.left_early(live.request, now)
         self._forget(live)
 
     def _refuse_impatient(self, live: Live, event: OutOfPatience, now: float, actions: list[Action]) -> None:
         del event, now
-        if live.state is State.HELD:
-            self._room.remove(live.request.id)
-        else:
-            self._free_intake(live, actions)
-        waiting_s = self._room.work_s(live.request.model, live.classified.request_class)
-        start_s = waiting_s / max(1, self.fleet.count(live.request.model))
+        self._stop_waiting(live, actions)
         message = "No worker could start this request before its client leaves."
-        self._reject(live, Refuse(503, "patience", message, start_s), actions)
+        self._reject(live, Refuse(503, "patience", message, self._drain_s(live)), actions)
 
     def _begin(self, live: Live, event: FirstToken, now: float, actions: list[Action]) -> None:
         del actions
@@ -313,24 +257,29 @@ class Dispatcher:
         assert live.charge is not None
         self._lengths.learn(live.request, live.classified.request_class, event.output_tokens, now)
         self._sessions.answered(live.request, now)
-        model, prompt = live.charge.ledger.model, live.job.prompt
-        paid_s = model.prefill_s(prompt.tokens - live.cached_tokens, live.cached_tokens) + event.output_tokens * (
-            model.bias * (model.sequence_s + model.decode_context_s * prompt.tokens)
-        )
+        paid_s = live.charge.ledger.cost_s(live.job.prompt.tokens, live.cached_tokens, event.output_tokens)
         self._room.given(live.job, paid_s - live.booked_s)
         self._release(live)
         self._forget(live)
 
     def _place_again(self, live: Live, event: Failed, now: float, actions: list[Action]) -> None:
-        assert live.job is not None
+        job = live.job
+        assert job is not None
+        assert live.charge is not None
+        if event.worker != live.charge.ledger.worker:
+            return  # of an attempt before this one
+        if live.state is State.STREAMING:  # a client that has been reading waits for the rest as long as for the start
+            waited_s = now - live.request.arrived
+            job = replace(job, promise=replace(job.promise, patience_s=waited_s + job.promise.patience_s))
+            live.leaves_at = live.request.arrived + job.promise.patience_s
         self._release(live)
-        if live.job.attempt >= self._limits.attempts_max or not self._retries.spend():
-            message = f"The request failed on {live.job.attempt} workers."
+        if job.attempt >= self._limits.attempts_max or not self._retries.spend():
+            message = f"The request failed on {job.attempt} workers."
             self._reject(live, Refuse(503, "attempts", message, 1.0), actions)
             return
-        live.job = replace(live.job, attempt=live.job.attempt + 1, avoid=event.worker)
+        live.job = replace(job, attempt=job.attempt + 1, avoid=event.worker)
         live.state = State.HELD  # nobody's, until it is decided
-        self._watch(live)
+        self._patience.watch(live)
         self._decide(live, live.job, now, actions)
 
     def _abort(self, live: Live, event: Gone, now: float, actions: list[Action]) -> None:
@@ -361,7 +310,7 @@ class Dispatcher:
         return self._trusted("admit", now).admit(job, forecasts, flow, now), forecasts[0] if forecasts else None
 
     def _pump(self, now: float, actions: list[Action]) -> None:
-        """Ask the heads again: something may have changed. A class whose head stays keeps less urgent ones back."""
+        """Ask the heads again: something may have changed. A head that stays keeps less urgent classes back."""
         self._pump_wanted_at = math.inf
         if not len(self._room):
             return
@@ -376,20 +325,28 @@ class Dispatcher:
             self._pump_wanted_at = self._pump_after
 
     def _pump_model(self, model: str, left: int, now: float, actions: list[Action]) -> int:
-        is_held_back = False
-        for cls in RequestClass:
-            if is_held_back and not self._room.is_reserve_due(cls):
-                continue
-            while left > 0 and (head := self._room.head(model, cls, now)) is not None:
-                left -= 1
-                live = self._live[head.job.request.id]
-                verdict, forecast = self._ask(head.job, now, is_next=True)
-                if not isinstance(verdict, Admit) or forecast is None:
-                    is_held_back = True
+        """First who is owed a reserve, as long as it is; then by class. Returns how many may still be asked."""
+        for cls, is_owed in TURNS:
+            while left > 0 and self._room.class_count(model, cls):
+                if is_owed and not self._room.is_reserve_due(cls):
                     break
-                self._room.remove(live.request.id)
-                self._dispatch(live, forecast, verdict.reason, now, actions)
+                left -= 1
+                if not self._try_head(model, cls, now, actions):
+                    if is_owed:
+                        break
+                    return left
         return left
+
+    def _try_head(self, model: str, request_class: RequestClass, now: float, actions: list[Action]) -> bool:
+        """Ask the head of a lane where somebody waits. Whether it went."""
+        head = self._room.head(model, request_class, now)
+        assert head is not None
+        verdict, forecast = self._ask(head.job, now, is_next=True)
+        if not isinstance(verdict, Admit) or forecast is None:
+            return False
+        self._room.remove(head.job.request.id)
+        self._dispatch(self._live[head.job.request.id], forecast, verdict.reason, now, actions)
+        return True
 
     def _dispatch(self, live: Live, forecast: Forecast, reason: str, now: float, actions: list[Action]) -> None:
         job = live.job
@@ -422,8 +379,7 @@ class Dispatcher:
         model, cls = live.request.model, live.classified.request_class
         flow = QueueFlow(self._limits, self._room, self.fleet, is_next=False)
         if not flow.has_space_for(model, cls, 0.0, is_known=self._sessions.is_continuing(live.request, now)):
-            start_s = self._room.work_s(model, cls) / max(1, self.fleet.count(model))
-            return Refuse(503, "waiting-room-full", "The waiting room for this class of request is full.", start_s)
+            return room_is_full(flow.drain_s(model, cls))
         return None
 
     def _reject(self, live: Live, refusal: Refuse, actions: list[Action]) -> None:
@@ -467,6 +423,16 @@ class Dispatcher:
         while (request_id := self._intake.start_next()) is not None:
             self._tokenise(self._live[request_id], actions)
 
+    def _stop_waiting(self, live: Live, actions: list[Action]) -> None:
+        if live.state is State.HELD:
+            self._room.remove(live.request.id)
+        else:
+            self._free_intake(live, actions)
+
+    def _drain_s(self, live: Live) -> float:
+        flow = QueueFlow(self._limits, self._room, self.fleet, is_next=False)
+        return flow.drain_s(live.request.model, live.classified.request_class)
+
     def _release(self, live: Live) -> None:
         assert live.charge is not None
         self.fleet.release(live.charge, has_started=live.state is State.STREAMING)
@@ -475,35 +441,13 @@ class Dispatcher:
     def _forget(self, live: Live) -> None:
         self._live.pop(live.request.id, None)
 
-    def _watch(self, live: Live) -> None:
-        """Remember when its client leaves. Entries of settled requests are swept once they are the majority."""
-        self._watched += 1
-        heapq.heappush(self._leaving, (live.leaves_at, self._watched, live))
-        if len(self._leaving) > 2 * len(self._live) + 64:
-            self._leaving = [entry for entry in self._leaving if self._is_unplaced(entry[2])]
-            heapq.heapify(self._leaving)
-
-    def _is_unplaced(self, live: Live) -> bool:
-        return live.state in UNPLACED and self._live.get(live.request.id) is live
-
     def _expire(self, now: float, actions: list[Action]) -> None:
-        while self._leaving and self._leaving[0][0] <= now:
-            live = heapq.heappop(self._leaving)[2]
-            if self._is_unplaced(live):
-                self._step(live, OutOfPatience(), now, actions)
+        for live in self._patience.expired(now):
+            self._step(live, OutOfPatience(), now, actions)
 
     def _schedule(self, actions: list[Action]) -> None:
         """Ask for a Tick at the next moment when something is due by itself."""
-        while self._leaving and not self._is_unplaced(self._leaving[0][2]):
-            heapq.heappop(self._leaving)
-        due_at = min(self._pump_wanted_at, self._leaving[0][0] if self._leaving else math.inf)
+        due_at = min(self._pump_wanted_at, self._patience.next_at())
         if due_at < self._wake_at:
             self._wake_at = due_at
             actions.append(WakeAt(due_at))
-
-
-def _too_long(tokens: int, limit: int) -> Refuse:
-    message = (
-        f"This model's maximum context length is {limit} tokens. However, your messages resulted in {tokens} tokens."
-    )
-    return Refuse(400, "context-length", message, None)

@@ -145,11 +145,9 @@ class WaitingRoom:
         spent."""
         if not self._by_id:
             return False
-        before = self.count(model, request_class)
-        own = self._lanes.get((model, request_class))
-        if own is not None and own.count:
+        if self.class_count(model, request_class):
             return True
-        return before > 0 and not self.is_reserve_due(request_class)
+        return self.count(model, request_class) > 0 and not self.is_reserve_due(request_class)
 
     def count(self, model: str, request_class: RequestClass) -> int:
         """How many wait for `model`, of this class and of more urgent ones."""
@@ -158,6 +156,11 @@ class WaitingRoom:
     def work_s(self, model: str, request_class: RequestClass) -> float:
         """GPU-seconds that wait for `model`, of this class and of more urgent ones."""
         return sum(lane.work_s for lane in self._lanes_before(model, request_class))
+
+    def class_count(self, model: str, request_class: RequestClass) -> int:
+        """How many wait for `model` in this class alone."""
+        lane = self._lanes.get((model, request_class))
+        return lane.count if lane is not None else 0
 
     def class_work_s(self, model: str, request_class: RequestClass) -> float:
         """GPU-seconds that wait for `model` in this class alone."""

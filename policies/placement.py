@@ -86,7 +86,8 @@ class Scene(NamedTuple):
         used = step_s / pace_s
         share = np.maximum(1.0 - used, MIN_SHARE)
         ttft_s = fleet.residual * ((fleet.ahead_s[number] + own_s) / share + step_s)
-        ttft_s += np.maximum(now - fleet.silent_after, 0.0)  # a busy worker that says nothing may be stuck
+        if (silence_s := fleet.silence_s(now)) is not None:
+            ttft_s += silence_s  # a busy worker that says nothing may be stuck
         return cls(
             serves=fleet.serves(job.request.model, prompt.tokens, job.avoid),
             hit=hit,

@@ -53,13 +53,14 @@ class Sessions:
         session = self._find(request, now)
         if session is None:
             return SessionView(burst=burst, siblings=siblings) if siblings else UNKNOWN
+        gaps_s = _gaps_s(session, request)
         return SessionView(
             request_class=session.request_class,
             demotion=session.demotion,
             agreeing=session.agreeing,
             human_at=session.human_at,
             tool_steps=session.tool_steps,
-            human_gap_s=sorted(session.gaps_s)[len(session.gaps_s) // 2] if session.gaps_s else None,
+            human_gap_s=sorted(gaps_s)[len(gaps_s) // 2] if gaps_s else None,
             burst=burst,
             siblings=siblings,
         )
@@ -130,10 +131,16 @@ def _key(request: Request) -> SessionKey:
     return request.tenant.organisation, request.session
 
 
+def _gaps_s(session: _Session, request: Request) -> list[float]:
+    """How long people took to answer, this request's own wait included."""
+    if request.facts.last_role != "user" or session.answered_at is None:
+        return session.gaps_s
+    return [*session.gaps_s, request.arrived - session.answered_at][-GAPS_KEPT:]
+
+
 def _count_turn(session: _Session, request: Request, now: float) -> None:
     if request.facts.last_role == "user":
-        if session.answered_at is not None:
-            session.gaps_s = [*session.gaps_s, request.arrived - session.answered_at][-GAPS_KEPT:]
+        session.gaps_s = _gaps_s(session, request)
         session.human_at, session.tool_steps = now, 0
     else:
         session.tool_steps += 1

@@ -1,13 +1,13 @@
 """The fleet as the router believes it: a ledger a worker, and the same figures as arrays for placement.
 
-Owns what was promised to whom: charged when decided, released on events, corrected by frames. Never sends anything."""
+Owns the slots, the arrays over them and the prefix index. Never sends anything; policies see it as a FleetView."""
 
 from __future__ import annotations
 
 import math
+import struct
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,236 +16,14 @@ from policies.api import Bools, Floats, Forecast, Job
 from policies.chain import Chain, sample
 from policies.costs import StepModel
 from policies.events import WorkerLoad, WorkerUp
+from policies.ledger import COLUMNS, Charge, Ledger
 from policies.limits import Limits
 from policies.prefix_index import PrefixIndex
-from policies.request import RequestClass, WorkerId
+from policies.request import WorkerId
 
-# Hot: `Ledger.column` runs once per frame and per charge. Budget 15 us a frame with everything; bench/dispatcher.py.
-
-Z80, Z90 = 0.8416, 1.2816  # standard normal quantiles
-RESIDUAL_GAIN = 0.05  # weight of one TTFT in actual / predicted: about the last 20 count
-SILENCE_S = 0.2  # a busy worker's view is stale after this or three predicted steps, whichever is longer
-
-COLUMNS = (
-    ("row_s", 1),
-    ("chunk_context_s", 1),
-    ("decode_context_s", 1),
-    ("sequence_s", 1),
-    ("q90", 1),
-    ("ahead_s", 3),
-    ("step_s", 3),
-    ("pace_s", 3),
-    ("room_tokens", 1),
-    ("free_tokens", 1),
-    ("silent_after", 1),
-    ("residual", 1),
-    ("streams", 1),
-    ("waiting_tokens", 1),
-    ("staged", 1),
-    ("context_max", 1),
-)
 HEIGHT = sum(rows for _, rows in COLUMNS)
-
-
-class Charge(NamedTuple):
-    """What one placed request was booked with, so that the same is released."""
-
-    ledger: Ledger
-    request_class: RequestClass
-    own_s: float
-    uncached: int
-    context: float
-    growth: float  # mean output tokens
-    variance: float
-    pace_s: float
-    placed_at: float
-    predicted_ttft_s: float
-    frame: int
-
-
-class Ledger:
-    """One worker. Counts by class are of our own requests; what frames show beyond them is other routers' work."""
-
-    __slots__ = (
-        "base_s",
-        "block_tokens",
-        "chunk_context_s",
-        "context",
-        "context_max",
-        "decode_context_s",
-        "floor_s",
-        "frame",
-        "fresh_tokens",
-        "growth",
-        "load",
-        "model",
-        "model_name",
-        "own_tokens",
-        "pace_s",
-        "pending_s",
-        "previous_tokens",
-        "q90",
-        "reported_at",
-        "residual",
-        "row_s",
-        "sequence_s",
-        "slot",
-        "staged",
-        "streams",
-        "variance",
-        "worker",
-    )
-
-    def __init__(self, up: WorkerUp, slot: int, now: float) -> None:
-        self.worker, self.slot = up.worker, slot
-        self.model_name = up.model
-        self.learn(up.step_model)
-        self.block_tokens, self.context_max = up.block_tokens, up.context_max
-        self.load = WorkerLoad(0, 0, 0, up.blocks_total, 0, 0, 0.0)
-        self.reported_at, self.frame, self.residual = now, 0, 1.0
-        self.pending_s, self.streams, self.staged = [0.0, 0.0, 0.0], [0, 0, 0], 0
-        self.context, self.pace_s = [0.0, 0.0, 0.0], [math.inf, math.inf, math.inf]
-        self.own_tokens = self.fresh_tokens = self.previous_tokens = 0  # uncached prompt tokens not yet computed
-        self.growth = self.variance = 0.0
-
-    def learn(self, model: StepModel) -> None:
-        """The worker published its step model."""
-        bias = model.bias
-        self.model, self.q90 = model, model.q90
-        self.floor_s, self.base_s, self.row_s = model.floor_s * bias, model.base_s * bias, model.row_s * bias
-        self.chunk_context_s, self.decode_context_s = model.chunk_context_s * bias, model.decode_context_s * bias
-        self.sequence_s = model.sequence_s * bias
-
-    def charge(self, job: Job, forecast: Forecast, now: float) -> Charge:
-        """Book a request that was just placed here."""
-        tokens, number = job.prompt.tokens, int(job.request_class)
-        output = job.output
-        spread = (output.q80 - output.q50) / Z80
-        charge = Charge(
-            ledger=self,
-            request_class=job.request_class,
-            own_s=forecast.own_s,
-            uncached=tokens - forecast.hit_tokens,
-            context=tokens + output.mean / 2,
-            growth=output.mean,
-            variance=spread * spread,
-            pace_s=job.promise.budget.tpot_s,
-            placed_at=now,
-            predicted_ttft_s=forecast.ttft_s,
-            frame=self.frame,
-        )
-        self.pending_s[number] += charge.own_s
-        self.streams[number] += 1
-        self.context[number] += charge.context
-        self.pace_s[number] = min(self.pace_s[number], charge.pace_s)
-        self.staged += job.request_class is RequestClass.DATA_PROCESSOR
-        self.own_tokens += charge.uncached
-        self.fresh_tokens += charge.uncached
-        self.growth += charge.growth
-        self.variance += charge.variance
-        return charge
-
-    def start(self, charge: Charge, now: float) -> None:
-        """The first token came: the prompt is paid."""
-        self._release_prompt(charge)
-        if charge.request_class is RequestClass.CHATBOT and charge.predicted_ttft_s > 0:
-            # Only chatbot+: what overtakes the others is not a fault of the model. Clipped, so that one stall is one.
-            ratio = min(4.0, max(0.25, (now - charge.placed_at) / charge.predicted_ttft_s))
-            self.residual = min(2.0, max(0.5, self.residual * (1 + RESIDUAL_GAIN * (ratio - 1))))
-
-    def release(self, charge: Charge, has_started: bool) -> None:
-        """The request ended here, one way or another."""
-        if not has_started:
-            self._release_prompt(charge)
-        number = int(charge.request_class)
-        self.streams[number] -= 1
-        self.context[number] -= charge.context
-        self.growth -= charge.growth
-        self.variance -= charge.variance
-        if self.streams[number] == 0:  # also where rounding ends
-            self.context[number], self.pace_s[number] = 0.0, math.inf
-        if self.variance < 0.0 or not any(self.streams):
-            self.growth = self.variance = 0.0
-
-    def _release_prompt(self, charge: Charge) -> None:
-        number = int(charge.request_class)
-        self.pending_s[number] = max(0.0, self.pending_s[number] - charge.own_s)
-        self.staged -= charge.request_class is RequestClass.DATA_PROCESSOR
-        self.own_tokens -= charge.uncached
-        if charge.frame == self.frame:
-            self.fresh_tokens -= charge.uncached
-        elif charge.frame == self.frame - 1:
-            self.previous_tokens -= charge.uncached
-        if self.own_tokens == 0:
-            self.pending_s = [0.0, 0.0, 0.0]
-
-    def report(self, load: WorkerLoad, now: float) -> None:
-        """A frame overwrites what was believed. It may have left before our latest dispatch came: those charges stay
-        beside it for two frames."""
-        self.load, self.reported_at = load, now
-        self.frame += 1
-        self.previous_tokens, self.fresh_tokens = self.fresh_tokens, 0
-
-    def column(self) -> tuple[float, ...]:
-        """This worker as placement sees it, in the order of COLUMNS."""
-        load = self.load
-        chat, agent, batch = self.streams
-        own_streams = chat + agent + batch
-        context0, context1, context2 = self.context
-        committed, queued = load.running + load.waiting, load.waiting_uncached_tokens
-        others, other_context, other_s = 0, 0.0, 0.0
-        if committed > own_streams:
-            others = committed - own_streams
-            other_context = max(0.0, load.decode_context - context0 - context1 - context2)
-            other_s = self.row_s * max(0, queued - self.own_tokens)
-        else:
-            committed = own_streams
-        queued += self.fresh_tokens + self.previous_tokens
-        # Our own prompts count as far as they are not computed yet: frames tell how many tokens are left.
-        left = queued / self.own_tokens if queued < self.own_tokens else 1.0
-        pending0, pending1, pending2 = self.pending_s
-        ahead0 = other_s + pending0 * left
-        ahead1 = ahead0 + pending1 * left
-        rows = others + chat + 1  # with the request that asks
-        context0 += other_context
-        context1 += context0
-        context2 += context1
-        pace0, pace1, pace2 = self.pace_s
-        pace1 = min(pace0, pace1)
-        step2 = self._step_s(rows + agent + batch, context2)
-        free = load.blocks_free * self.block_tokens
-        # Residents are half done on average; their answers' lengths are independent, so the spread adds up in squares.
-        growth = self.growth / 2 + Z90 * math.sqrt(self.variance)
-        silent_s = max(SILENCE_S, 3 * step2, 3 * load.step_s) if committed else math.inf
-        return (
-            self.row_s,
-            self.chunk_context_s,
-            self.decode_context_s,
-            self.sequence_s,
-            self.q90,
-            ahead0,
-            ahead1,
-            ahead1 + pending2 * left,
-            self._step_s(rows, context0),
-            self._step_s(rows + agent, context1),
-            step2,
-            pace0,
-            pace1,
-            min(pace1, pace2),
-            free + load.blocks_cached * self.block_tokens - queued - growth,
-            free - queued,
-            self.reported_at + silent_s,
-            self.residual,
-            committed,
-            queued,
-            self.staged,
-            self.context_max,
-        )
-
-    def _step_s(self, rows: int, context: float) -> float:
-        dense_s = self.row_s * rows
-        dense_s = max(dense_s, self.floor_s)
-        return dense_s + self.base_s + self.decode_context_s * context + self.sequence_s * rows
+PACKED = struct.Struct(f"{HEIGHT}d")
+SILENT_AFTER = sum(rows for _, rows in COLUMNS[: [name for name, _ in COLUMNS].index("silent_after")])
 
 
 class Fleet:
@@ -275,10 +53,12 @@ class Fleet:
         self._profiles: dict[str, StepModel] = {}  # the fastest worker's of each model, also while all are away
         self._blocks: dict[str, int] = {}
         self._serving: dict[str, Bools] = {}
-        self._table: Floats = np.zeros((HEIGHT, 0))
+        self._table: Floats = np.zeros((0, HEIGHT))  # a row a slot, so that publishing packs one row
+        self._buffer = memoryview(b"")
         self.worker: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
         self.is_calibrated = False
         self._context_min = 0
+        self._silent_from = math.inf  # nobody is silent before: a bound, so that most decisions need not look
         self.dispatched = 0
         self.index = PrefixIndex(limits.index_nodes_per_worker)
         self._bind()
@@ -286,8 +66,10 @@ class Fleet:
     def _bind(self) -> None:
         row = 0
         for name, rows in COLUMNS:
-            setattr(self, name, self._table[row] if rows == 1 else self._table[row : row + rows])
+            columns = self._table[:, row : row + rows].T
+            setattr(self, name, columns[0] if rows == 1 else columns)
             row += rows
+        self._buffer = self._table.data.cast("B") if len(self._table) else memoryview(b"")
 
     def __contains__(self, worker: WorkerId) -> bool:
         return worker in self._ledgers
@@ -304,7 +86,7 @@ class Fleet:
             return False
         if slot == len(self._slots):
             self._slots.append(None)
-            self._table = np.hstack([self._table, np.zeros((HEIGHT, 1))])
+            self._table = np.vstack([self._table, np.zeros((1, HEIGHT))])
             self.worker = np.append(self.worker, 0)
             self._bind()
         ledger = Ledger(event, slot, now)
@@ -320,6 +102,7 @@ class Fleet:
         ledger = self._ledgers.pop(worker, None)
         if ledger is not None:
             self._slots[ledger.slot] = None
+            self.silent_after[ledger.slot] = math.inf
             self.index.remove_worker(ledger.slot)
             self._survey()
 
@@ -387,12 +170,20 @@ class Fleet:
             return others if others.any() else able
         return able
 
+    def silence_s(self, now: float) -> Floats | None:
+        if now <= self._silent_from:
+            return None
+        self._silent_from = float(self.silent_after.min())
+        return np.maximum(now - self.silent_after, 0.0) if now > self._silent_from else None
+
     def hit_tokens(self, chain: Chain, model: str) -> Floats:
         return self.index.hit_blocks(chain, len(self._slots)) * self.block_tokens(model)
 
     def _publish(self, ledger: Ledger) -> None:
         if self._slots[ledger.slot] is ledger:
-            self._table[:, ledger.slot] = ledger.column()
+            column = ledger.column()
+            PACKED.pack_into(self._buffer, ledger.slot * PACKED.size, *column)  # a third of numpy's own time
+            self._silent_from = min(self._silent_from, column[SILENT_AFTER])
 
     def _survey(self) -> None:
         """What changes only when workers or their models do."""

@@ -89,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serve. Returns the exit code."""
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would take the workers' cores
     config = Config.from_json(arguments.config.read_bytes())
     workers = [worker.partition("=") for worker in arguments.worker]
     place = Place(

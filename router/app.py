@@ -13,26 +13,24 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
-from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route, Router
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from policies.request import RequestId, Tenant
 from router import features
+from router.asgi import EXCHANGE, answer
 from router.dialects import chat, completions
-from router.errors import Headers, RequestError
+from router.errors import JSON, RequestError
 from router.exchange import Exchange, Head
 from router.fleet import ModelView
 from router.relay import Order, Relay, Services
-from router.server import JSON
 from router.text import Identity, Text
 from router.turn import Encoder, Turn
 
 BODY_BYTES_MAX = {"/v1/chat/completions": 8 * 1024 * 1024, "/v1/completions": 8 * 1024 * 1024}
 OTHER_BODY_BYTES_MAX = 64 * 1024
-EXCHANGE = "headway.exchange"  # key of the ASGI scope under which a route finds its exchange
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,25 +98,7 @@ class App:
 
     async def handle(self, exchange: Exchange) -> None:
         """Answer one exchange."""
-        head = exchange.head
-        scope: Scope = {
-            "type": "http",
-            "method": head.method,
-            "path": head.path,
-            "raw_path": head.path.encode(),
-            "query_string": head.query,
-            "headers": head.headers,
-            "root_path": "",
-            "scheme": "http",
-            "app": self,  # with it starlette raises its 405 instead of answering in plain text
-            EXCHANGE: exchange,
-        }
-        try:
-            await self._routes(scope, _nothing_to_receive, _Send(exchange))
-        except HTTPException as refused:  # starlette's: a known path with another method
-            allowed = (refused.headers or {}).get("Allow", "")
-            error = RequestError(refused.status_code, f"This route takes only {allowed}.")
-            exchange.respond(refused.status_code, [*JSON, (b"allow", allowed.encode())], error.body())
+        await answer(self._routes, exchange)
 
     # Small answers ----------------------------------------------------------------------------------------------------
 
@@ -206,29 +186,6 @@ def unknown_model(models: Mapping[str, ModelView]) -> RequestError:
     """404 that lists what there is."""
     names = ", ".join(models) or "none yet"
     return RequestError(404, f"There is no such model here. Served: {names}.", param="model", code="model_not_found")
-
-
-class _Send:
-    """ASGI's send for small answers: collects one response and gives it to the exchange whole."""
-
-    def __init__(self, exchange: Exchange) -> None:
-        self._exchange = exchange
-        self._status = 500
-        self._headers: Headers = []
-        self._body: list[bytes] = []
-
-    async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self._status = message["status"]
-            self._headers = [pair for pair in message["headers"] if pair[0] != b"content-length"]
-            return
-        self._body.append(message.get("body", b""))
-        if not message.get("more_body"):
-            self._exchange.respond(self._status, self._headers, b"".join(self._body))
-
-
-async def _nothing_to_receive() -> Message:
-    return {"type": "http.request", "body": b"", "more_body": False}
 
 
 async def _unknown_route(scope: Scope, receive: Receive, send: Send) -> None:

@@ -9,6 +9,7 @@ import msgspec
 MESSAGE_MAX_CHARS = 600  # with the other fields well under the promised 1 KiB of body
 
 Headers = list[tuple[bytes, bytes]]
+JSON: Headers = [(b"content-type", b"application/json")]
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 

@@ -19,7 +19,16 @@ import msgspec
 from engine.wire import End, Start, Submit
 from policies.actions import Cancel, Dispatch, Reject, Tokenise
 from policies.request import Request, RequestClass
-from router.errors import ErrorDetail, Headers, RequestError, context_overflow, error_body, error_type, retry_headers
+from router.errors import (
+    JSON,
+    ErrorDetail,
+    Headers,
+    RequestError,
+    context_overflow,
+    error_body,
+    error_type,
+    retry_headers,
+)
 from router.exchange import Exchange
 from router.link import LinkLost
 from router.ports import Attempt, FleetPort, MindPort, Observer
@@ -29,7 +38,6 @@ from router.text import Identity, Prompt, Rendered, Text
 from router.turn import Encoder, Turn, Usage
 
 SSE: Headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-JSON: Headers = [(b"content-type", b"application/json")]
 HEARTBEAT = b": the request waits for its first token\n\n"
 
 

@@ -18,12 +18,11 @@ from typing import cast
 
 import httptools
 
-from router.errors import Headers, RequestError
+from router.errors import JSON, Headers, RequestError
 from router.exchange import Exchange, Head
 
 log = logging.getLogger(__name__)
 
-JSON: Headers = [(b"content-type", b"application/json")]
 HOST = re.compile(rb"(?:[A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 TARGET = re.compile(rb"/[!-~]*")
 

@@ -52,6 +52,7 @@ class World(RuleBasedStateMachine):
         self.arrived: dict[RequestId, float] = {}
         self.leaves_at: dict[RequestId, float] = {}
         self.up: set[int] = set()
+        self.started: dict[RequestId, None] = {}  # its present attempt has a first token
         self.settled: dict[RequestId, None] = {}
         self.count = 0
         self.ids: list[RequestId] = []
@@ -82,6 +83,7 @@ class World(RuleBasedStateMachine):
             assert self.state[request_id] == "waiting", "placed once"
             assert int(action.worker) in self.up, "placed on a live worker"
             self.state[request_id], self.place[request_id] = "placed", action.worker
+            self.started.pop(request_id, None)
         elif isinstance(action, Cancel):
             assert self.place[request_id] == action.worker
         elif isinstance(action, Reject):
@@ -185,6 +187,7 @@ class World(RuleBasedStateMachine):
     @rule(pick=st.integers(0, 99), cached=st.integers(0, 100))
     def first_token(self, pick: int, cached: int) -> None:
         request_id = self.chosen("placed", pick)
+        self.started[request_id] = None
         self.say(report(int(self.place[request_id]), first_tokens=((request_id, cached),)))
 
     @precondition(lambda self: self.place)
@@ -203,6 +206,8 @@ class World(RuleBasedStateMachine):
     def fail_on(self, request_id: RequestId, reason: str) -> None:
         worker = self.place.pop(request_id)
         self.state[request_id] = "waiting"
+        if request_id in self.started:  # who has been reading waits for the rest as long as for the start
+            self.leaves_at[request_id] += self.now - self.arrived[request_id]
         self.say(Failed(request_id, worker, reason))
 
     @precondition(lambda self: self.settled)

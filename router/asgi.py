@@ -1,0 +1,65 @@
+"""Small answers by starlette: an ASGI app that takes no body as it comes and gives its response whole.
+
+Owns the bridge between an exchange and ASGI. Streams do not pass here: they are written to the transport."""
+
+from __future__ import annotations
+
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Scope
+
+from router.errors import JSON, Headers, RequestError
+from router.exchange import Exchange
+
+EXCHANGE = "headway.exchange"  # key of the scope under which a route that streams finds its exchange
+
+
+async def answer(app: ASGIApp, exchange: Exchange) -> None:
+    """Let `app` answer one exchange. A route that it refuses by exception gets JSON in OpenAI's error shape."""
+    head = exchange.head
+    scope: Scope = {
+        "type": "http",
+        "method": head.method,
+        "path": head.path,
+        "raw_path": head.path.encode(),
+        "query_string": head.query,
+        "headers": head.headers,
+        "root_path": "",
+        "scheme": "http",
+        "app": app,  # with it starlette raises its 405 instead of answering in plain text
+        EXCHANGE: exchange,
+    }
+    try:
+        await app(scope, _Receive(exchange), _Send(exchange))
+    except HTTPException as refused:
+        allowed = (refused.headers or {}).get("Allow", "")
+        error = RequestError(refused.status_code, f"This route takes only {allowed}.")
+        exchange.respond(refused.status_code, [*JSON, (b"allow", allowed.encode())], error.body())
+
+
+class _Receive:
+    """ASGI's receive: the body is there already."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+
+    async def __call__(self) -> Message:
+        return {"type": "http.request", "body": self._exchange.body, "more_body": False}
+
+
+class _Send:
+    """ASGI's send: collects one response and gives it to the exchange whole."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._status = 500
+        self._headers: Headers = []
+        self._body: list[bytes] = []
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+            self._headers = [pair for pair in message["headers"] if pair[0] != b"content-length"]
+            return
+        self._body.append(message.get("body", b""))
+        if not message.get("more_body"):
+            self._exchange.respond(self._status, self._headers, b"".join(self._body))

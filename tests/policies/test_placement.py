@@ -1,0 +1,170 @@
+"""Placement: a forecast in seconds, feasible first, then cheapest."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from policies.api import Forecast, Job
+from policies.limits import Limits
+from policies.placement import budget_place, in_time, lmetric_place
+from policies.request import RequestClass, WorkerId
+from policies.worker import Fleet
+from tests.policies.scenes import STEP_MODEL, chain, job, load, up
+
+BATCH = RequestClass.DATA_PROCESSOR
+
+
+def fleet_of(*models: object, **changes: object) -> Fleet:
+    fleet = Fleet(Limits(index_every_block=1))
+    for worker, model in enumerate(models or (STEP_MODEL, STEP_MODEL)):
+        fleet.up(up(worker, step_model=model, **changes), 0.0)
+    return fleet
+
+
+def busy(fleet: Fleet, worker: int, **said: object) -> None:
+    fleet.report(WorkerId(worker), load(**said), None, 0.0)
+    fleet.publish(WorkerId(worker))
+
+
+def best(fleet: Fleet, asked: Job, now: float = 0.0) -> Forecast:
+    (forecast,) = budget_place()(asked, fleet, now)
+    return forecast
+
+
+def test_an_idle_worker_needs_its_unloaded_time_and_hardly_more() -> None:
+    forecast = best(fleet_of(STEP_MODEL), job(tokens=4_000))
+    assert STEP_MODEL.unloaded_ttft_s(4_000) <= forecast.ttft_s < 1.5 * STEP_MODEL.unloaded_ttft_s(4_000)
+    assert forecast.is_alone
+    assert forecast.is_feasible
+
+
+def test_a_prefix_pulls_a_request_to_its_holder() -> None:
+    fleet, keys = fleet_of(), chain("a", 100)
+    for worker in (0, 1):
+        fleet.up(up(1 - worker, cached=keys), 0.0)
+        fleet.up(up(worker), 0.0)
+        forecast = best(fleet, job(tokens=6_500, keys=keys))
+        assert (forecast.worker, forecast.hit_tokens) == (1 - worker, 6_400)
+
+
+def test_a_holder_that_would_be_late_loses_to_an_idle_stranger() -> None:
+    fleet, keys = fleet_of(), chain("a", 100)
+    fleet.up(up(0, cached=keys), 0.0)
+    busy(fleet, 0, running=2, waiting_uncached_tokens=60_000)
+    assert best(fleet, job(tokens=6_500, keys=keys)).worker == 1
+
+
+def test_a_holder_with_a_short_queue_keeps_its_request_while_the_budget_holds() -> None:
+    fleet, keys = fleet_of(), chain("a", 100)
+    fleet.up(up(0, cached=keys), 0.0)
+    busy(fleet, 0, running=2, waiting_uncached_tokens=1_000)
+    assert best(fleet, job(tokens=6_500, keys=keys)).worker == 0
+
+
+def test_remaining_budget_counts_not_the_promise() -> None:
+    """The same request, later: what was feasible on the loaded holder is not any more."""
+    fleet, keys = fleet_of(), chain("a", 100)
+    fleet.up(up(0, cached=keys), 0.0)
+    busy(fleet, 0, running=2, waiting_uncached_tokens=8_000)
+    asked = job(tokens=6_500, keys=keys, ttft_s=2.0)
+    assert best(fleet, asked, now=0.0).worker == 0
+    assert best(fleet, asked, now=0.1).worker == 0
+    assert best(fleet, asked, now=1.2).worker == 1
+
+
+def test_residents_keep_their_pace() -> None:
+    fleet = fleet_of()
+    busy(fleet, 0, running=20, decode_context=700_000)  # 6.5 + 36 ms a step
+    assert best(fleet, job()).worker == 1
+    assert not best(fleet_loaded(700_000), job()).is_steady
+
+
+def fleet_loaded(decode_context: int) -> Fleet:
+    fleet = fleet_of(STEP_MODEL)
+    busy(fleet, 0, running=20, decode_context=decode_context)
+    return fleet
+
+
+def test_batch_work_does_not_stand_in_the_way_of_a_person() -> None:
+    """The step planner pauses less urgent decodes, so only residents as urgent or more bind."""
+    fleet = fleet_of(STEP_MODEL)
+    for number in range(40):
+        asked = job(number, cls=BATCH, tokens=20_000, ttft_s=math.inf, tpot_s=math.inf)
+        fleet.charge(asked, best(fleet, asked), 0.0)
+    assert fleet.step_s[2, 0] > 0.04
+    assert best(fleet, job(99)).is_steady
+    assert best(fleet, job(99)).ahead_s == 0.0
+
+
+def test_kv_that_does_not_fit_is_not_feasible() -> None:
+    fleet = fleet_of(STEP_MODEL)
+    busy(fleet, 0, running=1, blocks_free=3, blocks_cached=5)
+    forecast = best(fleet, job(tokens=1_000))
+    assert not forecast.has_room
+    assert not forecast.is_feasible
+    assert best(fleet, job(tokens=100, output=50.0)).has_room
+
+
+def test_unequal_workers_are_judged_by_their_own_models() -> None:
+    slow = replace(STEP_MODEL, row_s=20 * STEP_MODEL.row_s, floor_s=10 * STEP_MODEL.floor_s)
+    assert best(fleet_of(slow, STEP_MODEL), job(tokens=4_000)).worker == 1
+
+
+def test_a_failed_worker_is_avoided_unless_it_is_the_only_one() -> None:
+    assert best(fleet_of(), job(avoid=WorkerId(0))).worker == 1
+    assert best(fleet_of(), job(avoid=WorkerId(1))).worker == 0
+    assert best(fleet_of(STEP_MODEL), job(avoid=WorkerId(0))).worker == 0
+
+
+def test_only_workers_of_the_model_with_room_in_their_context_serve() -> None:
+    fleet = fleet_of()
+    fleet.up(up(1, model="other", context_max=500), 0.0)
+    assert best(fleet, job(tokens=1_000)).worker == 0
+    asked = job(tokens=1_000)
+    assert budget_place()(replace(asked, request=replace(asked.request, model="other")), fleet, 0.0) == ()
+    assert budget_place()(asked, Fleet(Limits()), 0.0) == ()
+
+
+def test_equal_workers_share_sessions_and_keep_each_of_them() -> None:
+    fleet = fleet_of(*[STEP_MODEL] * 8)
+    chosen = [best(fleet, job(number)).worker for number in range(64)]
+    assert set(chosen) == set(range(8))
+    assert [best(fleet, job(number)).worker for number in range(64)] == chosen
+
+
+def test_an_unmeasured_worker_brings_the_simple_rule() -> None:
+    fleet = fleet_of(STEP_MODEL, replace(STEP_MODEL, version=0))
+    busy(fleet, 0, running=4, waiting_uncached_tokens=1_000)
+    asked = job()
+    assert budget_place()(asked, fleet, 0.0) == lmetric_place(asked, fleet, 0.0)
+    assert best(fleet, asked).worker == 1
+
+
+@given(
+    backlogs=st.lists(st.integers(0, 40_000), min_size=2, max_size=6),
+    budgets_s=st.tuples(st.floats(0.05, 20.0), st.floats(0.05, 20.0)),
+    holder=st.integers(0, 5),
+)
+def test_less_budget_never_takes_a_slower_worker(
+    backlogs: list[int], budgets_s: tuple[float, float], holder: int
+) -> None:
+    """Law: monotonicity. A tighter promise is kept, or gets a worker no slower than a looser one would."""
+    fleet, keys = fleet_of(*[STEP_MODEL] * len(backlogs)), chain("a", 100)
+    fleet.up(up(holder % len(backlogs), cached=keys), 0.0)
+    for worker, tokens in enumerate(backlogs):
+        busy(fleet, worker, running=1, waiting_uncached_tokens=tokens)
+    tight, loose = (best(fleet, job(tokens=6_500, keys=keys, ttft_s=budget_s)) for budget_s in sorted(budgets_s))
+    assert tight.is_feasible or tight.ttft_s <= loose.ttft_s
+    assert loose.is_feasible or not tight.is_feasible
+
+
+def test_the_probability_of_being_in_time_fits_the_90th_percentile() -> None:
+    assert in_time(1.0, 1.25, 1.0) == pytest.approx(0.5)
+    assert in_time(1.0, 1.25, 1.25) == pytest.approx(0.9, abs=1e-3)
+    assert in_time(1.0, 1.25, -1.0) == 0.0
+    assert in_time(1.0, 1.25, math.inf) == 1.0

@@ -1,0 +1,49 @@
+"""A policy by name: built-in, installed or `module:attribute`; a wrong name says what there is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from policies.api import PolicySpec, RouterPolicy
+from policies.builtin import BUILTINS, lmetric
+from policies.plugins import PolicyError, load
+
+
+def mine(params: Mapping[str, Any]) -> RouterPolicy:
+    """What a stranger's package would offer."""
+    return lmetric(params)
+
+
+def nonsense(params: Mapping[str, Any]) -> str:
+    return str(params)
+
+
+@pytest.mark.parametrize("ref", [*BUILTINS, "tests.policies.test_plugins:mine"])
+def test_a_name_becomes_a_policy(ref: str) -> None:
+    assert isinstance(load(PolicySpec(ref)), RouterPolicy)
+
+
+@pytest.mark.parametrize(
+    ("spec", "complaint"),
+    [
+        (PolicySpec("headwy"), r"no policy is called 'headwy'; there are headway, least_loaded, lmetric, round_robin"),
+        (PolicySpec("no.such.module:thing"), "cannot be imported"),
+        (PolicySpec("policies.builtin:nothing"), "cannot be imported"),
+        (PolicySpec("tests.policies.test_plugins:nonsense"), "made a str, not a RouterPolicy"),
+        (PolicySpec("headway", {"promises": {"chatty": {}}}), "does not take these parameters: no class"),
+        (PolicySpec("headway", {"weights": {"spred": 1}}), "does not take these parameters"),
+    ],
+)
+def test_a_wrong_spec_says_what_is_wrong(spec: PolicySpec, complaint: str) -> None:
+    with pytest.raises(PolicyError, match=complaint):
+        load(spec)
+
+
+def test_a_spec_survives_json_and_its_digest_names_it() -> None:
+    spec = PolicySpec("headway", {"promises": {"chatbot+": {"tpot_s": 0.05}}})
+    assert PolicySpec.from_json(spec.to_json()) == spec
+    assert PolicySpec.from_json(spec.to_json()).digest == spec.digest
+    assert spec.digest != PolicySpec("headway").digest
