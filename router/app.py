@@ -22,7 +22,7 @@ from policies.request import RequestId, Tenant
 from router import features
 from router.asgi import EXCHANGE, answer
 from router.dialects import chat, completions
-from router.errors import JSON, RequestError
+from router.errors import RequestError
 from router.exchange import Exchange, Head
 from router.fleet import ModelView
 from router.relay import Order, Relay, Services
@@ -146,7 +146,7 @@ class _Generate:
         try:
             order = self._order(exchange)
         except RequestError as error:
-            exchange.respond(error.status, JSON, error.body())
+            exchange.respond(error.status, error.headers(), error.body())
             return
         relay = Relay(order, exchange, self._house.services)
         relay.begin()
@@ -175,7 +175,8 @@ class _Generate:
         """The model as its workers describe it, or did before they went away: the mind holds what waits for them."""
         models = self._house.models()
         if not models:
-            raise RequestError(503, "No worker has started yet; try again in a moment.", code="no-worker")
+            message = "No worker has started yet; try again in a moment."
+            raise RequestError(503, message, code="no-worker", retry_after_s=2.0)
         view = models.get(name or self._house.model)
         if view is None:
             raise unknown_model(models)

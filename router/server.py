@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 HOST = re.compile(rb"(?:[A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 TARGET = re.compile(rb"/[!-~]*")
 
+CUT_S = 1.0  # what a handler may take to notice that its client is gone
+
 Gate = Callable[[Head], int]
 Handler = Callable[[Exchange], Awaitable[None]]
 
@@ -93,6 +95,8 @@ class Listener:
             self._sweeper.cancel()
         for connection in list(self._connections):
             connection.transport.abort()
+        if self.tasks:
+            await asyncio.wait(self.tasks, timeout=CUT_S)
         for task in list(self.tasks):
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
@@ -272,7 +276,7 @@ class HttpConnection(asyncio.Protocol):
     def _checked_head(self) -> Head:
         version = self._parser.get_http_version()
         if version not in ("1.1", "1.0"):
-            raise RequestError(505, "Only HTTP/1.1 and HTTP/1.0 are served.")
+            raise RequestError(400, "This version of HTTP is not served.")
         if not TARGET.fullmatch(self._target):
             raise RequestError(400, "The request's target must be a path.")
         values = [value for name, value in self._headers if name == b"host"]
