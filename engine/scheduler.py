@@ -5,7 +5,7 @@ time is an argument. Between `launch` and `collect` nothing else may be called: 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -56,12 +56,12 @@ class Scheduler:
         plan_limits: PlanLimits = PlanLimits(),  # noqa: B008
     ) -> None:
         self._trie = trie
-        self._facts = facts
         self._limits = limits
         self._plan_limits = plan_limits
         self._block_tokens = trie.block_tokens
         self._blocks_total = trie.blocks_total
         self._context_max = min(facts.context_max, trie.blocks_total * trie.block_tokens)
+        self._facts = replace(facts, context_max=self._context_max)
         self._table = Table(limits.sequences_max, -(-self._context_max // trie.block_tokens))
         self._waiting = WaitingQueue(limits.waiting_max)
         self._sequences: dict[tuple[int, int], Sequence] = {}
@@ -87,7 +87,7 @@ class Scheduler:
         if refusal:
             return Outcome(ends=[(link, End(order.handle, "refused", 0, 0, refusal))])
         self._serial += 1
-        sequence = Sequence(link, order, self._serial, self._facts.eos_ids, now)
+        sequence = Sequence(link, order, self._serial, self._facts, now)
         self._sequences[link, order.handle] = sequence
         found = self._trie.match(order.ids, order.salt, order.public_blocks)
         sequence.uncached_estimate = max(1, sequence.length - len(found) * self._block_tokens)
@@ -134,7 +134,7 @@ class Scheduler:
             return None
         view = self._view(residents, heads, full_links)
         chosen = plan(view, model, now, self._plan_limits)
-        step = Launch(view, chosen, [self._resident(row) for row in residents.tolist()], heads, now)
+        step = Launch(view, chosen, self._table.at(residents), heads, now)
         self._reserve_decodes(step)
         closed: set[RequestClass] = set()
         for chunk in chosen.chunks:
@@ -196,7 +196,7 @@ class Scheduler:
     # Inside a launch -------------------------------------------------------------------------------------------------
 
     def _view(self, residents: Int64, heads: list[Sequence], full_links: frozenset[int]) -> BatchView:
-        table, count = self._table, len(heads)
+        table = self._table
         pending = np.array([s.uncached_estimate for s in heads], dtype=np.int64)
         known = np.array([s.length for s in heads], dtype=np.int64)
         is_blocked = (
@@ -209,8 +209,8 @@ class Scheduler:
             context=np.concatenate((table.context[residents], known - pending)),
             pending=np.concatenate((table.length[residents] - table.context[residents], pending)),
             arrived=_join(table.arrived[residents], [s.submitted_at for s in heads]),
-            is_decoding=np.concatenate((table.is_decoding[residents], np.zeros(count, bool))),
-            is_blocked=np.concatenate((is_blocked, np.zeros(count, bool))),
+            is_decoding=_join(table.is_decoding[residents], [False] * len(heads)),
+            is_blocked=_join(is_blocked, [False] * len(heads)),
             owed_s=self._owed,
         )
 
@@ -388,13 +388,12 @@ class Scheduler:
         self._trie.release([own], own.band, 0.0, now)
 
     def _emit(self, sequence: Sequence, token: int, outcome: Outcome, now: float) -> None:
-        sequence.append(token)
+        reason = sequence.append(token)
         outcome.tokens.append((sequence, token))
         if sequence.length == sequence.resumed_at + 1:
             queued_s = sequence.prefill_at - sequence.submitted_at
             start = Start(sequence.handle, sequence.cached_tokens, queued_s, now - sequence.prefill_at)
             outcome.starts.append((sequence.link, start))
-        reason = sequence.finish_reason(self._context_max)
         if reason:
             mean = self._output_mean[sequence.request_class]
             self._output_mean[sequence.request_class] += 0.05 * (sequence.output_tokens - mean)
@@ -420,11 +419,6 @@ class Scheduler:
                 band, lease_s = keep(SpanView(sequence.request_class, is_shared, is_aborted, hits, born), now)
                 self._trie.release(span, band, lease_s, now)
 
-    def _resident(self, row: int) -> Sequence:
-        sequence = self._table.sequences[row]
-        assert sequence is not None
-        return sequence
-
 
 def peak_tokens(known: Floats, remaining: Floats) -> float:
     """The most KV tokens that sequences will hold together, if each ends after `remaining` more."""
@@ -437,4 +431,6 @@ def _yields_first(sequence: Sequence) -> tuple[int, float, int]:
 
 
 def _join(residents: npt.NDArray[Any], heads: list[Any]) -> npt.NDArray[Any]:
+    if not heads:
+        return residents
     return np.concatenate((residents, np.array(heads, dtype=residents.dtype)))

@@ -42,6 +42,10 @@ class Table:
         """Rows in use."""
         return len(self.sequences) - len(self._free)
 
+    def at(self, rows: Int64) -> list[Sequence]:
+        """The sequences of used rows."""
+        return [sequence for row in rows.tolist() if (sequence := self.sequences[row]) is not None]
+
     def add(self, sequence: Sequence, context: int) -> None:
         """Give a sequence, with the blocks it has so far, a row."""
         assert sequence.row == WAITING

@@ -139,7 +139,6 @@ class _Generate:
     def __init__(self, house: House, dialect: Dialect) -> None:
         self._house = house
         self._dialect = dialect
-        self._known: Mapping[str, ModelView] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         del receive, send
@@ -173,14 +172,14 @@ class _Generate:
         )
 
     def _view(self, name: str) -> ModelView:
-        """The model as its workers describe it; while all are away, as they last did: the mind holds what waits."""
-        self._known = self._house.models() or self._known
-        if not self._known:
+        """The model as its workers describe it, or did before they went away: the mind holds what waits for them."""
+        models = self._house.models()
+        if not models:
             message = "No worker has started yet; try again in a moment."
             raise RequestError(503, message, code="no-worker", retry_after_s=2.0)
-        view = self._known.get(name or self._house.model)
+        view = models.get(name or self._house.model)
         if view is None:
-            raise unknown_model(self._known)
+            raise unknown_model(models)
         return view
 
 

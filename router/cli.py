@@ -8,9 +8,10 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from router.version import code_version
 
 DEFAULT_FILE = "headway.toml"
 
@@ -132,14 +133,6 @@ def _replay_events(arguments: argparse.Namespace) -> int:
 def _version(_: argparse.Namespace) -> int:
     print(f"headway {code_version()}")
     return 0
-
-
-def code_version() -> str:
-    """The version of the installed package; of a bare checkout, only that it is one."""
-    try:
-        return version("headway")
-    except PackageNotFoundError:
-        return "0+checkout"
 
 
 def _default_file() -> Path | None:

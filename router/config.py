@@ -24,6 +24,7 @@ class Server(Struct, frozen=True, forbid_unknown_fields=True):
     host: str = "127.0.0.1"  # closed by default: without keys every other address is refused
     port: Port = 8080  # 0: any free one, printed at start
     admin_port: Port = 8081  # metrics, workers and receipts, always on 127.0.0.1
+    state_dir: str = ""  # keys that must outlive a restart; empty: $XDG_STATE_HOME/headway
     drain_grace_s: Seconds = 30.0  # as long as chatbot+ is patient; a longer answer is cut with an error, not silently
 
 

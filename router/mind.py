@@ -12,7 +12,19 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from policies.actions import Action, Cancel, Dispatch, Reject, Tokenise, WakeAt
-from policies.events import Arrived, Event, Failed, Gone, Offered, PolicyFault, Tick, WorkerLost, WorkerReport, WorkerUp
+from policies.events import (
+    Arrived,
+    Event,
+    Failed,
+    Gone,
+    Offered,
+    PolicyFault,
+    Started,
+    Tick,
+    WorkerLost,
+    WorkerReport,
+    WorkerUp,
+)
 from policies.request import Request, RequestId, WorkerId
 from router.ports import Client
 
@@ -57,6 +69,10 @@ class Mind:
     def live_count(self) -> int:
         """Requests that the mind knows: offered, queued or running."""
         return len(self._clients)
+
+    def begin(self, event: Started) -> None:
+        """The first event of a life, and of its recording."""
+        self._handle(event)
 
     # For the relay ----------------------------------------------------------------------------------------------------
 

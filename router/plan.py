@@ -36,6 +36,13 @@ def served_name(config: Config) -> str:
     return config.model.served_as or Path(config.model.name).stem
 
 
+def state_folder(config: Config, env: Mapping[str, str]) -> Path:
+    """Where keys that must outlive a restart are kept."""
+    if config.server.state_dir:
+        return Path(config.server.state_dir).expanduser()
+    return Path(env.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "headway"
+
+
 def _worker(config: Config, number: int) -> tuple[str, ...]:
     name, workers = f"w{number}", config.workers
     place = ("--socket", f"{{run}}/{name}.sock", "--name", name, "--model-name", served_name(config))

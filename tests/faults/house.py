@@ -29,7 +29,8 @@ POLL_S = 0.02
 class Stream:
     """One streamed answer as a client sees it."""
 
-    def __init__(self) -> None:
+    def __init__(self, prompt: str) -> None:
+        self.prompt = prompt
         self.status = 0
         self.headers = httpx.Headers()
         self.text = ""
@@ -132,6 +133,8 @@ class House:
 
     def start_worker(self, name: str, *flags: str) -> None:
         """Start a worker, again if it ran before."""
+        if name in self.workers:
+            self.workers[name].wait(DEADLINE_S)
         command = [sys.executable, "-m", "engine", "fake", "--socket", str(self.directory / f"{name}.sock")]
         command += ["--name", name, "--model-name", "tiny", "--calibrate-s", "0.2", *self.worker_flags, *flags]
         with (self.directory / f"{name}.log").open("ab") as log:
@@ -178,7 +181,7 @@ class House:
         """Send a request; its answer is read in the background."""
         body = {"model": "tiny", "messages": [{"role": "user", "content": prompt}], "stream": stream}
         body |= {"max_tokens": tokens, "temperature": 0, "ignore_eos": True}
-        answer = Stream()
+        answer = Stream(prompt)
         answer.task = asyncio.create_task(answer.read(self.client, body, headers))
         return answer
 
