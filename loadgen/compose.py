@@ -5,11 +5,12 @@ Owns the figures of the mix, with their sources. Never looks at a server: the sa
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from loadgen.traces import ClassName, Header, Row, Trace, nominal_starts_s
+from loadgen.traces import ClassName, Gap, Header, Row, Trace, nominal_starts_s
 
 BLOCK_TOKENS = 256  # before scaling; 1/16 makes it 16, the embedded engine's own block
 NOMINAL_TURN_S = 2.0  # what a turn is taken to last when the trace is cut to its duration
@@ -69,6 +70,16 @@ class Mix:
     user_skew: float = 1.0  # Zipf exponent; with 12 users the first sends 32 % (ServeGen: 16 to 52 %)
 
 
+@dataclass(frozen=True, slots=True)
+class _First:
+    """Whose session begins, when, and what its prompts begin with."""
+
+    name: str
+    user: str
+    at_s: float
+    known_blocks: list[int]
+
+
 @dataclass(slots=True)
 class _Builder:
     """Draws rows; block ids are handed out once each, so equal ids mean equal text."""
@@ -102,44 +113,42 @@ class _Builder:
             if user not in projects:
                 projects[user] = self.blocks(agent.project_tokens // BLOCK_TOKENS)
             name = f"{agent.request_class.removesuffix('+')}-{number:04d}"
-            made.append(self.session(agent, name, user, at, duration_s, preamble + projects[user]))
+            made.append(self.session(agent, _First(name, user, at, preamble + projects[user]), duration_s))
         return made
 
-    def session(self, agent: Agent, name: str, user: str, at: float, duration_s: float, known: list[int]) -> list[Row]:
+    def session(self, agent: Agent, first: _First, duration_s: float) -> list[Row]:
         """Turns until the session ends, or would begin past the trace's end."""
-        rows, ids, delay_s, now = [], list(known), 0.0, at
+        rows: list[Row] = []
+        ids, now = list(first.known_blocks), first.at_s
         length = len(ids) * BLOCK_TOKENS
-        steps = self.geometric(agent.steps_per_request)
-        requests = self.geometric(agent.requests_per_session)
-        gap = "none"
-        while now < duration_s:
+        for gap, delay_s in self.gaps(agent):
+            now += delay_s
+            if now >= duration_s:
+                break
             length += max(1, round(agent.append.draw(self.rng)))
             ids += self.blocks(length // BLOCK_TOKENS - len(ids))
-            output = max(1, round(agent.output.draw(self.rng)))
-            rows.append(
-                Row(
-                    timestamp=_ms(at) if not rows else None,
-                    delay=_ms(delay_s) if rows else None,
-                    session_id=name,
-                    request_class=agent.request_class,
-                    user=user,
-                    gap=gap,  # type: ignore[arg-type]
-                    input_length=length,
-                    output_length=output,
-                    hash_ids=list(ids),
-                )
+            row = Row(
+                timestamp=None if rows else _ms(first.at_s),
+                delay=_ms(delay_s) if rows else None,
+                session_id=first.name,
+                request_class=agent.request_class,
+                user=first.user,
+                gap=gap,
+                input_length=length,
+                output_length=max(1, round(agent.output.draw(self.rng))),
+                hash_ids=list(ids),
             )
-            length += output
-            steps -= 1
-            if steps < 0:
-                requests, steps = requests - 1, self.geometric(agent.steps_per_request)
-                if requests <= 0:
-                    break
-                gap, delay_s = "human", agent.human_gap_s.draw(self.rng)
-            else:
-                gap, delay_s = "tool", agent.tool_gap_s.draw(self.rng)
-            now += delay_s + NOMINAL_TURN_S
+            rows.append(row)
+            length += row.output_length
+            now += NOMINAL_TURN_S
         return rows
+
+    def gaps(self, agent: Agent) -> Iterator[tuple[Gap, float]]:
+        """Before each turn of a session: what the wait is for, and how long it is."""
+        for request in range(self.geometric(agent.requests_per_session)):
+            yield ("human", agent.human_gap_s.draw(self.rng)) if request else ("none", 0.0)
+            for _ in range(self.geometric(agent.steps_per_request)):
+                yield "tool", agent.tool_gap_s.draw(self.rng)
 
     def geometric(self, mean: float) -> int:
         return int(self.rng.geometric(1.0 / mean))

@@ -16,6 +16,7 @@ import msgspec
 import zstandard
 
 ClassName = Literal["chatbot+", "background-agent", "data-processor"]
+Gap = Literal["none", "tool", "human"]
 CLASSES: tuple[ClassName, ...] = ("chatbot+", "background-agent", "data-processor")
 
 MOONCAKE_BLOCK = 512
@@ -63,7 +64,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     session_id: str = ""
     request_class: ClassName = msgspec.field(name="class", default="chatbot+")
     user: str = ""
-    gap: Literal["none", "tool", "human"] = "none"
+    gap: Gap = "none"
     input_length: Tokens
     output_length: Tokens
     slo: str | Slo | None = None
@@ -150,7 +151,7 @@ def read(path: Path, strict: bool = False) -> Trace:
         except TraceError as error:
             raise TraceError(f"{path}: {error}") from error
         except ValueError as error:  # msgspec's errors are ValueErrors, and name the key
-            if strict or number == 1 and b'"trace"' in line:
+            if strict or (number == 1 and b'"trace"' in line):
                 raise TraceError(f"{path}: line {number}: {error}") from error
             bad_count += 1
             bad.append(BadRow(number, str(error)))

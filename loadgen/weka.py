@@ -55,9 +55,9 @@ def load(path: Path) -> tuple[Sessions, int]:
 def _table(path: Path) -> Iterator[dict[str, str]]:
     with path.open("rb") as raw:
         plain = zstandard.ZstdDecompressor().stream_reader(raw) if path.suffix == ".zst" else raw
-        reader = csv.DictReader(io.TextIOWrapper(plain, encoding="utf-8", newline=""))  # type: ignore[type-var]
+        reader = csv.DictReader(io.TextIOWrapper(plain, encoding="utf-8", newline=""))
         if missing := set(COLUMNS) - set(reader.fieldnames or ()):
-            raise TraceError(f"{path}: line 1: no column {sorted(missing)[0]!r}: is this weka_requests.csv?")
+            raise TraceError(f"{path}: line 1: no column {min(missing)!r}: is this weka_requests.csv?")
         yield from reader
 
 
