@@ -189,11 +189,6 @@ def write(trace: Trace, path: Path) -> None:
     path.write_bytes(plain)
 
 
-def block_name(trace: Trace, row: Row, hash_id: int) -> tuple[str, int]:
-    """What names a block's text: its id, and its session too where ids are local to one."""
-    return (row.session_id if trace.header.hash_scope == "local" else "", hash_id)
-
-
 def nominal_starts_s(rows: Iterable[Row], turn_s: float = 0.0) -> list[float]:
     """When each row would start if every turn took `turn_s`."""
     at: dict[str, float] = {}
@@ -214,7 +209,8 @@ def ideal_cached(trace: Trace) -> list[int]:
     cached = [0] * len(trace.rows)
     for index in sorted(range(len(starts)), key=lambda index: (starts[index], index)):
         row, now, run = trace.rows[index], starts[index], 0
-        names = [block_name(trace, row, hash_id) for hash_id in row.hash_ids]
+        scope = row.session_id if trace.header.hash_scope == "local" else ""
+        names = [(scope, hash_id) for hash_id in row.hash_ids]
         while run < len(names) and now - seen.get(names[run], -IDEAL_CACHE_S * 2) <= IDEAL_CACHE_S:
             run += 1
         seen.update(dict.fromkeys(names, now))
