@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from urllib.parse import urlsplit
 
 RETRIES_MAX = 2  # the OpenAI SDK's default
@@ -213,25 +213,34 @@ class Client:
         """One exchange. A transport error is in the answer, not raised."""
         request = self._head(path, headers, len(body)) + body
         began = self.clock()
+        while (kept := self._kept()) is not None:
+            answer = await self._exchange(kept, request)
+            if answer.status or not answer.error:
+                return replace(answer, sent_at=began)
+            # The server closed an idle connection just as it was used: every HTTP client tries again.
         try:
-            connection = await self._connection()
+            loop = asyncio.get_running_loop()
+            _, connection = await loop.create_connection(
+                lambda: Connection(self.clock), self.target.host, self.target.port
+            )
         except OSError as error:
             return Answer(sent_at=began, ended_at=self.clock(), error=f"cannot connect: {error}")
+        return await self._exchange(connection, request)
+
+    def _kept(self) -> Connection | None:
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.is_open:
+                return connection
+        return None
+
+    async def _exchange(self, connection: Connection, request: bytes) -> Answer:
         answer = await connection.exchange(request)
         if connection.is_open and len(self._idle) < IDLE_MAX:
             self._idle.append(connection)
         else:
             connection.close()
         return answer
-
-    async def _connection(self) -> Connection:
-        while self._idle:
-            connection = self._idle.pop()
-            if connection.is_open:
-                return connection
-        loop = asyncio.get_running_loop()
-        _, connection = await loop.create_connection(lambda: Connection(self.clock), self.target.host, self.target.port)
-        return connection
 
     def _head(self, path: str, headers: Mapping[str, str], length: int) -> bytes:
         lines = [f"POST {self.target.prefix}{path} HTTP/1.1", f"host: {self.target.host}:{self.target.port}"]

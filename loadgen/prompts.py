@@ -1,4 +1,4 @@
-"""Prompts: token ids from block ids, so that lengths and shared prefixes are exactly the trace's; and who seems to send.
+"""Prompts: token ids from block ids, so that lengths and shared prefixes are the trace's own; and who seems to send.
 
 Owns synthesis and the costumes of real clients. Never sends the true class: the router has to find it."""
 
