@@ -83,6 +83,13 @@ class Replay:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             self.client.close()
+            self._forget_unsent()
+
+    def _forget_unsent(self) -> None:
+        """What an interrupted run had prepared but not sent was never offered."""
+        sent = [record for record in self.records if record.sent_s is not None or record.intended_s is None]
+        self.not_reached += len(self.records) - len(sent)
+        self.records = sent
 
     def progress(self) -> Progress:
         """For the progress line."""
