@@ -5,6 +5,7 @@ refused, failed, left, abandoned or unfinished."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -170,7 +171,7 @@ def judge_one(record: Record, target: Target) -> Judged:
     ttft_s = stamps[0] - origin if stamps else None
     tokens = record.completion_tokens or len(stamps)
     tpot_s = (stamps[-1] - stamps[0]) / (tokens - 1) if len(stamps) > 1 and tokens > 1 else None
-    gap_s = max((later - earlier for earlier, later in zip(stamps, stamps[1:], strict=False)), default=None)
+    gap_s = max((later - earlier for earlier, later in itertools.pairwise(stamps)), default=None)
     e2e_s = record.end_s - origin if is_done and record.end_s is not None else None
     # A promise of a first token can only be seen kept on a stream; other answers show their end as their first token.
     first_s = ttft_s if ttft_s is not None else e2e_s

@@ -9,14 +9,17 @@ from collections.abc import Iterable, Sequence
 from loadgen.judge import PASS_SHARE, Cell, Quantiles, Verdict
 from loadgen.traces import CLASSES
 
-HEADS = ("", "offered", "met", "refused", "failed", "left", "TTFT p50", "p90", "p99", "TPOT p50", "p90", "p99", "met %")
-HEADS += ("line %", "smooth %", "cached: ideal", "real")
+HEADS = (
+    *("", "offered", "met", "refused", "failed", "left"),
+    *("TTFT p50", "p90", "p99", "TPOT p50", "p90", "p99"),
+    *("met %", "line %", "smooth %", "cached: ideal", "real %"),
+)
 
 
 def text(verdict: Verdict) -> str:
     """The whole report."""
     parts = [headline(verdict), _legend(), table(verdict), _agents(verdict), _users(verdict), _classifier(verdict)]
-    return "\n\n".join(part for part in [*parts, _honesty(verdict)] if part)
+    return "\n\n".join(part for part in [*parts, honesty(verdict)] if part)
 
 
 def headline(verdict: Verdict) -> str:
@@ -48,13 +51,14 @@ def table(verdict: Verdict) -> str:
     rows = [list(HEADS)]
     for name in CLASSES:
         if name in verdict.classes:
-            rows.append([name, *_columns(verdict.classes[name].cell)])
+            rows.append([name, *columns(verdict.classes[name].cell)])
             workers = verdict.workers[name]
-            rows += [[f"  worker {worker}", *_columns(cell)] for worker, cell in workers.items()]
+            rows += [[f"  worker {worker}", *columns(cell)] for worker, cell in workers.items()]
     return aligned(rows)
 
 
-def _columns(cell: Cell) -> list[str]:
+def columns(cell: Cell) -> list[str]:
+    """A cell under HEADS, behind its name."""
     outcomes = cell.outcomes
     lost = outcomes["failed"] + outcomes["abandoned"] + outcomes["unfinished"]
     counts = [str(value) for value in (cell.offered, cell.met, outcomes["refused"], lost, outcomes["left"])]
@@ -107,16 +111,17 @@ def _class_order(name: str) -> int:
     return list(CLASSES).index(name) if name in CLASSES else len(CLASSES)
 
 
-def _honesty(verdict: Verdict) -> str:
+def honesty(verdict: Verdict) -> str:
+    """Enough to repeat the run, and to doubt it."""
     run = verdict.run
     bound = "" if verdict.lag_bound_ms is None else f" (bound {verdict.lag_bound_ms:.0f})"
     lag = "/".join("-" if value is None else f"{value:.1f}" for value in _three(verdict.lag_ms))
-    notes = ", ".join(f"{name} {value}" for name, value in run.trace_notes.items())
+    notes = ", ".join(f"{name} {value}" for name, value in run.trace_notes.items()) or "no notes"
     return "\n".join(
         [
-            f"trace {run.trace_name} ({run.trace_digest}), bad rows {run.trace_bad_rows}{'; ' + notes if notes else ''}",
-            f"seed {run.seed}, speed {run.speed:g}, stripped {run.stripped_share:.0%}, offered for {run.duration_s:g} s, "
-            f"took {run.wall_s:.0f} s, later turns not reached {run.not_reached}",
+            f"trace {run.trace_name} ({run.trace_digest}), bad rows {run.trace_bad_rows}; {notes}",
+            f"seed {run.seed}, speed {run.speed:g}, stripped {run.stripped_share:.0%}, offered for "
+            f"{run.duration_s:g} s, took {run.wall_s:.0f} s, later turns not reached {run.not_reached}",
             f"client lag p50/p90/p99 {lag} ms{bound}, client CPU {run.client_cpu_s:.1f} s; "
             f"lengths other than asked: prompt {verdict.prompt_mismatches}, output {verdict.output_mismatches}; "
             f"tokens wasted on misses {verdict.wasted_tokens}",
