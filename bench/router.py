@@ -20,7 +20,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,14 @@ TOKENS = [
     Case("token, background-agent, 32 streams at 100/s", 32, 64, 6.0, True, 100, 1_000, "agent", 20_000, 10_000, 6),
     Case("token, chatbot+, 32 streams flat out", 32, 100_000, 2.0, True, 200, 1_000, "chat"),
 ]
+
+
+FLAT_OUT = REQUESTS[0]
+
+
+def warm_up(case: Case) -> Case:
+    """One request of each session: what is measured is a turn of a conversation that was seen before."""
+    return replace(case, requests_max=case.connections, is_stream=False, tokens=1)
 
 
 @dataclass(slots=True)
@@ -248,7 +256,10 @@ def measure(bench: Bench, target: Target, rounds: int) -> list[Measured]:
     for _ in range(rounds):
         request_us = 0.0
         for row, case in zip(rows, (*REQUESTS, *TOKENS), strict=True):
-            (bench.pace_http if target.name == "nginx" else bench.pace)(case)
+            pace = bench.pace_http if target.name == "nginx" else bench.pace
+            pace(FLAT_OUT)
+            bench.load(warm_up(case), target.port)
+            pace(case)
             before = cpu_s(target.pid)
             seen = bench.load(case, target.port)
             spent_us = (cpu_s(target.pid) - before) * 1e6
