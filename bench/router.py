@@ -289,8 +289,9 @@ def table(rows: list[Measured]) -> Iterator[str]:
 
 def save(rows: list[Measured], rounds: int) -> None:
     machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout
-    found = {"machine": machine, "commit": commit.strip(), "rounds": rounds, "load": os.getloadavg()[0]}
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, cwd=HERE, check=False, capture_output=True, text=True).stdout.strip()
+    found = {"machine": machine, "commit": commit, "rounds": rounds, "load": os.getloadavg()[0]}
     found["rows"] = [
         {
             "target": row.target,
