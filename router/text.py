@@ -108,16 +108,18 @@ class Text:
         """For one answer."""
         return Detokeniser(self._vocabulary)
 
+    # Hot: once per request. Budget 2 us a message when its conversation is known; bench/router.py.
     def render(self, turn: Turn, identity: Identity) -> Rendered:
         """What must be tokenised. Raises RequestError 400 for a prompt that the model cannot have."""
         if turn.ids is not None:
             return Rendered(identity, self._named(turn.ids, identity), (), ())
-        segments = _segments(self._pieces(turn), identity)
-        known, at = None, len(segments)
-        while at and (known := self._prefixes.get(segments[at - 1].upto)) is None:
+        pieces = self._pieces(turn)
+        names = _prefix_names(pieces, identity)
+        known, at = None, len(pieces)
+        while at and (known := self._prefixes.get(names[at - 1])) is None:
             at -= 1
-        rest = tuple(segments[at:])
-        return Rendered(identity, known, rest, tuple(part for part in rest if self._segments.get(part.key) is None))
+        rest = tuple([Segment(piece, _key(piece), upto) for piece, upto in zip(pieces[at:], names[at:], strict=True)])
+        return Rendered(identity, known, rest, tuple([part for part in rest if self._segments.get(part.key) is None]))
 
     def tokenise(self, cold: Sequence[Segment]) -> list[Ids]:
         """Ids of each segment. Touches no cache, so any thread may run it."""
@@ -139,7 +141,18 @@ class Text:
         ids = np.concatenate(parts)
         prompt = Prompt(ids, _extended_chain(rendered, ids))
         self._prefixes.put(rendered.rest[-1].upto, prompt)
+        self._remember_history(rendered, prompt, parts)
         return prompt
+
+    def _remember_history(self, rendered: Rendered, prompt: Prompt, parts: Sequence[Ids]) -> None:
+        """The prompt before its last client text, too: a client that asks again asks something else there."""
+        last = max((at for at, part in enumerate(rendered.rest) if part.piece.is_client), default=0)
+        if last == 0:
+            return
+        tokens = len(prompt.ids) - sum(len(ids) for ids in parts[len(parts) - len(rendered.rest) + last :])
+        blocks = tokens // rendered.identity.block_tokens
+        history = Prompt(prompt.ids[:tokens], prompt.chain[: KEY_BYTES * blocks])
+        self._prefixes.put(rendered.rest[last - 1].upto, history)
 
     def _held(self, segment: Segment) -> Ids:
         held = self._segments.get(segment.key)
@@ -153,7 +166,7 @@ class Text:
             raise RequestError(400, "This model has no chat template; use /v1/completions.", param="messages")
         else:
             pieces = self._template.render(turn.messages, turn.tools)
-        if not any(piece.text for piece in pieces):
+        if not any(text for text, _ in pieces):
             raise RequestError(400, "The prompt is empty.", param="prompt", code="invalid_value")
         return pieces
 
@@ -168,14 +181,18 @@ def _size(prompt: Prompt) -> int:
     return prompt.ids.nbytes + len(prompt.chain)
 
 
-def _segments(pieces: Sequence[Piece], identity: Identity) -> list[Segment]:
-    """Prefixes are named apart in every salt domain."""
-    segments, upto = [], xxhash.xxh3_128_digest(identity.root + identity.salt)
-    for piece in pieces:
-        key = xxhash.xxh3_128_digest((b"c" if piece.is_client else b"t") + piece.text.encode())
-        upto = xxhash.xxh3_128_digest(upto + key)
-        segments.append(Segment(piece, key, upto))
-    return segments
+def _key(piece: Piece) -> bytes:
+    return xxhash.xxh3_128_digest((b"c" if piece.is_client else b"t") + piece.text.encode())
+
+
+def _prefix_names(pieces: Sequence[Piece], identity: Identity) -> list[bytes]:
+    """A name for the prompt up to and including each piece. Salt domains have names of their own."""
+    names, running = [], xxhash.xxh3_128(identity.root + identity.salt)
+    for text, is_client in pieces:
+        running.update(b"%c%d:" % (b"tc"[is_client], len(text)))  # the length parts "ab", "c" from "a", "bc"
+        running.update(text.encode())
+        names.append(running.digest())
+    return names
 
 
 def _extended_chain(rendered: Rendered, ids: Ids) -> bytes:
