@@ -168,12 +168,11 @@ def test_a_worker_that_sends_garbage_is_ejected_and_nobody_sees_it(tmp_path: Pat
 @pytest.mark.parametrize("fault", ["nan@60", "foreign@60"])
 def test_a_sequence_that_the_model_fails_on_ends_alone(tmp_path: Path, model_folder: Path, fault: str) -> None:
     async def scene() -> None:
-        async with house(tmp_path, model_folder, slower=5, fault=fault) as built:
+        async with house(tmp_path, model_folder, names=["w0"], slower=5, fault=fault) as built:
             answers = [await answer.end() for answer in [built.ask(f"tale {n}", tokens=80) for n in range(8)]]
 
-            broken = [answer for answer in answers if not answer.is_done]
-            assert 1 <= len(broken) <= 2  # each worker fails once
-            assert all(len(answer.errors) == 1 for answer in broken)
+            (broken,) = [answer for answer in answers if not answer.is_done]
+            assert len(broken.errors) == 1
             assert await built.metric("headway_worker_losses_total") == 0
             whole = next(answer for answer in answers if answer.is_done)
             assert whole.text == await healthy_answer(built, whole.prompt, tokens=80)

@@ -194,17 +194,6 @@ def test_while_no_worker_ever_started_the_client_is_told_to_come_back() -> None:
     run(work())
 
 
-def test_while_all_workers_are_away_requests_still_reach_the_mind() -> None:
-    async def work() -> None:
-        async with desk() as d:
-            d.fleet.answer = speak("ok")
-            await d.client.post("/v1/chat/completions", json=chat())
-            d.fleet.views = {}
-            assert (await d.client.post("/v1/chat/completions", json=chat())).status_code == 200
-
-    run(work())
-
-
 @pytest.mark.parametrize("is_stream", [True, False])
 def test_the_openai_sdk_works_unchanged(is_stream: bool) -> None:
     async def work() -> None:
