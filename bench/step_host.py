@@ -109,7 +109,7 @@ def main() -> int:
     rows = [turns(sequences) for sequences in BUDGETS_MS]
     walk_ms, chain_ms = walk()
     print(
-        f"host cost of a step, CPU ms ({platform.processor() or platform.machine()}, Python {platform.python_version()})"
+        f"host cost of a step, CPU ms ({platform.machine()}, Python {platform.python_version()})"
     )
     print("sequences   turn   budget   share")
     for row in rows:
