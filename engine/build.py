@@ -5,6 +5,7 @@ Owns the wiring alone. Never imports torch: the runner is handed in."""
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import logging
 import time
@@ -71,4 +72,6 @@ def serve(
         1e3 * model.decode_s(1, 0),
         512 / model.prefill_s(512),
     )
+    gc.collect()
+    gc.freeze()  # decision 18: what was made at start lives for ever; no collection walks it again
     return asyncio.run(Worker(core, inbox, config, encode=encode).serve())

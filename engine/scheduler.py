@@ -23,6 +23,8 @@ from policies.request import RequestClass
 from policies.retention import CLASS_BANDS, SpanView, keep
 from policies.step_plan import BatchView, Chunk, PlanLimits, owe, plan, victims
 
+OUTPUT_WEIGHT = 0.05  # of the newest answer in its class's mean length
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
@@ -38,11 +40,20 @@ class SchedulerLimits:
 
 @dataclass(slots=True)
 class Outcome:
-    """What a step, or an order, changed for those who wait for tokens."""
+    """What a step, or an order, changed for those who wait for tokens; by link."""
 
-    tokens: list[tuple[Sequence, int]] = field(default_factory=list)
-    starts: list[tuple[int, Start]] = field(default_factory=list)  # (link, start)
-    ends: list[tuple[int, End]] = field(default_factory=list)  # (link, end)
+    handles: dict[int, list[int]] = field(default_factory=dict)
+    ids: dict[int, list[int]] = field(default_factory=dict)  # one for each handle
+    starts: list[tuple[int, Start]] = field(default_factory=list)
+    ends: list[tuple[int, End]] = field(default_factory=list)
+
+    def add(self, sequence: Sequence, token: int) -> None:
+        """One more token."""
+        link = sequence.link
+        if link not in self.handles:
+            self.handles[link], self.ids[link] = [], []
+        self.handles[link].append(sequence.handle)
+        self.ids[link].append(token)
 
 
 class Scheduler:
@@ -134,7 +145,7 @@ class Scheduler:
             return None
         view = self._view(residents, heads, full_links)
         chosen = plan(view, model, now, self._plan_limits)
-        step = Launch(view, chosen, self._table.at(residents), heads, now)
+        step = Launch(view, chosen, residents, self._table.at(residents) + heads, now)
         self._reserve_decodes(step)
         closed: set[RequestClass] = set()
         for chunk in chosen.chunks:
@@ -146,14 +157,14 @@ class Scheduler:
             return step
         if closed and self._table.count > 1:
             # Prompts that fill the memory together and none can go on: the last to come gives way.
-            self._preempt(max(step.preemptable(), key=_yields_first), now)
+            self._preempt(max(step.preemptable(), key=_yields_first), step)
             return self.launch(model, now, full_links)
         return None
 
     def collect(self, step: Launch, result: StepResult, model: StepModel, now: float) -> Outcome:
         """Take a step's result: tokens out, blocks readable by others, ended sequences' blocks back."""
         self._table.advance(step.rows, step.tokens)
-        self._table.emit(np.array([s.row for s in step.sampled], dtype=np.int64), result.ids, now)
+        self._table.emit(step.sampled_rows, result.ids, now)
         is_bad = result.is_bad | (result.ids < 0) | (result.ids >= self._facts.vocab_size)
         for sequence, bad in zip(step.sampled, is_bad.tolist(), strict=True):
             if bad:
@@ -166,8 +177,14 @@ class Scheduler:
             if bad:
                 message = "the model's answer was not a number or not in its vocabulary"
                 outcome.ends.append(self._end(sequence, "error", now, message))
-            else:
-                self._emit(sequence, token, outcome, now)
+                continue
+            reason = sequence.append(token)
+            outcome.add(sequence, token)
+            if sequence.length == sequence.resumed_at + 1:
+                outcome.starts.append((sequence.link, _start(sequence, now)))
+            if reason:
+                self._learn_output(sequence)
+                outcome.ends.append(self._end(sequence, reason, now))
         self._owed = owe(step.plan, step.view, model, result.seconds, self._plan_limits)
         return outcome
 
@@ -217,14 +234,18 @@ class Scheduler:
     def _reserve_decodes(self, step: Launch) -> None:
         """A block for each decode that begins one; if none can be had, the least urgent and latest gives way."""
         decodes = step.plan.decodes
-        starts_block = step.view.context[decodes] % self._block_tokens == 0
-        for number in decodes[starts_block].tolist():
+        needy = decodes[step.view.context[decodes] % self._block_tokens == 0].tolist()
+        if len(needy) <= self._trie.available:
+            sequences = [step.sequence(number) for number in needy]
+            self._table.extend(sequences, self._trie.take(len(needy), step.now) or [])
+            return
+        for number in needy:
             sequence = step.sequence(number)
             if sequence.row == WAITING:
                 continue  # it gave way to one before it
             self._make_room(1, sequence.request_class, step)
             while not self._trie.available:
-                self._preempt(max(step.preemptable(), key=_yields_first), step.now)
+                self._preempt(max(step.preemptable(), key=_yields_first), step)
             if sequence.row != WAITING:
                 self._take(sequence, 1, step.now)
 
@@ -257,9 +278,7 @@ class Scheduler:
         return True
 
     def _launch_decodes(self, step: Launch) -> None:
-        decodes = [s for s in map(step.sequence, step.plan.decodes.tolist()) if s.row != WAITING]
-        rows = np.array([s.row for s in decodes], dtype=np.int64)
-        step.set_decodes(rows, decodes)
+        rows, decodes = step.decodes()
         contexts = self._table.context[rows]
         for at in np.flatnonzero((contexts + 1) % self._block_tokens == 0).tolist():
             self._publish(decodes[at], int(contexts[at]), 1, step)
@@ -273,7 +292,7 @@ class Scheduler:
         while not (self._table.has_row and self._fits(sequence, found)):
             if not rivals:
                 return False
-            self._preempt(rivals.pop(0), step.now)
+            self._preempt(rivals.pop(0), step)
         self._waiting.remove(sequence)
         self._trie.hold(found)
         sequence.blocks = found
@@ -334,13 +353,14 @@ class Scheduler:
         if self._trie.available >= blocks:
             return True
         for victim in self._victims(urgent, step):
-            self._preempt(victim, step.now)
+            self._preempt(victim, step)
             if self._trie.available >= blocks:
                 return True
         return False
 
-    def _preempt(self, sequence: Sequence, now: float) -> None:
+    def _preempt(self, sequence: Sequence, step: Launch) -> None:
         """Drop its KV and let it wait again; what the cache keeps of it, it finds again."""
+        now, step.has_preempted = step.now, True
         self.preemptions += 1
         sequence.preemptions += 1
         sequence.preempted_at = now
@@ -387,17 +407,9 @@ class Scheduler:
         self._table.block_table[sequence.row, index] = twin.id
         self._trie.release([own], own.band, 0.0, now)
 
-    def _emit(self, sequence: Sequence, token: int, outcome: Outcome, now: float) -> None:
-        reason = sequence.append(token)
-        outcome.tokens.append((sequence, token))
-        if sequence.length == sequence.resumed_at + 1:
-            queued_s = sequence.prefill_at - sequence.submitted_at
-            start = Start(sequence.handle, sequence.cached_tokens, queued_s, now - sequence.prefill_at)
-            outcome.starts.append((sequence.link, start))
-        if reason:
-            mean = self._output_mean[sequence.request_class]
-            self._output_mean[sequence.request_class] += 0.05 * (sequence.output_tokens - mean)
-            outcome.ends.append(self._end(sequence, reason, now))
+    def _learn_output(self, sequence: Sequence) -> None:
+        mean = self._output_mean[sequence.request_class]
+        self._output_mean[sequence.request_class] += OUTPUT_WEIGHT * (sequence.output_tokens - mean)
 
     def _end(self, sequence: Sequence, reason: str, now: float, message: str = "") -> tuple[int, End]:
         del self._sequences[sequence.link, sequence.handle]
@@ -424,6 +436,11 @@ def peak_tokens(known: Floats, remaining: Floats) -> float:
     """The most KV tokens that sequences will hold together, if each ends after `remaining` more."""
     order = np.argsort(-remaining, kind="stable")
     return float((remaining[order] * np.arange(1, len(order) + 1) + np.cumsum(known[order])).max())
+
+
+def _start(sequence: Sequence, now: float) -> Start:
+    queued_s = sequence.prefill_at - sequence.submitted_at
+    return Start(sequence.handle, sequence.cached_tokens, queued_s, now - sequence.prefill_at)
 
 
 def _yields_first(sequence: Sequence) -> tuple[int, float, int]:

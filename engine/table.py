@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from engine.blocks import Block
 from engine.sequence import WAITING, Sequence
 from engine.step import Int32, Int64
 
@@ -72,6 +73,14 @@ class Table:
         known, row = int(self.blocks[sequence.row]), sequence.row
         self.block_table[row, known : len(sequence.blocks)] = [block.id for block in sequence.blocks[known:]]
         self.blocks[row] = len(sequence.blocks)
+
+    def extend(self, sequences: list[Sequence], blocks: list[Block]) -> None:
+        """One more block for each."""
+        for sequence, block in zip(sequences, blocks, strict=True):
+            sequence.blocks.append(block)
+        rows = np.array([sequence.row for sequence in sequences], dtype=np.int64)
+        self.block_table[rows, self.blocks[rows]] = [block.id for block in blocks]
+        self.blocks[rows] += 1
 
     def advance(self, rows: Int64, tokens: Int64) -> None:
         """A step computed so many tokens of each row."""

@@ -111,8 +111,9 @@ class Rig:
         self.trie.check()
 
     def _note(self, outcome: Outcome) -> None:
-        for sequence, each in outcome.tokens:
-            self.tokens.setdefault(sequence.handle, []).append(each)
-            self.times.setdefault(sequence.handle, []).append(self.now)
+        for link, handles in outcome.handles.items():
+            for handle, each in zip(handles, outcome.ids[link], strict=True):
+                self.tokens.setdefault(handle, []).append(each)
+                self.times.setdefault(handle, []).append(self.now)
         self.starts |= {start.handle: start for _, start in outcome.starts}
         self.ends |= {end.handle: end for _, end in outcome.ends}
