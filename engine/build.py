@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import hashlib
 import logging
 import time
 from collections.abc import Callable
@@ -19,12 +18,11 @@ from engine.scheduler import Scheduler, SchedulerLimits
 from engine.step import ModelFacts, Runner
 from engine.wire import PROTOCOL_VERSION, Hello, Message, encode
 from engine.worker import Worker
+from policies.api import PolicySpec
 from policies.costs import StepFit
 from policies.step_plan import PlanLimits
 
 log = logging.getLogger(__name__)
-
-POLICY = '{"params":{},"ref":"headway"}'  # the default PolicySpec as canonical JSON
 
 
 def build(
@@ -47,7 +45,7 @@ def build(
         context_max=scheduler.context_max,
         vocab_size=facts.vocab_size,
         root=root,
-        policy_digest=hashlib.sha256(POLICY.encode()).hexdigest()[:16],
+        policy_digest=PolicySpec().digest,
         step_model=parts(PRIOR),
         cached=b"",
         nonce=b"",

@@ -16,7 +16,8 @@ from engine.blocks import BlockTrie
 from engine.calibrate import calibrate
 from engine.keys import KEY_BYTES
 from engine.outbox import Outbox
-from engine.scheduler import Outcome, Scheduler
+from engine.outcome import Outcome
+from engine.scheduler import Scheduler
 from engine.step import Runner
 from engine.wire import Abort, Drain, End, Hello, StepFrame, StepModelParts, Submit
 from policies.costs import StepFit, StepModel

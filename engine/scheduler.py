@@ -5,23 +5,22 @@ time is an argument. Between `launch` and `collect` nothing else may be called: 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from engine.blocks import Block, BlockTrie
 from engine.launch import Launch
-from engine.sequence import WAITING, Sequence
-from engine.step import Int64, ModelFacts, StepResult
-from engine.table import Table
+from engine.outcome import Outcome
+from engine.sequence import WAITING, Sequence, refusal
+from engine.step import ModelFacts, StepResult
+from engine.table import Table, join
 from engine.waiting import WaitingQueue
 from engine.wire import End, Load, Start, Submit
-from policies.costs import Floats, StepModel
+from policies.costs import StepModel
 from policies.request import RequestClass
 from policies.retention import CLASS_BANDS, SpanView, keep
-from policies.step_plan import BatchView, Chunk, PlanLimits, owe, plan, victims
+from policies.step_plan import Chunk, PlanLimits, owe, peak_tokens, plan, victims
 
 OUTPUT_WEIGHT = 0.05  # of the newest answer in its class's mean length
 
@@ -36,24 +35,6 @@ class SchedulerLimits:
     preemptions_max: int = 2  # of one sequence, in favour of more urgent ones
     preempt_cooldown_s: float = 5.0
     output_guess_tokens: int = 128  # until a class has finished something
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What a step, or an order, changed for those who wait for tokens; by link."""
-
-    handles: dict[int, list[int]] = field(default_factory=dict)
-    ids: dict[int, list[int]] = field(default_factory=dict)  # one for each handle
-    starts: list[tuple[int, Start]] = field(default_factory=list)
-    ends: list[tuple[int, End]] = field(default_factory=list)
-
-    def add(self, sequence: Sequence, token: int) -> None:
-        """One more token."""
-        link = sequence.link
-        if link not in self.handles:
-            self.handles[link], self.ids[link] = [], []
-        self.handles[link].append(sequence.handle)
-        self.ids[link].append(token)
 
 
 class Scheduler:
@@ -94,9 +75,13 @@ class Scheduler:
 
     def submit(self, link: int, order: Submit, now: float) -> Outcome:
         """Take a sequence in, or end it at once with the reason why not."""
-        refusal = self._refusal(link, order)
-        if refusal:
-            return Outcome(ends=[(link, End(order.handle, "refused", 0, 0, refusal))])
+        reason = refusal(order, self._facts)
+        if (link, order.handle) in self._sequences:
+            reason = "this handle is in use"
+        if self._waiting.is_full:
+            reason = reason or "the worker's queue is full"
+        if reason:
+            return Outcome(ends=[(link, End(order.handle, "refused", 0, 0, reason))])
         self._serial += 1
         sequence = Sequence(link, order, self._serial, self._facts, now)
         self._sequences[link, order.handle] = sequence
@@ -119,22 +104,6 @@ class Scheduler:
         """End everything."""
         return Outcome(ends=[self._end(s, "abort", now, message) for s in list(self._sequences.values())])
 
-    def _refusal(self, link: int, order: Submit) -> str:
-        """What is wrong with an order, in one sentence; empty if nothing is."""
-        tokens, vocab_size = len(order.ids) // 4, self._facts.vocab_size
-        is_whole = len(order.ids) % 4 == 0 and 0 < order.prompt_len <= tokens
-        ids = np.frombuffer(order.ids[: tokens * 4], dtype="<i4")
-        checks = (
-            (not is_whole, "the prompt has no tokens, or its length is wrong"),
-            (not 0 <= order.request_class < len(RequestClass), f"there is no class {order.request_class}"),
-            (tokens >= self._context_max, f"{tokens} tokens do not fit into a context of {self._context_max}"),
-            ((link, order.handle) in self._sequences, "this handle is in use"),
-            (tokens - order.prompt_len >= order.sampling.max_tokens, "nothing is left to generate"),
-            (bool(((ids < 0) | (ids >= vocab_size)).any()), f"a token id is outside the vocabulary of {vocab_size}"),
-            (self._waiting.is_full, "the worker's queue is full"),
-        )
-        return next((sentence for is_wrong, sentence in checks if is_wrong), "")
-
     # A step ----------------------------------------------------------------------------------------------------------
 
     def launch(self, model: StepModel, now: float, full_links: frozenset[int] = frozenset()) -> Launch | None:
@@ -143,7 +112,7 @@ class Scheduler:
         heads = self._waiting.heads(self._limits.heads_max, full_links)
         if not len(residents) and not heads:
             return None
-        view = self._view(residents, heads, full_links)
+        view = self._table.view(residents, heads, full_links, self._owed)
         chosen = plan(view, model, now, self._plan_limits)
         step = Launch(view, chosen, residents, self._table.at(residents) + heads, now)
         self._reserve_decodes(step)
@@ -211,25 +180,6 @@ class Scheduler:
         assert self._trie.counts().held == 0, "blocks are held by nobody"
 
     # Inside a launch -------------------------------------------------------------------------------------------------
-
-    def _view(self, residents: Int64, heads: list[Sequence], full_links: frozenset[int]) -> BatchView:
-        table = self._table
-        pending = np.array([s.uncached_estimate for s in heads], dtype=np.int64)
-        known = np.array([s.length for s in heads], dtype=np.int64)
-        is_blocked = (
-            np.isin(table.link[residents], sorted(full_links)) if full_links else np.zeros(len(residents), bool)
-        )
-        return BatchView(
-            request_class=_join(table.request_class[residents], [s.request_class for s in heads]),
-            due=_join(table.due[residents], [s.next_due() for s in heads]),
-            pace_s=_join(table.pace_s[residents], [s.pace_s for s in heads]),
-            context=np.concatenate((table.context[residents], known - pending)),
-            pending=np.concatenate((table.length[residents] - table.context[residents], pending)),
-            arrived=_join(table.arrived[residents], [s.submitted_at for s in heads]),
-            is_decoding=_join(table.is_decoding[residents], [False] * len(heads)),
-            is_blocked=_join(is_blocked, [False] * len(heads)),
-            owed_s=self._owed,
-        )
 
     def _reserve_decodes(self, step: Launch) -> None:
         """A block for each decode that begins one; if none can be had, the least urgent and latest gives way."""
@@ -333,10 +283,10 @@ class Scheduler:
         if not len(rows):
             return True
         guess = np.array(self._output_mean)
-        known = _join(table.length[rows], [sequence.length])
-        emitted = _join(table.emitted[rows], [sequence.output_tokens])
-        most = _join(table.output_max[rows], [sequence.sampling.max_tokens]) - emitted
-        classes = _join(table.request_class[rows], [sequence.request_class])
+        known = join(table.length[rows], [sequence.length])
+        emitted = join(table.emitted[rows], [sequence.output_tokens])
+        most = join(table.output_max[rows], [sequence.sampling.max_tokens]) - emitted
+        classes = join(table.request_class[rows], [sequence.request_class])
         remaining = np.minimum(np.maximum(guess[classes] - emitted, size), most)
         shared = int(table.blocks[rows].sum()) - self._trie.counts().held + sum(1 for block in found if block.refs)
         return peak_tokens(known + size, remaining) <= (self._blocks_total + shared) * size
@@ -432,12 +382,6 @@ class Scheduler:
                 self._trie.release(span, band, lease_s, now)
 
 
-def peak_tokens(known: Floats, remaining: Floats) -> float:
-    """The most KV tokens that sequences will hold together, if each ends after `remaining` more."""
-    order = np.argsort(-remaining, kind="stable")
-    return float((remaining[order] * np.arange(1, len(order) + 1) + np.cumsum(known[order])).max())
-
-
 def _start(sequence: Sequence, now: float) -> Start:
     queued_s = sequence.prefill_at - sequence.submitted_at
     return Start(sequence.handle, sequence.cached_tokens, queued_s, now - sequence.prefill_at)
@@ -445,9 +389,3 @@ def _start(sequence: Sequence, now: float) -> Start:
 
 def _yields_first(sequence: Sequence) -> tuple[int, float, int]:
     return int(sequence.request_class), sequence.submitted_at, sequence.serial
-
-
-def _join(residents: npt.NDArray[Any], heads: list[Any]) -> npt.NDArray[Any]:
-    if not heads:
-        return residents
-    return np.concatenate((residents, np.array(heads, dtype=residents.dtype)))

@@ -12,7 +12,8 @@ from engine import keys
 from engine.blocks import BlockTrie
 from engine.fake import FAKE_SPEED, FakeRunner, Fault, token
 from engine.launch import Launch
-from engine.scheduler import Outcome, Scheduler, SchedulerLimits
+from engine.outcome import Outcome
+from engine.scheduler import Scheduler, SchedulerLimits
 from engine.step import ModelFacts
 from engine.wire import End, Sampling, Start, Submit
 from policies.costs import StepModel
