@@ -103,3 +103,19 @@ class Sequence:
         emitted = self.output_tokens
         by_pace = self.first_due + emitted * self.pace_s if emitted else self.first_due
         return min(by_pace, self.deadline)
+
+
+def refusal(order: Submit, facts: ModelFacts) -> str:
+    """Why an order cannot be served, in one sentence; empty if it can."""
+    tokens = len(order.ids) // 4
+    if len(order.ids) % 4 or not 0 < order.prompt_len <= tokens:
+        return "the prompt has no tokens, or its length is wrong"
+    if not 0 <= order.request_class < len(RequestClass):
+        return f"there is no class {order.request_class}"
+    if tokens >= facts.context_max:
+        return f"{tokens} tokens do not fit into a context of {facts.context_max}"
+    if tokens - order.prompt_len >= order.sampling.max_tokens:
+        return "nothing is left to generate"
+    ids = np.frombuffer(order.ids, dtype="<i4")
+    is_known = int(ids.min()) >= 0 and int(ids.max()) < facts.vocab_size
+    return "" if is_known else f"a token id is outside the vocabulary of {facts.vocab_size}"

@@ -83,7 +83,7 @@ def _root(curve: float, slope: float, room: float) -> float:
 TOKENS_MAX = 1e9  # what a model that says "free" is taken to allow
 BENDS = tuple(2.0 ** (power / 2) for power in range(21))  # rows at which reading the weights may stop hiding work
 FORGETTING = 0.999  # a step a thousand steps ago counts a third
-PRIOR_WEIGHT = 1e-5  # of one step: decides only what no step has shown
+PRIOR_WEIGHT = 1e-2  # of one step: a term whose share of the steps so far is small stays near the prior
 BIAS_WEIGHT = 0.05  # of the newest step in the bias: about 20 steps of memory
 BIAS_LIMITS = (0.5, 2.0)
 Q90_GAIN = 0.02
