@@ -89,7 +89,7 @@ class Record(Struct, frozen=True, forbid_unknown_fields=True):
     """A recording of all that the mind saw and decided, for `headway replay-events`. It holds no prompt text."""
 
     path: str = ""  # empty: none
-    segment_mib: Count = 64  # about 100,000 events; then the next file begins
+    segment_mib: Count = 64  # about 200,000 events; then the next file begins
     segments_max: Count = 8  # then recording stops: a replay needs the beginning, so nothing older is thrown away
 
 

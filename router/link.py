@@ -225,10 +225,8 @@ class Link(asyncio.Protocol):
             raise WireError("a step frame with a broken chain key")
         if any(count < 0 for count in frame.counts) or not math.isfinite(frame.load.step_s):
             raise WireError("a step frame with an impossible number")
-        if frame.ids:
-            ids = memoryview(frame.ids).cast("i")
-            if min(ids) < 0 or max(ids) >= self._vocab_size:
-                raise WireError("a token that the model does not have")
+        if frame.ids and max(memoryview(frame.ids).cast("I")) >= self._vocab_size:  # unsigned: a negative id is huge
+            raise WireError("a token that the model does not have")
 
     def _report(self, frame: StepFrame, model: StepModel | None) -> WorkerReport:
         running, load = self._running, frame.load
