@@ -4,6 +4,7 @@ Owns the list of routes and their body limits. Never schedules and never tokenis
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import secrets
 import time
@@ -206,6 +207,7 @@ def _authority(origin: str | None) -> str | None:
     return None if origin is None else urlsplit(origin).netloc or "null"
 
 
+@functools.lru_cache(maxsize=256)
 def _is_local(authority: str | None) -> bool:
     """Whether a Host or Origin names this machine's loopback; a missing one says nothing against it."""
     if authority is None:

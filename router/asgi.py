@@ -22,7 +22,7 @@ async def answer(app: ASGIApp, exchange: Exchange) -> None:
         "path": head.path,
         "raw_path": head.path.encode(),
         "query_string": head.query,
-        "headers": head.headers,
+        "headers": list(head.fields.items()),
         "root_path": "",
         "scheme": "http",
         "app": app,  # with it starlette raises its 405 instead of answering in plain text
