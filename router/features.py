@@ -134,18 +134,25 @@ def _prompt_count(body: Common) -> int:
 
 
 def _beginning(turn: Turn) -> bytes:
-    """The first 2 KB of the prompt, whatever it is made of."""
+    """What siblings of one template share: the first 2 KB of a prompt, of a short one its first half or less.
+
+    The length is a power of two, so that siblings with suffixes of different lengths are cut alike."""
     if turn.ids is not None:
-        return turn.ids[: TEMPLATE_CHARS // CHARS_A_TOKEN].tobytes()
-    if turn.text is not None:
-        return turn.text[:TEMPLATE_CHARS].encode()
-    parts, left = [], TEMPLATE_CHARS
-    for message in turn.messages:
-        parts.append(message.content[:left])
+        return turn.ids[: _cut(len(turn.ids), TEMPLATE_CHARS // CHARS_A_TOKEN)].tobytes()
+    texts = [turn.text or ""] if not turn.messages else [message.content for message in turn.messages]
+    left = _cut(sum(map(len, texts)), TEMPLATE_CHARS)
+    parts = []
+    for text in texts:
+        parts.append(text[:left])
         left -= len(parts[-1])
         if left <= 0:
             break
-    return "\n".join(parts).encode()
+    return chr(0).join(parts).encode()
+
+
+def _cut(length: int, most: int) -> int:
+    """The largest power of two that is no more than half of `length`, and no more than `most`."""
+    return min(most, 1 << max(0, (length // 2).bit_length() - 1))
 
 
 def _lineage(turn: Turn) -> str:

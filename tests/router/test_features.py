@@ -92,3 +92,9 @@ def test_siblings_of_one_template_share_its_hash() -> None:
     template = "Extract all names from the following text. " * 60
     first, second, other = (offered({}, chat(text)).facts for text in (template + "a", template + "b", "else"))
     assert first.template_hash == second.template_hash != other.template_hash
+
+
+def test_siblings_of_a_short_template_with_suffixes_of_any_length_share_its_hash() -> None:
+    template = "Summarise this text in one word: "
+    hashes = {offered({}, chat(template + "word " * count)).facts.template_hash for count in (2, 3, 4, 5)}
+    assert len(hashes) == 1
