@@ -67,16 +67,16 @@ def page(verdict: Verdict, records: Sequence[Record], budgets: Budgets) -> str:
         _honesty(verdict),
     ]
     return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f'<meta name="color-scheme" content="light dark"><title>Headway replay: {escape(verdict.run.trace_name)}</title>'
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>Headway replay: {escape(verdict.run.trace_name)}</title>"
         f"<style>{STYLE}</style></head><body><main>{''.join(sections)}</main></body></html>\n"
     )
 
 
 def _head(verdict: Verdict) -> str:
-    style, word = (
-        ("invalid", "invalid run") if verdict.invalid else ("pass", "pass") if verdict.is_pass else ("fail", "fail")
-    )
+    style = "invalid" if verdict.invalid else "pass" if verdict.is_pass else "fail"
     run = verdict.run
     reasons = "".join(f"<p><b>Invalid:</b> {escape(reason)}</p>" for reason in verdict.invalid)
     return (
