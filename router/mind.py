@@ -163,6 +163,13 @@ class Mind:
             self.client_faults += 1
             log.error("request %s: its relay failed at %s", action.request_id, action.reason, exc_info=error)
             self.gone(action.request_id)
+            self._tell_broken(action.request_id, client)
+
+    def _tell_broken(self, request_id: RequestId, client: Client) -> None:
+        try:
+            client.broke()
+        except Exception as error:
+            log.error("request %s: its relay cannot even end", request_id, exc_info=error)
 
     def _wake(self, at: float, now: float) -> None:
         if self._alarm is not None:

@@ -16,7 +16,7 @@ import xxhash
 from engine import keys
 from engine.keys import KEY_BYTES, ChainKey, Ids
 from router.errors import RequestError
-from router.template import ChatTemplate, Piece
+from router.template import ChatTemplate, Piece, Rendering
 from router.turn import Turn
 from router.vocabulary import Detokeniser, Vocabulary
 
@@ -113,12 +113,14 @@ class Text:
         """What must be tokenised. Raises RequestError 400 for a prompt that the model cannot have."""
         if turn.ids is not None:
             return Rendered(identity, self._named(turn.ids, identity), (), ())
-        pieces = self._pieces(turn)
-        names = _prefix_names(pieces, identity)
-        known, at = None, len(pieces)
+        rendering = self._rendering(turn)
+        names = _prefix_names(rendering, identity)
+        known, at = None, len(names)
         while at and (known := self._prefixes.get(names[at - 1])) is None:
             at -= 1
-        rest = tuple([Segment(piece, _key(piece), upto) for piece, upto in zip(pieces[at:], names[at:], strict=True)])
+        rest = tuple(
+            [Segment(piece, _key(piece), upto) for piece, upto in zip(rendering.pieces(at), names[at:], strict=True)]
+        )
         return Rendered(identity, known, rest, tuple([part for part in rest if self._segments.get(part.key) is None]))
 
     def tokenise(self, cold: Sequence[Segment]) -> list[Ids]:
@@ -159,16 +161,16 @@ class Text:
         # Another request may have pushed it out while a thread worked on this one.
         return held.ids if held is not None else self.tokenise([segment])[0]
 
-    def _pieces(self, turn: Turn) -> list[Piece]:
+    def _rendering(self, turn: Turn) -> Rendering:
         if turn.text is not None:
-            pieces = [Piece(turn.text, is_client=True)]
+            rendering = Rendering((0,), (turn.text,))
         elif self._template is None:
             raise RequestError(400, "This model has no chat template; use /v1/completions.", param="messages")
         else:
-            pieces = self._template.render(turn.messages, turn.tools)
-        if not any(text for text, _ in pieces):
+            rendering = self._template.render(turn.messages, turn.tools)
+        if len(rendering.frame) < 2 and not any(piece.text for piece in rendering.pieces()):
             raise RequestError(400, "The prompt is empty.", param="prompt", code="invalid_value")
-        return pieces
+        return rendering
 
     def _named(self, ids: Ids, identity: Identity) -> Prompt:
         if int(ids.max()) >= len(self._vocabulary):
@@ -185,13 +187,20 @@ def _key(piece: Piece) -> bytes:
     return xxhash.xxh3_128_digest((b"c" if piece.is_client else b"t") + piece.text.encode())
 
 
-def _prefix_names(pieces: Sequence[Piece], identity: Identity) -> list[bytes]:
-    """A name for the prompt up to and including each piece. Salt domains have names of their own."""
-    names, running = [], xxhash.xxh3_128(identity.root + identity.salt)
-    for text, is_client in pieces:
-        running.update(b"%c%d:" % (b"tc"[is_client], len(text)))  # the length parts "ab", "c" from "a", "bc"
-        running.update(text.encode())
-        names.append(running.digest())
+def _prefix_names(rendering: Rendering, identity: Identity) -> list[bytes]:
+    """A name for the prompt up to and including each part. Salt domains have names of their own."""
+    names, texts, running = [], rendering.texts, xxhash.xxh3_128(identity.root + identity.salt)
+    update, digest = running.update, running.digest
+    for part in rendering.frame:
+        # Kind and length part "ab", "c" from "a", "bc", and a template's words from a client's.
+        if isinstance(part, int):
+            data = texts[part].encode()
+            update(b"c%d:" % len(data))
+        else:
+            data = part.encode()
+            update(b"t%d:" % len(data))
+        update(data)
+        names.append(digest())
     return names
 
 

@@ -132,7 +132,11 @@ class Mind:
     def offer(self, request: Request, client: Client) -> None:
         self.offered.append(request)
         self.clients[request.id] = client
-        client.tokenise(Tokenise(request.id, self.request_class, "default"))
+        try:
+            client.tokenise(Tokenise(request.id, self.request_class, "default"))
+        except ArithmeticError:  # as the live mind does with any fault of a client
+            self.gone(request.id)
+            client.broke()
 
     def arrived(self, request_id: RequestId, tokens: int, chain: bytes) -> None:
         assert len(chain) % keys.KEY_BYTES == 0

@@ -57,6 +57,7 @@ def test_a_bad_body_gets_a_small_typed_error(body: bytes, status: int, param: st
             error = answer.json()["error"]
             assert answer.status_code == status
             assert len(answer.content) <= 1024
+            assert answer.headers["x-headway-request"]
             assert error["type"] in ("invalid_request_error", "not_found_error")
             assert param is None or error["param"] == param
             assert SECRET not in answer.text

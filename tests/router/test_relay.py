@@ -12,6 +12,7 @@ import pytest
 from policies.request import RequestClass
 from router.relay import RelayLimits
 from router.server import ListenerLimits
+from router.text import Text, TextLimits
 from tests.router.desk import Desk, chat, desk, ids_of, refusal, run, speak
 
 
@@ -129,6 +130,37 @@ def test_classes_that_nobody_watches_are_sent_in_fewer_events_with_the_same_text
     run(work())
 
 
+def test_steps_that_are_read_together_leave_together_and_others_at_once() -> None:
+    async def work() -> None:
+        async with desk() as d:
+            asking = asyncio.create_task(d.client.post("/v1/chat/completions", json=chat(stream=True)))
+            attempt = await d.fleet.next()
+            attempt.start()
+            for burst in ("a", "bcd", "e"):
+                for token in ids_of(burst):
+                    attempt.say([token])
+                await asyncio.sleep(0)
+            attempt.end()
+            chunks = [event for event in events((await asking).text)[1:-2] if event["choices"]]
+            assert [chunk["choices"][0]["delta"]["content"] for chunk in chunks] == ["a", "bcd", "e"]
+
+    run(work())
+
+
+@pytest.mark.parametrize("inline_chars", [0, 1_000_000])
+def test_a_fault_of_the_router_is_an_answer_and_an_end(monkeypatch: pytest.MonkeyPatch, inline_chars: int) -> None:
+    async def work() -> None:
+        async with desk(text_limits=TextLimits(inline_chars_max=inline_chars)) as d:
+            monkeypatch.setattr(Text, "tokenise", lambda *_: 1 / 0)
+            answer = await d.client.post("/v1/chat/completions", json=chat())
+            assert answer.status_code == 500
+            assert answer.json()["error"]["code"] == "internal_error"
+            assert d.receipts[0].outcome == "failed"
+            assert not d.mind.clients
+
+    run(work())
+
+
 def test_a_refusal_says_when_to_come_back_and_carries_its_class() -> None:
     async def work() -> None:
         async with desk() as d:
@@ -188,6 +220,7 @@ def test_a_stream_that_cannot_go_on_ends_with_an_error_and_never_with_done() -> 
             attempt = await d.fleet.next()
             attempt.start()
             attempt.say(ids_of("half"))
+            await asyncio.sleep(0)  # what came in one go is sent behind it
             attempt.sink.lost("killed")
             answer = await asking
             last = events(answer.text)[-1]
@@ -308,8 +341,6 @@ def test_max_tokens_beyond_the_room_left_is_clamped() -> None:
 
 
 def test_long_cold_prompts_are_tokenised_apart_and_give_the_same_ids() -> None:
-    from router.text import TextLimits
-
     async def work() -> None:
         texts = ["word " * 200, "other " * 100]
         ids = []

@@ -13,7 +13,7 @@ from engine import keys
 from engine.wire import Sampling
 from router.errors import RequestError
 from router.stops import StopScanner
-from router.template import ChatTemplate
+from router.template import FRAMES_MAX, ChatTemplate
 from router.text import Identity, Prompt, Text, TextLimits
 from router.turn import Message, Turn
 from router.vocabulary import Detokeniser, Vocabulary
@@ -69,6 +69,17 @@ def test_a_longer_conversation_tokenises_its_new_pieces_alone() -> None:
     assert rendered.cold_chars < 60
 
 
+def test_a_client_that_asks_something_else_pays_for_that_alone() -> None:
+    text = text_layer()
+    prompt_of(text, turn("a" * 1000, "answer", "first try"))
+    wanted = turn("a" * 1000, "answer", "second")
+    rendered = text.render(wanted, IDENTITY)
+    assert rendered.cold_chars == len("second")
+    again = text.assemble(rendered, text.tokenise(rendered.cold))
+    cold = prompt_of(text_layer(), wanted)
+    assert (again.ids.tolist(), again.chain) == (cold.ids.tolist(), cold.chain)
+
+
 def test_another_salt_domain_knows_no_prefix_and_has_other_keys() -> None:
     text, other = text_layer(), Identity(IDENTITY.root, b"t" * 16, 4)
     first = prompt_of(text, turn("same words"))
@@ -118,13 +129,34 @@ def test_a_model_without_a_template_says_so() -> None:
     ],
 )
 def test_templates_see_the_real_text_behind_a_stand_in(source: str, content: str, rendered: str) -> None:
-    pieces = ChatTemplate(source, {}).render([Message("user", content)], ())
+    pieces = ChatTemplate(source, {}).render([Message("user", content)], ()).pieces()
     assert "".join(piece.text for piece in pieces) == rendered
 
 
 def test_what_a_template_copies_of_a_client_stays_the_clients() -> None:
-    pieces = ChatTemplate("<|im_start|>{{ messages[0].content }}", {}).render([Message("user", "<|im_end|>")], ())
+    pieces = (
+        ChatTemplate("<|im_start|>{{ messages[0].content }}", {}).render([Message("user", "<|im_end|>")], ()).pieces()
+    )
     assert [(piece.text, piece.is_client) for piece in pieces] == [("<|im_start|>", False), ("<|im_end|>", True)]
+
+
+PICKY = "{% for m in messages %}[{% if m.content == 'x' %}X{% else %}{{ m.content | trim }}{% endif %}]{% endfor %}"
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.text(max_size=10) | st.just("x"), min_size=1, max_size=4), st.sampled_from([TEMPLATE, PICKY]))
+def test_what_was_rendered_before_changes_no_later_prompt(contents: list[str], source: str) -> None:
+    """A template that has seen the same roles with other words writes what a new one writes."""
+    used, messages = ChatTemplate(source, {}), turn(*contents).messages
+    used.render([Message(message.role, "before") for message in messages], ())
+    assert used.render(messages, ()).pieces() == ChatTemplate(source, {}).render(messages, ()).pieces()
+
+
+def test_frames_are_kept_within_their_bound() -> None:
+    template = ChatTemplate("{{ messages[0].content }}", {})
+    for length in range(1, FRAMES_MAX + 10):
+        template.render([Message("user", "x")] * length, ())
+    assert len(template._frames) == FRAMES_MAX
 
 
 @pytest.mark.parametrize("source", ["{{ raise_exception('roles must alternate') }}", "{{ nothing.there.at.all }}"])
