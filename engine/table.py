@@ -92,6 +92,9 @@ class Table:
 
     def emit(self, rows: Int64, ids: Int32, now: float) -> None:
         """A step sampled one token for each row."""
+        # A first token that came early is no slack: the mean pace that a client sees counts from it.
+        begun = rows[~self.is_decoding[rows] & (self.emitted[rows] == 0)]
+        self.first_due[begun] = np.minimum(self.first_due[begun], now)
         self.is_decoding[rows] = True
         self.last_id[rows] = ids
         self.length[rows] += 1

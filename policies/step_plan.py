@@ -29,7 +29,7 @@ class PlanLimits:
     lend_lines: float = 3.0  # a stream ahead of its line lends at most so many: no visible stall over 120 ms
     quantum_tokens: int = 64  # chunks end on multiples of it, so that they fill blocks
     progress_tokens: int = 128  # what a chat prompt gets each step even if residents pay for it ...
-    progress_s: float = 0.025  # ... but no more than takes so long: on a CPU 128 tokens are 0.2 s
+    progress_s: float = 0.020  # ... but no more than takes so long: on a CPU 128 tokens are 0.2 s
     rows_max: int = 2048
     candidates_max: int = 32  # prompts looked at in one step, most urgent first
     shares: Owed = (0.0, 0.05, 0.02)  # of all time, owed to each class while it waits
