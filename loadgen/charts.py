@@ -1,0 +1,172 @@
+"""Charts: inline SVG from numbers, drawn with the page's own colours.
+
+Owns axes, ticks and marks. Never reads a verdict, and needs no script: a page with these works from file://."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH = 920
+LEFT, RIGHT, TOP, BOTTOM = 64, 16, 14, 40
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """Values to pixels, linear or by powers of ten."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    is_log: bool = False
+
+    def at(self, value: float) -> float:
+        """The pixel of a value; values outside are drawn on the border."""
+        low, high, value = (self._warp(number) for number in (self.low, self.high, value))
+        share = (value - low) / (high - low) if high > low else 0.0
+        return round(self.start + min(1.0, max(0.0, share)) * (self.end - self.start), 1)
+
+    def ticks(self) -> list[float]:
+        """Where a reader expects a line: 1, 2, 5 and their powers of ten."""
+        if not self.is_log:
+            step = _nice((self.high - self.low) / 6)
+            first = math.ceil(self.low / step)
+            return [number * step for number in range(first, math.floor(self.high / step) + 1)]
+        powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+        marks = (1, 2, 5) if math.log10(self.high / self.low) < 2.5 else (1,)
+        found = [mark * 10.0**power for power in powers for mark in marks]
+        return [value for value in found if self.low <= value <= self.high]
+
+    def _warp(self, value: float) -> float:
+        return math.log10(max(value, 1e-12)) if self.is_log else value
+
+
+@dataclass(frozen=True, slots=True)
+class Dot:
+    """A mark: a round one, or a cross where `is_cross`."""
+
+    x: float
+    y: float
+    style: str
+    is_cross: bool
+    title: str
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """A stack of named parts at one x."""
+
+    x: float
+    parts: tuple[tuple[str, float], ...]  # style, height
+    title: str
+
+
+def _nice(raw: float) -> float:
+    power = 10.0 ** math.floor(math.log10(raw)) if raw > 0 else 1.0
+    return next(step * power for step in (1, 2, 5, 10) if step * power >= raw * 0.999)
+
+
+def frame(x: Axis, y: Axis, height: int, x_name: str, y_name: str) -> list[str]:
+    """Grid, tick labels and axis names."""
+    parts = []
+    for value in y.ticks():
+        at = y.at(value)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at}" y2="{at}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 8}" y="{at + 4}" text-anchor="end">{number(value)}</text>')
+    for value in x.ticks():
+        at = x.at(value)
+        parts.append(f'<line class="grid" x1="{at}" x2="{at}" y1="{TOP}" y2="{height - BOTTOM}"/>')
+        parts.append(
+            f'<text class="tick" x="{at}" y="{height - BOTTOM + 17}" text-anchor="middle">{number(value)}</text>'
+        )
+    parts.append(f'<text class="axis" x="{WIDTH - RIGHT}" y="{height - 6}" text-anchor="end">{escape(x_name)}</text>')
+    parts.append(f'<text class="axis" x="{LEFT + 6}" y="{TOP + 12}">{escape(y_name)}</text>')
+    return parts
+
+
+def scatter(dots: Sequence[Dot], line: Sequence[tuple[float, float]], x_name: str, y_name: str) -> str:
+    """Dots on two logarithmic axes, and a line: below it is good."""
+    if not dots:
+        return ""
+    height = 380
+    xs, ys = [dot.x for dot in dots], [dot.y for dot in dots] + [value for _, value in line]
+    x = Axis(min(xs) / 1.3, max(xs) * 1.3, LEFT, WIDTH - RIGHT, is_log=True)
+    y = Axis(min(ys) / 1.3, max(ys) * 1.5, height - BOTTOM, TOP, is_log=True)
+    parts = frame(x, y, height, x_name, y_name)
+    if line:
+        path = " ".join(f"{x.at(a)},{y.at(b)}" for a, b in line)
+        parts.append(
+            f'<polygon class="good" points="{path} {WIDTH - RIGHT},{height - BOTTOM} {LEFT},{height - BOTTOM}"/>'
+        )
+        parts.append(f'<polyline class="target" points="{path}"/>')
+        parts.append(f'<text class="target-name" x="{WIDTH - RIGHT - 6}" y="{y.at(line[-1][1]) - 8}">target</text>')
+    parts += [_mark(dot, x.at(dot.x), y.at(dot.y)) for dot in dots]
+    return svg(parts, height, f"{y_name} by {x_name}")
+
+
+def _mark(dot: Dot, x: float, y: float) -> str:
+    title = f"<title>{escape(dot.title)}</title>"
+    if dot.is_cross:
+        return f'<path class="{dot.style} cross" d="M{x - 4},{y - 4}l8,8m0,-8l-8,8">{title}</path>'
+    return f'<circle class="{dot.style}" cx="{x}" cy="{y}" r="3.6">{title}</circle>'
+
+
+def timeline(bars: Sequence[Bar], y_name: str, height: int = 190) -> str:
+    """Stacked bars over the seconds of a run."""
+    if not bars:
+        return ""
+    top = max(1.0, *(sum(size for _, size in bar.parts) for bar in bars))
+    x = Axis(bars[0].x, bars[-1].x + 1, LEFT, WIDTH - RIGHT)
+    y = Axis(0, top * 1.12, height - BOTTOM, TOP)
+    parts = frame(x, y, height, "seconds since the run began", y_name)
+    for bar in bars:
+        base = 0.0
+        left, right = x.at(bar.x), x.at(bar.x + 1)
+        parts.append(f"<g><title>{escape(bar.title)}</title>")
+        for style, size in bar.parts:
+            upper, lower = y.at(base + size), y.at(base)
+            width = max(1.0, right - left - 1)
+            shape = f'x="{left}" y="{upper}" width="{width:.1f}" height="{lower - upper:.1f}"'
+            parts.append(f'<rect class="{style}" {shape}/>' if size else "")
+            base += size
+        parts.append("</g>")
+    return svg(parts, height, f"{y_name} by second")
+
+
+def strip(dots: Sequence[Dot], end: float, y_name: str, height: int = 190) -> str:
+    """Dots over the seconds of a run, on a logarithmic height."""
+    if not dots:
+        return ""
+    x = Axis(0, end, LEFT, WIDTH - RIGHT)
+    y = Axis(min(dot.y for dot in dots) / 1.3, max(dot.y for dot in dots) * 1.5, height - BOTTOM, TOP, is_log=True)
+    parts = frame(x, y, height, "seconds since the run began", y_name)
+    parts += [_mark(dot, x.at(dot.x), y.at(dot.y)) for dot in dots]
+    return svg(parts, height, f"{y_name} by second")
+
+
+def gauge(share: float, low: float, high: float, wanted: float) -> str:
+    """An attainment as a bar, its interval as a whisker and the wanted share as a tick."""
+    x = Axis(0, 1, 0, 260)
+    return (
+        '<svg class="gauge" viewBox="0 0 260 26" role="img" aria-label="attainment">'
+        '<rect class="rail" x="0" y="8" width="260" height="10" rx="5"/>'
+        f'<rect class="{"met" if share >= wanted else "missed"}" x="0" y="8" width="{x.at(share)}" height="10" rx="5"/>'
+        f'<line class="whisker" x1="{x.at(low)}" x2="{x.at(high)}" y1="13" y2="13"/>'
+        f'<line class="wanted" x1="{x.at(wanted)}" x2="{x.at(wanted)}" y1="2" y2="24"/></svg>'
+    )
+
+
+def svg(parts: Iterable[str], height: int, name: str) -> str:
+    """A figure that fills the column and says what it is."""
+    inside = "".join(parts)
+    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(name)}">{inside}</svg>'
+
+
+def number(value: float) -> str:
+    """As people write it: 20k, 1.5, 0.05."""
+    if value >= 10_000:
+        return f"{value / 1000:g}k"
+    return f"{value:.10g}" if value >= 1 else f"{value:.2g}"

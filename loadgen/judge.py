@@ -1,0 +1,367 @@
+"""The judge: records and budgets in, a verdict out. The same records give the same verdict, to the last digit.
+
+Owns what counts as met. Never forgives: every offered request that did not meet its target is a miss, whether it was
+refused, failed, left, abandoned or unfinished."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+
+from loadgen.records import Outcome, Record, Run
+from loadgen.targets import Budgets, Target, new_tokens, target_of
+from loadgen.traces import CLASSES, ClassName
+
+GAP_MAX_S = 0.2  # the largest pause inside an answer that passes for smooth
+LAG_SHARE = 0.05  # of the tightest TTFT target: a client later than this at p99 has measured itself
+REFUSED_CHAT_MAX = 0.01  # no run counts with more chat refused
+PASS_SHARE: dict[ClassName, float] = {"chatbot+": 0.99, "background-agent": 0.95, "data-processor": 0.99}
+FAIR_OFFERED_MIN = 5  # a user with fewer offered chat requests is not named the worst
+BOOTSTRAP_ROUNDS = 1000
+OUTCOMES: tuple[Outcome, ...] = ("done", "refused", "failed", "left", "abandoned", "unfinished")
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """One request beside its target. Latencies count from the intended time; None was not seen."""
+
+    record: Record
+    target: Target
+    ttft_s: float | None
+    tpot_s: float | None
+    gap_max_s: float | None
+    e2e_s: float | None
+    is_met: bool
+    is_on_line: bool  # every token came by its due time
+    is_smooth: bool  # no pause over GAP_MAX_S
+
+
+class Quantiles(msgspec.Struct, frozen=True):
+    """Nearest-rank percentiles of what was seen; None when nothing was."""
+
+    p50: float | None = None
+    p90: float | None = None
+    p99: float | None = None
+
+
+class Cell(msgspec.Struct, frozen=True, kw_only=True):
+    """Any group of offered requests: a class, a class on a worker."""
+
+    offered: int
+    met: int
+    outcomes: dict[Outcome, int]
+    on_line: int
+    smooth: int
+    ttft_s: Quantiles
+    tpot_s: Quantiles
+    gap_max_s: Quantiles
+    e2e_s: Quantiles
+    input_tokens: int  # of answered requests, as are the next two
+    cached_ideal: int
+    cached_real: int
+    output_tokens: int
+
+    @property
+    def attainment(self) -> float:
+        """Met of offered: the number that counts."""
+        return self.met / self.offered if self.offered else math.nan
+
+
+class ClassVerdict(msgspec.Struct, frozen=True, kw_only=True):
+    """A class: its cell, whether it passes, and how sure its attainment is."""
+
+    cell: Cell
+    is_pass: bool
+    attainment_low: float  # 95 % bootstrap by session
+    attainment_high: float
+    retried_met: int  # met after an obeyed refusal, counted from the first intended time
+
+
+class UserVerdict(msgspec.Struct, frozen=True, kw_only=True):
+    """One user's chat requests."""
+
+    name: str
+    offered: int
+    met: int
+    ttft_p99_s: float | None
+
+
+class Second(msgspec.Struct, frozen=True, kw_only=True):
+    """One second of the run."""
+
+    at_s: int
+    offered: int
+    met: int
+    refused: int
+    lost: int  # failed, left, abandoned or unfinished
+    ttft_max_s: float | None  # of chatbot+
+
+
+class Verdict(msgspec.Struct, frozen=True, kw_only=True):
+    """All that the reports show."""
+
+    run: Run
+    offered: int
+    met: int
+    goodput_per_s: float
+    good_tokens_per_s: float
+    wasted_tokens: int  # generated for requests that missed
+    classes: dict[ClassName, ClassVerdict]
+    workers: dict[ClassName, dict[str, Cell]]  # only answered or refused requests have a worker
+    users: list[UserVerdict]  # worst first
+    users_p5: float | None
+    jain: float | None
+    confusion: dict[ClassName, dict[str, int]]
+    class_reasons: dict[str, int]
+    seconds: list[Second]
+    lag_ms: Quantiles
+    lag_bound_ms: float | None
+    prompt_mismatches: int  # the server counted other prompt tokens than were sent
+    output_mismatches: int
+    invalid: list[str]  # why this run proves nothing; empty: valid
+
+    @property
+    def is_pass(self) -> bool:
+        """Valid, and every class that was offered passes."""
+        return not self.invalid and all(found.is_pass for found in self.classes.values())
+
+
+def judge(run: Run, records: Sequence[Record], budgets: Budgets) -> Verdict:
+    """The verdict."""
+    judged = [judge_one(record, target_of(record, budgets)) for record in records]
+    met = [one for one in judged if one.is_met]
+    span_s = max(run.duration_s, 1e-9)
+    lag_ms, bound_ms = _lag_ms(judged), _lag_bound_ms(judged)
+    users = _users(judged)
+    shares = [user.met / user.offered for user in users if user.offered >= FAIR_OFFERED_MIN]
+    chat = _of_class(judged, "chatbot+")
+    return Verdict(
+        run=run,
+        offered=len(judged),
+        met=len(met),
+        goodput_per_s=len(met) / span_s,
+        good_tokens_per_s=sum(_output(one) for one in met) / span_s,
+        wasted_tokens=sum(_output(one) for one in judged if not one.is_met),
+        classes={name: _class_verdict(name, found) for name in CLASSES if (found := _of_class(judged, name))},
+        workers={name: _by_worker(found) for name in CLASSES if (found := _of_class(judged, name))},
+        users=users,
+        users_p5=_rank(sorted(shares), 0.05),
+        jain=_jain(shares),
+        confusion={name: _confusion(found) for name in CLASSES if (found := _of_class(judged, name))},
+        class_reasons=_counts(one.record.class_reason for one in judged if one.record.class_reason),
+        seconds=_seconds(judged, run.duration_s),
+        lag_ms=lag_ms,
+        lag_bound_ms=bound_ms,
+        prompt_mismatches=sum(_is_other(one.record.prompt_tokens, one.record.input_tokens) for one in judged),
+        output_mismatches=sum(_is_other(one.record.completion_tokens, one.record.output_tokens) for one in judged),
+        invalid=_invalid(run, lag_ms, bound_ms, chat),
+    )
+
+
+def judge_one(record: Record, target: Target) -> Judged:
+    """One record against its target. An answer that did not end well is a miss, however fast it began."""
+    origin = record.intended_s or 0.0
+    stamps = record.token_s
+    is_done = record.outcome == "done" and record.end_s is not None
+    ttft_s = stamps[0] - origin if stamps else None
+    tokens = record.completion_tokens or len(stamps)
+    tpot_s = (stamps[-1] - stamps[0]) / (tokens - 1) if len(stamps) > 1 and tokens > 1 else None
+    gap_s = max((later - earlier for earlier, later in itertools.pairwise(stamps)), default=None)
+    e2e_s = record.end_s - origin if is_done and record.end_s is not None else None
+    # A promise of a first token can only be seen kept on a stream; other answers show their end as their first token.
+    first_s = ttft_s if ttft_s is not None else e2e_s
+    is_met = (
+        is_done
+        and _within(first_s, target.ttft_s)
+        and (tpot_s is None or tpot_s <= target.tpot_s)
+        and _within(e2e_s, target.deadline_s)
+    )
+    return Judged(
+        record=record,
+        target=target,
+        ttft_s=ttft_s,
+        tpot_s=tpot_s,
+        gap_max_s=gap_s,
+        e2e_s=e2e_s,
+        is_met=is_met,
+        is_on_line=is_done and _within(e2e_s, target.deadline_s) and _is_on_line(stamps, tokens, origin, target),
+        is_smooth=is_done and (gap_s is None or gap_s <= GAP_MAX_S),
+    )
+
+
+def _is_on_line(stamps: list[float], tokens: int, origin: float, target: Target) -> bool:
+    """Token n is due at ttft + (n-1) * tpot. Where an event carried several, they are taken as spread evenly."""
+    for event, stamp in enumerate(stamps):
+        token = event * tokens // len(stamps)
+        due_s = target.ttft_s + token * target.tpot_s if token else target.ttft_s
+        if stamp - origin > due_s:
+            return False
+    return True
+
+
+def _within(seconds: float | None, limit_s: float) -> bool:
+    return seconds is not None and seconds <= limit_s
+
+
+def _cell(judged: Sequence[Judged]) -> Cell:
+    answered = [one.record for one in judged if one.record.outcome == "done"]
+    return Cell(
+        offered=len(judged),
+        met=sum(one.is_met for one in judged),
+        outcomes={name: sum(one.record.outcome == name for one in judged) for name in OUTCOMES},
+        on_line=sum(one.is_on_line for one in judged),
+        smooth=sum(one.is_smooth for one in judged),
+        ttft_s=quantiles(one.ttft_s for one in judged),
+        tpot_s=quantiles(one.tpot_s for one in judged),
+        gap_max_s=quantiles(one.gap_max_s for one in judged),
+        e2e_s=quantiles(one.e2e_s for one in judged),
+        input_tokens=sum(record.input_tokens for record in answered),
+        cached_ideal=sum(min(record.ideal_cached, record.input_tokens) for record in answered),
+        cached_real=sum(record.cached_tokens or 0 for record in answered),
+        output_tokens=sum(_output(one) for one in judged),
+    )
+
+
+def _class_verdict(name: ClassName, judged: Sequence[Judged]) -> ClassVerdict:
+    cell = _cell(judged)
+    low, high = _interval(judged)
+    return ClassVerdict(
+        cell=cell,
+        is_pass=cell.attainment >= PASS_SHARE[name],
+        attainment_low=low,
+        attainment_high=high,
+        retried_met=sum(one.is_met and one.record.attempts > 1 for one in judged),
+    )
+
+
+def _by_worker(judged: Sequence[Judged]) -> dict[str, Cell]:
+    names = sorted({one.record.worker for one in judged if one.record.worker})
+    return {name: _cell([one for one in judged if one.record.worker == name]) for name in names}
+
+
+def _interval(judged: Sequence[Judged]) -> tuple[float, float]:
+    """Sessions are drawn whole, since their turns share one fate. Seeded: a verdict is a function of its records."""
+    groups: dict[str, list[bool]] = {}
+    for number, one in enumerate(judged):
+        groups.setdefault(one.record.session or f"\0{number}", []).append(one.is_met)
+    met = np.array([sum(group) for group in groups.values()])
+    offered = np.array([len(group) for group in groups.values()])
+    drawn = np.random.default_rng(0).integers(0, len(groups), size=(BOOTSTRAP_ROUNDS, len(groups)))
+    shares = met[drawn].sum(axis=1) / offered[drawn].sum(axis=1)
+    low, high = np.percentile(shares, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _users(judged: Sequence[Judged]) -> list[UserVerdict]:
+    """Chat requests by user, the worst first."""
+    grouped: dict[str, list[Judged]] = {}
+    for one in _of_class(judged, "chatbot+"):
+        if one.record.user:
+            grouped.setdefault(one.record.user, []).append(one)
+    users = [
+        UserVerdict(
+            name=name,
+            offered=len(found),
+            met=sum(one.is_met for one in found),
+            ttft_p99_s=quantiles(one.ttft_s for one in found).p99,
+        )
+        for name, found in grouped.items()
+    ]
+    return sorted(users, key=lambda user: (user.met / user.offered, -user.offered, user.name))
+
+
+def _seconds(judged: Sequence[Judged], duration_s: float) -> list[Second]:
+    """By the second in which each request was intended; an abandoned one has none."""
+    grouped: dict[int, list[Judged]] = {second: [] for second in range(math.ceil(duration_s))}
+    for one in judged:
+        if one.record.intended_s is not None:
+            grouped.setdefault(int(one.record.intended_s), []).append(one)
+    return [_second(at, grouped[at]) for at in sorted(grouped)]
+
+
+def _second(at_s: int, judged: Sequence[Judged]) -> Second:
+    refused = sum(one.record.outcome == "refused" for one in judged)
+    chat = [one.ttft_s for one in _of_class(judged, "chatbot+") if one.ttft_s is not None]
+    return Second(
+        at_s=at_s,
+        offered=len(judged),
+        met=sum(one.is_met for one in judged),
+        refused=refused,
+        lost=sum(one.record.outcome != "done" for one in judged) - refused,
+        ttft_max_s=max(chat, default=None),
+    )
+
+
+def _confusion(judged: Sequence[Judged]) -> dict[str, int]:
+    return _counts(one.record.assigned_class or "unknown" for one in judged if one.record.attempts)
+
+
+def _lag_ms(judged: Sequence[Judged]) -> Quantiles:
+    lags = ((one.record.sent_s, one.record.intended_s) for one in judged)
+    return quantiles((sent - at) * 1e3 for sent, at in lags if sent is not None and at is not None)
+
+
+def _lag_bound_ms(judged: Sequence[Judged]) -> float | None:
+    tightest = min((one.target.ttft_s for one in judged), default=math.inf)
+    return LAG_SHARE * tightest * 1e3 if math.isfinite(tightest) else None
+
+
+def _invalid(run: Run, lag_ms: Quantiles, bound_ms: float | None, chat: Sequence[Judged]) -> list[str]:
+    reasons = []
+    if bound_ms is not None and lag_ms.p99 is not None and lag_ms.p99 > bound_ms:
+        reasons.append(f"the client lagged: p99 {lag_ms.p99:.1f} ms, over {bound_ms:.1f} ms (5 % of the tightest TTFT)")
+    refused = sum(one.record.outcome == "refused" for one in chat)
+    if chat and refused > REFUSED_CHAT_MAX * len(chat):
+        reasons.append(f"{refused} of {len(chat)} chatbot+ requests were refused; over 1 % no run counts")
+    if run.is_interrupted:
+        reasons.append("the run was interrupted")
+    return reasons
+
+
+def quantiles(values: Iterable[float | None]) -> Quantiles:
+    """Nearest-rank percentiles, so that each is a value that was measured."""
+    found = sorted(value for value in values if value is not None)
+    return Quantiles(_rank(found, 0.50), _rank(found, 0.90), _rank(found, 0.99))
+
+
+def _rank(ascending: Sequence[float], share: float) -> float | None:
+    return ascending[max(0, math.ceil(share * len(ascending)) - 1)] if ascending else None
+
+
+def _jain(shares: Sequence[float]) -> float | None:
+    squares = sum(share * share for share in shares)
+    return sum(shares) ** 2 / (len(shares) * squares) if squares else None
+
+
+def _counts(names: Iterable[str]) -> dict[str, int]:
+    counted: dict[str, int] = {}
+    for name in names:
+        counted[name] = counted.get(name, 0) + 1
+    return dict(sorted(counted.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _of_class(judged: Iterable[Judged], name: ClassName) -> list[Judged]:
+    return [one for one in judged if one.record.request_class == name]
+
+
+def _output(one: Judged) -> int:
+    return one.record.completion_tokens or len(one.record.token_s)
+
+
+def _is_other(counted: int | None, wanted: int) -> bool:
+    return counted is not None and counted != wanted
+
+
+def points(records: Sequence[Record], budgets: Budgets) -> list[tuple[int, Judged]]:
+    """Each timed chat request beside its new tokens: the target's own axis."""
+    judged = (judge_one(record, target_of(record, budgets)) for record in records)
+    return [
+        (new_tokens(one.record), one)
+        for one in judged
+        if one.record.request_class == "chatbot+" and one.ttft_s is not None
+    ]

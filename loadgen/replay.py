@@ -1,0 +1,183 @@
+"""Replay: the trace against a server, open loop; each later turn when its session's previous answer has ended.
+
+Owns pacing and the intended times that all latencies count from. Never caps what is in flight: a slow server does not
+slow the load, and a turn that waits for its own session is late on the server's account, not the clock's."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from loadgen.client import Client, post_obediently
+from loadgen.prompts import PATH, Costume, Dresser, body, prompt_ids
+from loadgen.records import Record, fill
+from loadgen.traces import ClassName, Row, Slo, Trace, ideal_cached
+
+GRACE_S = 30.0  # after the offered time, for answers under way; what is open then is unfinished
+# Client patience by class, as in the published budgets; a row's own timeout_s wins.
+PATIENCE_S: dict[ClassName, float] = {"chatbot+": 30.0, "background-agent": 600.0, "data-processor": 900.0}
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a trace is replayed."""
+
+    model: str
+    seed: int = 1
+    speed: float = 1.0  # divides arrival times and gaps; it changes reuse, so more sessions are the better load
+    duration_s: float = 60.0  # nothing is offered later
+    stripped_share: float = 0.2
+    grace_s: float = GRACE_S
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What has happened so far."""
+
+    at_s: float
+    offered: int
+    open: int
+    done: int
+    other: int
+
+
+@dataclass(slots=True)
+class Replay:
+    """One run. `records` fills as it goes, so that an interrupted run can be judged too."""
+
+    trace: Trace
+    client: Client
+    options: Options
+    clock: Clock = time.monotonic
+    records: list[Record] = field(default_factory=list)
+    not_reached: int = 0
+    _origin: float = 0.0
+    _dresser: Dresser = field(init=False)
+    _ideal: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._dresser = Dresser(self.options.stripped_share, self.options.seed)
+        self._ideal = ideal_cached(self.trace)
+
+    async def run(self) -> None:
+        """Offer everything, and wait for what is open. When cancelled, what is open is unfinished."""
+        self._origin = self.clock()
+        limit_s = self.options.duration_s + self.options.grace_s
+        tasks: list[asyncio.Task[None]] = []
+        try:
+            async with asyncio.timeout(limit_s):
+                for session in self._sessions():
+                    await self._sleep_until(self._first_s(session) - 0.02)  # the prompt is made before its time
+                    if self._first_s(session) > self.options.duration_s:
+                        break
+                    tasks.append(asyncio.create_task(self._session(session)))
+                await asyncio.gather(*tasks)
+        except TimeoutError:
+            pass  # its open requests are recorded as unfinished by their own cancellation
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self.client.close()
+            self._forget_unsent()
+
+    def _forget_unsent(self) -> None:
+        """What an interrupted run had prepared but not sent was never offered."""
+        sent = [record for record in self.records if record.sent_s is not None or record.intended_s is None]
+        self.not_reached += len(self.records) - len(sent)
+        self.records = sent
+
+    def progress(self) -> Progress:
+        """For the progress line."""
+        done = sum(record.outcome == "done" for record in self.records)
+        open_count = sum(record.end_s is None and record.outcome == "unfinished" for record in self.records)
+        offered = len(self.records)
+        return Progress(self._now(), offered, open_count, done, offered - done - open_count)
+
+    def _sessions(self) -> list[list[int]]:
+        """Rows by session, a row without one alone, in the order in which they begin."""
+        grouped: dict[str, list[int]] = {}
+        for index, row in enumerate(self.trace.rows):
+            grouped.setdefault(row.session_id or f"\0{index}", []).append(index)
+        return sorted(grouped.values(), key=self._first_s)
+
+    def _first_s(self, session: list[int]) -> float:
+        first = self.trace.rows[session[0]].timestamp
+        return (first or 0.0) / 1e3 / self.options.speed
+
+    async def _session(self, session: list[int]) -> None:
+        """Turn after turn; a turn that fails takes the rest of its session with it."""
+        intended_s = self._first_s(session)
+        for turn, index in enumerate(session):
+            if intended_s > self.options.duration_s:
+                self.not_reached += len(session) - turn
+                return
+            record = self._record(index, turn, intended_s)
+            await self._request(index, record)
+            if record.outcome != "done":
+                self._abandon(session, turn + 1)
+                return
+            if turn + 1 < len(session):
+                delay_ms = self.trace.rows[session[turn + 1]].delay or 0.0
+                intended_s = self._now() + delay_ms / 1e3 / self.options.speed
+
+    def _record(self, index: int, turn: int, intended_s: float | None) -> Record:
+        row = self.trace.rows[index]
+        record = Record(
+            row=index,
+            session=row.session_id,
+            turn=turn,
+            user=row.user,
+            request_class=row.request_class,
+            gap=row.gap,
+            stripped=self._dresser.is_stripped(row),
+            slo=self._slo(row),
+            input_tokens=row.input_length,
+            output_tokens=row.output_length,
+            ideal_cached=self._ideal[index],
+            intended_s=intended_s,
+            outcome="unfinished" if intended_s is not None else "abandoned",
+        )
+        self.records.append(record)
+        return record
+
+    def _slo(self, row: Row) -> Slo | None:
+        return self.trace.header.slos[row.slo] if isinstance(row.slo, str) else row.slo
+
+    def _abandon(self, session: list[int], turn: int) -> None:
+        """The turns that the failure cost: those that an ideal server would have been asked within the time."""
+        at_s = self._now()
+        for later in range(turn, len(session)):
+            at_s += (self.trace.rows[session[later]].delay or 0.0) / 1e3 / self.options.speed
+            if at_s > self.options.duration_s:
+                self.not_reached += len(session) - later
+                return
+            self._record(session[later], later, None)
+
+    async def _request(self, index: int, record: Record) -> None:
+        row = self.trace.rows[index]
+        costume = self._dresser.costume(row)
+        payload = body(row, prompt_ids(self.trace, index, self.options.seed), costume, self.options.model)
+        await self._sleep_until(record.intended_s or 0.0)
+        record.sent_s = round(self._now(), 6)
+        patience_s = row.timeout_s or PATIENCE_S[row.request_class]
+        try:
+            async with asyncio.timeout(patience_s - (record.sent_s - (record.intended_s or 0.0))):
+                await self._send(payload, costume, record)
+        except TimeoutError:
+            record.outcome, record.end_s = "left", round(self._now(), 6)
+            record.reason = f"no end within {patience_s:g} s"
+
+    async def _send(self, payload: bytes, costume: Costume, record: Record) -> None:
+        answer, attempts = await post_obediently(self.client, PATH, costume.headers, payload)
+        fill(record, answer, attempts, self._origin)
+
+    async def _sleep_until(self, at_s: float) -> None:
+        await asyncio.sleep(max(0.0, at_s - self._now()))
+
+    def _now(self) -> float:
+        return self.clock() - self._origin

@@ -1,0 +1,149 @@
+"""The report for a terminal: verdict, class by worker, users, classifier, honesty.
+
+Owns the words. Every number in it is the verdict's; nothing is computed here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from loadgen.judge import PASS_SHARE, Cell, Quantiles, Verdict
+from loadgen.traces import CLASSES
+
+HEADS = (
+    *("", "offered", "met", "refused", "failed", "left"),
+    *("TTFT p50", "p90", "p99", "TPOT p50", "p90", "p99"),
+    *("met %", "line %", "smooth %", "cached: ideal", "real %"),
+)
+
+
+def text(verdict: Verdict) -> str:
+    """The whole report."""
+    parts = [headline(verdict), _legend(), table(verdict), _agents(verdict), _users(verdict), _classifier(verdict)]
+    return "\n\n".join(part for part in [*parts, honesty(verdict)] if part)
+
+
+def headline(verdict: Verdict) -> str:
+    """Goodput, pass or fail by class, validity: what to read if only one thing is read."""
+    share = verdict.met / verdict.offered if verdict.offered else 0.0
+    lines = [
+        f"met {verdict.met} of {verdict.offered} offered requests ({share:.1%}): "
+        f"{verdict.goodput_per_s:.2f} requests/s and {verdict.good_tokens_per_s:.1f} tokens/s of goodput"
+    ]
+    for name, found in verdict.classes.items():
+        mark = "pass" if found.is_pass else "FAIL"
+        span = f"95 % interval by session {found.attainment_low:.1%} to {found.attainment_high:.1%}"
+        lines.append(f"  {mark}  {name:16} {found.cell.attainment:6.1%} of {PASS_SHARE[name]:.0%} wanted   {span}")
+    lines += [f"  INVALID: {reason}" for reason in verdict.invalid]
+    return "\n".join(lines)
+
+
+def _legend() -> str:
+    return (
+        "times in ms from the intended moment, by true class; every refused, failed, left, abandoned or unfinished "
+        "request is a miss\n"
+        "met: chatbot+ by TTFT and mean TPOT, others by their end | line: every token by its due time | "
+        "smooth: no pause over 200 ms"
+    )
+
+
+def table(verdict: Verdict) -> str:
+    """A row a class, and below it a row a worker."""
+    rows = [list(HEADS)]
+    for name in CLASSES:
+        if name in verdict.classes:
+            rows.append([name, *columns(verdict.classes[name].cell)])
+            workers = verdict.workers[name]
+            rows += [[f"  worker {worker}", *columns(cell)] for worker, cell in workers.items()]
+    return aligned(rows)
+
+
+def columns(cell: Cell) -> list[str]:
+    """A cell under HEADS, behind its name."""
+    outcomes = cell.outcomes
+    lost = outcomes["failed"] + outcomes["abandoned"] + outcomes["unfinished"]
+    counts = [str(value) for value in (cell.offered, cell.met, outcomes["refused"], lost, outcomes["left"])]
+    times = [*_times(cell.ttft_s), *_times(cell.tpot_s)]
+    shares = [_share(value, cell.offered) for value in (cell.met, cell.on_line, cell.smooth)]
+    cached = [_share(value, cell.input_tokens) for value in (cell.cached_ideal, cell.cached_real)]
+    return [*counts, *times, *shares, *cached]
+
+
+def _times(found: Quantiles) -> list[str]:
+    return ["-" if value is None else f"{value * 1e3:.0f}" for value in (found.p50, found.p90, found.p99)]
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f}" if whole else "-"
+
+
+def _agents(verdict: Verdict) -> str:
+    """The classes that are judged by their end."""
+    lines = []
+    for name, found in verdict.classes.items():
+        end = found.cell.e2e_s
+        if name != "chatbot+" and end.p50 is not None and end.p90 is not None and end.p99 is not None:
+            lines.append(f"{name} to the end: p50 {end.p50:.2f} s, p90 {end.p90:.2f} s, p99 {end.p99:.2f} s")
+    return "\n".join(lines)
+
+
+def _users(verdict: Verdict) -> str:
+    if not verdict.users:
+        return ""
+    worst = verdict.users[0]
+    line = f"worst user of {len(verdict.users)}: {worst.name}, {worst.met} of {worst.offered} chat requests met"
+    if verdict.users_p5 is not None and verdict.jain is not None:
+        line += f"; of users with 5 or more: p5 {verdict.users_p5:.1%}, Jain index {verdict.jain:.3f}"
+    return line
+
+
+def _classifier(verdict: Verdict) -> str:
+    """Truth in rows, what the server assigned in columns."""
+    seen = sorted({name for row in verdict.confusion.values() for name in row}, key=_class_order)
+    if not seen or seen == ["unknown"]:
+        return ""
+    rows = [["true class, assigned:", *seen]]
+    rows += [[name, *(str(row.get(to, 0)) for to in seen)] for name, row in verdict.confusion.items()]
+    reasons = ", ".join(f"{name} {count}" for name, count in verdict.class_reasons.items())
+    return aligned(rows) + (f"\nby reason: {reasons}" if reasons else "")
+
+
+def _class_order(name: str) -> int:
+    return list(CLASSES).index(name) if name in CLASSES else len(CLASSES)
+
+
+def honesty(verdict: Verdict) -> str:
+    """Enough to repeat the run, and to doubt it."""
+    run = verdict.run
+    bound = "" if verdict.lag_bound_ms is None else f" (bound {verdict.lag_bound_ms:.0f})"
+    lag = "/".join("-" if value is None else f"{value:.1f}" for value in _three(verdict.lag_ms))
+    notes = ", ".join(f"{name} {value}" for name, value in run.trace_notes.items()) or "no notes"
+    return "\n".join(
+        [
+            f"trace {run.trace_name} ({run.trace_digest}), bad rows {run.trace_bad_rows}; {notes}",
+            f"seed {run.seed}, speed {run.speed:g}, stripped {run.stripped_share:.0%}, offered for "
+            f"{run.duration_s:g} s, took {run.wall_s:.0f} s, later turns not reached {run.not_reached}",
+            f"client lag p50/p90/p99 {lag} ms{bound}, client CPU {run.client_cpu_s:.1f} s; "
+            f"lengths other than asked: prompt {verdict.prompt_mismatches}, output {verdict.output_mismatches}; "
+            f"tokens wasted on misses {verdict.wasted_tokens}",
+            f"budgets from {run.budgets_from}; {run.model} at {run.target}; {run.machine}; headway {run.version}; "
+            f"{run.started}",
+        ]
+    )
+
+
+def _three(found: Quantiles) -> tuple[float | None, float | None, float | None]:
+    return found.p50, found.p90, found.p99
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """A table: first column left, the others right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(_line(row, widths) for row in rows)
+
+
+def _line(cells: Iterable[str], widths: Sequence[int]) -> str:
+    first, *rest = [
+        cell.rjust(width) if column else cell.ljust(width)
+        for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    ]
+    return "  ".join([first, *rest]).rstrip()

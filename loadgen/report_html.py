@@ -1,0 +1,263 @@
+"""The report as one page: verdict, charts, tables, honesty; no script and nothing fetched, light or dark as the reader.
+
+Owns the page's words and colours. Every number in it is the verdict's or a record's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from loadgen.charts import Bar, Dot, gauge, scatter, strip, timeline
+from loadgen.judge import PASS_SHARE, Cell, Second, Verdict, points
+from loadgen.records import Record
+from loadgen.report import HEADS, columns, honesty
+from loadgen.targets import BudgetLine, Budgets
+from loadgen.traces import CLASSES
+
+STYLE = """
+:root{--bg:#faf9f6;--card:#fff;--ink:#1d2430;--soft:#5d6675;--line:#e3e1da;--met:#11866b;--missed:#d07c00;
+--refused:#7457c4;--lost:#c43a3a;--good:#11866b14;--shade:17,134,107}
+@media(prefers-color-scheme:dark){:root{--bg:#14171d;--card:#1c2129;--ink:#e8eaee;--soft:#9aa4b2;--line:#323944;
+--met:#3fc29f;--missed:#f0a83c;--refused:#a68df0;--lost:#f07575;--good:#3fc29f14;--shade:63,194,159}}
+*{box-sizing:border-box}body{margin:0;background:var(--bg);color:var(--ink);
+font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
+main{max-width:1080px;margin:0 auto;padding:36px 28px 60px}
+h1{font-size:26px;margin:0 0 2px;letter-spacing:-.01em}h2{font-size:17px;margin:38px 0 4px}
+p{margin:0 0 12px;color:var(--soft);max-width:80ch}
+.badge{display:inline-block;padding:3px 12px;border-radius:99px;color:var(--card);font-weight:650;font-size:14px;
+margin-left:12px;vertical-align:4px}
+.pass{background:var(--met)}.fail{background:var(--missed)}.invalid{background:var(--lost)}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(230px,1fr));gap:14px;margin:22px 0}
+.card,figure,.scroll{background:var(--card);border:1px solid var(--line);border-radius:10px}
+.card{padding:16px 18px}.card b{display:block;font-size:30px;font-weight:620;letter-spacing:-.02em;line-height:1.2}
+.card span{color:var(--soft);font-size:13px}.card h3{margin:0;font-size:14px;font-weight:600}
+figure{margin:8px 0;padding:12px 14px 4px}figure svg{display:block;width:100%;height:auto}
+.scroll{overflow-x:auto;margin:8px 0}
+table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:13px}
+th,td{padding:7px 9px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
+tr:last-child td{border-bottom:0}th{color:var(--soft);font-weight:550}th:first-child,td:first-child{text-align:left}
+tr.class td{font-weight:620}tr.worker td:first-child{padding-left:26px;color:var(--soft)}
+.heat td{text-align:center}.heat small,.users small{color:var(--soft)}.heat td:first-child{text-align:left}
+.grid{stroke:var(--line);stroke-width:1}.tick,.axis{fill:var(--soft);font-size:12px}.axis{font-weight:600}
+circle.met,rect.met{fill:var(--met)}circle.met{fill-opacity:.62}rect.missed,circle.missed{fill:var(--missed)}
+rect.refused{fill:var(--refused)}rect.lost{fill:var(--lost)}
+.cross{stroke-width:2;fill:none}.cross.missed{stroke:var(--missed)}.cross.lost{stroke:var(--lost)}
+.target{fill:none;stroke:var(--ink);stroke-width:1.6;stroke-dasharray:6 4}.good{fill:var(--good)}
+.target-name{fill:var(--ink);font-size:12px;text-anchor:end}
+.gauge{width:100%;max-width:260px;display:block;margin-top:8px}.rail{fill:var(--line)}
+.whisker{stroke:var(--ink);stroke-width:2}.wanted{stroke:var(--ink);stroke-width:2}
+.key{display:inline-flex;align-items:center;gap:6px;margin-right:16px;font-size:13px;color:var(--soft)}
+.key i{width:11px;height:11px;border-radius:3px;display:inline-block}
+pre{white-space:pre-wrap;font:12.5px/1.6 ui-monospace,SFMono-Regular,Menlo,monospace;margin:0;padding:14px 18px}
+"""
+KEYS = (("met", "met"), ("missed", "answered, too late"), ("refused", "refused"), ("lost", "failed, left or lost"))
+
+
+def page(verdict: Verdict, records: Sequence[Record], budgets: Budgets) -> str:
+    """The whole page."""
+    sections = [
+        _head(verdict),
+        _cards(verdict),
+        _table(verdict),
+        _ttft(records, budgets),
+        _time(verdict),
+        _heat(verdict),
+        _users(verdict),
+        _confusion(verdict),
+        _honesty(verdict),
+    ]
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f'<meta name="color-scheme" content="light dark"><title>Headway replay: {escape(verdict.run.trace_name)}</title>'
+        f"<style>{STYLE}</style></head><body><main>{''.join(sections)}</main></body></html>\n"
+    )
+
+
+def _head(verdict: Verdict) -> str:
+    style, word = (
+        ("invalid", "invalid run") if verdict.invalid else ("pass", "pass") if verdict.is_pass else ("fail", "fail")
+    )
+    run = verdict.run
+    reasons = "".join(f"<p><b>Invalid:</b> {escape(reason)}</p>" for reason in verdict.invalid)
+    return (
+        f'<h1>Replay of {escape(run.trace_name)}<span class="badge {style}">{style}</span></h1>'
+        f"<p>{escape(run.model)} at {escape(run.target)}, {escape(run.started)}; {escape(run.machine)}</p>{reasons}"
+    )
+
+
+def _cards(verdict: Verdict) -> str:
+    share = verdict.met / verdict.offered if verdict.offered else 0.0
+    cards = [
+        f'<div class="card"><h3>goodput</h3><b>{verdict.goodput_per_s:.2f}/s</b>'
+        f"<span>{verdict.met} of {verdict.offered} offered requests met their own target ({share:.1%}); "
+        f"{verdict.good_tokens_per_s:.1f} tokens/s</span></div>"
+    ]
+    for name, found in verdict.classes.items():
+        wanted, cell = PASS_SHARE[name], found.cell
+        picture = gauge(cell.attainment, found.attainment_low, found.attainment_high, wanted)
+        cards.append(
+            f'<div class="card"><h3>{name}</h3><b>{cell.attainment:.1%}</b>'
+            f"<span>{cell.met} of {cell.offered} met; {wanted:.0%} wanted; 95 % interval by session "
+            f"{found.attainment_low:.0%} to {found.attainment_high:.0%}</span>{picture}</div>"
+        )
+    return f'<div class="cards">{"".join(cards)}</div>'
+
+
+def _table(verdict: Verdict) -> str:
+    rows = []
+    for name, found in verdict.classes.items():
+        rows.append(_row("class", name, found.cell))
+        rows += [_row("worker", f"worker {worker}", cell) for worker, cell in verdict.workers[name].items()]
+    heads = "".join(f"<th>{escape(head)}</th>" for head in HEADS)
+    return (
+        "<h2>By class and worker</h2><p>Times in milliseconds from the intended moment. Every refused, failed, left, "
+        "abandoned or unfinished request is a miss. Chatbot+ is met by TTFT and mean TPOT, the others by their end; "
+        "line: every token by its due time; smooth: no pause over 200 ms.</p>"
+        f'<div class="scroll"><table><tr>{heads}</tr>{"".join(rows)}</table></div>'
+    )
+
+
+def _row(style: str, name: str, cell: Cell) -> str:
+    cells = "".join(f"<td>{escape(text)}</td>" for text in columns(cell))
+    return f'<tr class="{style}"><td>{escape(name)}</td>{cells}</tr>'
+
+
+def _ttft(records: Sequence[Record], budgets: Budgets) -> str:
+    found = points(records, budgets)
+    dots = [
+        Dot(
+            new,
+            one.ttft_s or 0.0,
+            "met" if one.is_met else "missed",
+            not one.is_met,
+            f"{one.record.user} {one.record.session} turn {one.record.turn}: {new} new tokens, "
+            f"TTFT {(one.ttft_s or 0) * 1e3:.0f} ms, worker {one.record.worker or '?'}",
+        )
+        for new, one in found
+    ]
+    if not dots:
+        return ""
+    line = _target_line(budgets.get("chatbot+", BudgetLine()), min(dot.x for dot in dots), max(dot.x for dot in dots))
+    return (
+        "<h2>Chatbot+: first token against new tokens</h2><p>New tokens are the prompt less what an ideal cache holds: "
+        "a server's own misses never loosen its target. A cross under the line missed its pace, or its end.</p>"
+        f"<figure>{scatter(dots, line, 'new tokens', 'TTFT, seconds')}</figure>"
+    )
+
+
+def _target_line(line: BudgetLine, low: float, high: float) -> list[tuple[float, float]]:
+    """Twenty points, since a straight line is a curve on logarithmic axes."""
+    if line.ttft_s is None:
+        return []
+    low, high = low / 1.3, high * 1.3
+    steps = [low * (high / low) ** (step / 20) for step in range(21)]
+    return [(new, line.ttft_s + (line.ttft_s_per_new_token or 0.0) * new) for new in steps]
+
+
+def _time(verdict: Verdict) -> str:
+    bars = [Bar(second.at_s, _parts(second), _title(second)) for second in verdict.seconds]
+    dots = [
+        Dot(second.at_s + 0.5, second.ttft_max_s, "met", False, f"{second.at_s} s: {second.ttft_max_s * 1e3:.0f} ms")
+        for second in verdict.seconds
+        if second.ttft_max_s is not None
+    ]
+    keys = "".join(f'<span class="key"><i style="background:var(--{name})"></i>{word}</span>' for name, word in KEYS)
+    slow = strip(dots, verdict.seconds[-1].at_s + 1, "worst chatbot+ TTFT, seconds") if verdict.seconds else ""
+    return (
+        f"<h2>Second by second</h2><p>{keys}</p><figure>{timeline(bars, 'requests offered')}</figure>"
+        f"<figure>{slow}</figure>"
+    )
+
+
+def _parts(second: Second) -> tuple[tuple[str, float], ...]:
+    late = second.offered - second.met - second.refused - second.lost
+    return ("met", second.met), ("missed", late), ("refused", second.refused), ("lost", second.lost)
+
+
+def _title(second: Second) -> str:
+    return f"second {second.at_s}: " + ", ".join(f"{size:g} {style}" for style, size in _parts(second))
+
+
+def _heat(verdict: Verdict) -> str:
+    workers = sorted({worker for cells in verdict.workers.values() for worker in cells})
+    if not workers:
+        return ""
+    heads = "".join(f"<th>worker {escape(worker)}</th>" for worker in workers)
+    rows = [
+        f"<tr><td>{name}</td>{''.join(_heat_cell(cells.get(worker)) for worker in workers)}</tr>"
+        for name, cells in verdict.workers.items()
+    ]
+    return (
+        "<h2>Class by worker</h2><p>Attainment by depth of colour; below it TTFT p99, TPOT p99, and tokens cached of "
+        f'those that an ideal cache would hold.</p><div class="scroll"><table class="heat"><tr><th></th>{heads}</tr>'
+        f"{''.join(rows)}</table></div>"
+    )
+
+
+def _heat_cell(cell: Cell | None) -> str:
+    if cell is None:
+        return "<td>-</td>"
+    times = ", ".join(
+        f"{name} {value * 1e3:.0f} ms"
+        for name, value in (("TTFT", cell.ttft_s.p99), ("TPOT", cell.tpot_s.p99))
+        if value is not None
+    )
+    held = f"{cell.cached_real / cell.cached_ideal:.0%} of ideal cache" if cell.cached_ideal else "nothing to cache"
+    shade = 0.06 + 0.5 * cell.attainment
+    return (
+        f'<td style="background:rgba(var(--shade),{shade:.2f})"><b>{cell.attainment:.1%}</b> of {cell.offered}'
+        f"<br><small>{times or 'not streamed'}<br>{held}</small></td>"
+    )
+
+
+def _users(verdict: Verdict) -> str:
+    if not verdict.users:
+        return ""
+    worst = verdict.users[0]
+    fair = "" if verdict.users_p5 is None else f" Of users with 5 or more: p5 {verdict.users_p5:.1%}"
+    fair += "" if verdict.jain is None else f", Jain index {verdict.jain:.3f}."
+    rows = "".join(
+        f"<tr><td>{escape(user.name)}</td><td>{user.met} of {user.offered}</td>"
+        f"<td>{'-' if user.ttft_p99_s is None else f'{user.ttft_p99_s * 1e3:.0f}'}</td>"
+        f'<td style="width:280px">{gauge(user.met / user.offered, 1, 1, 0.99)}</td></tr>'
+        for user in verdict.users
+    )
+    return (
+        f"<h2>Users</h2><p>Worst: <b>{escape(worst.name)}</b>, {worst.met} of {worst.offered} chat requests met."
+        f"{fair}</p>"
+        '<div class="scroll"><table class="users"><tr><th>user</th><th>met</th><th>TTFT p99 ms</th><th></th></tr>'
+        f"{rows}</table></div>"
+    )
+
+
+def _confusion(verdict: Verdict) -> str:
+    seen = [*CLASSES, *sorted({name for row in verdict.confusion.values() for name in row} - set(CLASSES))]
+    if not any(name in CLASSES for row in verdict.confusion.values() for name in row):
+        return ""
+    heads = "".join(f"<th>{escape(name)}</th>" for name in seen)
+    rows = "".join(
+        f"<tr><td>{name}</td>{''.join(_confusion_cell(name, to, row) for to in seen)}</tr>"
+        for name, row in verdict.confusion.items()
+    )
+    reasons = ", ".join(f"{escape(name)} {count}" for name, count in verdict.class_reasons.items())
+    return (
+        "<h2>Classifier</h2><p>Rows: the true class, which is never sent. Columns: the class that the server assigned. "
+        f"By reason: {reasons}.</p>"
+        f'<div class="scroll"><table class="heat"><tr><th></th>{heads}</tr>{rows}</table></div>'
+    )
+
+
+def _confusion_cell(name: str, to: str, row: dict[str, int]) -> str:
+    count, total = row.get(to, 0), sum(row.values())
+    colour = "var(--met)" if name == to else "var(--missed)"
+    share = 100 * count / total if total else 0.0
+    shade = f' style="background:color-mix(in srgb,{colour} {0.6 * share:.0f}%,transparent)"' if count else ""
+    return f"<td{shade}>{f'<b>{count}</b><br><small>{share:.0f} %</small>' if count else '-'}</td>"
+
+
+def _honesty(verdict: Verdict) -> str:
+    return (
+        "<h2>How honest this run was</h2><p>Latencies count from the moment at which a request was meant to be sent. "
+        "If the client itself lagged over 5 % of the tightest first-token target at p99, the run is invalid.</p>"
+        f'<div class="scroll"><pre>{escape(honesty(verdict))}</pre></div>'
+    )

@@ -1,0 +1,217 @@
+"""A judged run from start to end: read the trace, ask the target for its budgets, replay, judge, write the reports.
+
+Owns the order of these steps, the progress line, and the server process where one is asked for. Ctrl-C ends the
+offering; what was measured until then is reported all the same."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+import httpx
+import msgspec
+
+from loadgen import records, targets, traces
+from loadgen.client import Client, Target
+from loadgen.judge import Verdict, judge
+from loadgen.records import Record, Run
+from loadgen.replay import Options, Progress, Replay
+from loadgen.report import text
+from loadgen.report_html import page
+from loadgen.targets import PUBLISHED, Budgets
+
+START_MAX_S = 300.0  # a first start converts the model
+STOP_MAX_S = 40.0  # a drain takes up to 30 s
+PROGRESS_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What `headway-loadgen replay` was asked for."""
+
+    trace: Path
+    target: str
+    out: Path
+    serve: str = ""
+    model: str = ""
+    budgets: Path | None = None
+    seed: int = 1
+    speed: float = 1.0
+    duration_s: float = 0.0  # 0: the trace's own span
+    stripped_share: float = 0.2
+    grace_s: float = 30.0
+    is_strict: bool = False
+
+
+def carry_out(plan: Plan) -> Verdict:
+    """Replay, judge and publish. Raises ValueError for a trace or a target that cannot be used."""
+    trace = traces.read(plan.trace, plan.is_strict)
+    where = Target.parse(plan.target)
+    with serving(shlex.split(plan.serve), plan.target):
+        served = targets.ask(plan.target)
+        options = Options(
+            model=plan.model or served.model,
+            seed=plan.seed,
+            speed=plan.speed,
+            duration_s=plan.duration_s or _span_s(trace, plan.speed),
+            stripped_share=plan.stripped_share,
+            grace_s=plan.grace_s,
+        )
+        budgets, budgets_from = _budgets(plan, served.budgets)
+        replay = Replay(trace, Client(where), options)
+        started, began, cpu = datetime.now(UTC), time.monotonic(), time.process_time()
+        is_interrupted = _run(replay)
+    run = Run(
+        target=plan.target,
+        model=options.model,
+        trace_name=plan.trace.name,
+        trace_digest=hashlib.sha256(traces.encode(trace)).hexdigest()[:12],
+        trace_notes=trace.header.notes,
+        trace_bad_rows=trace.bad_count,
+        seed=plan.seed,
+        speed=plan.speed,
+        stripped_share=plan.stripped_share,
+        duration_s=options.duration_s,
+        wall_s=time.monotonic() - began,
+        started=started.isoformat(timespec="seconds"),
+        machine=machine(),
+        version=_version(),
+        client_cpu_s=time.process_time() - cpu,
+        is_interrupted=is_interrupted,
+        not_reached=replay.not_reached,
+        budgets=targets.to_plain(budgets),
+        budgets_from=budgets_from,
+    )
+    return publish(run, replay.records, budgets, plan.out)
+
+
+def publish(run: Run, found: Sequence[Record], budgets: Budgets, out: Path) -> Verdict:
+    """Judge, print, and write OUT.json, OUT.jsonl and OUT.html."""
+    verdict = judge(run, found, budgets)
+    records.write(run, found, out.with_suffix(".jsonl"))
+    out.with_suffix(".json").write_bytes(msgspec.json.format(msgspec.json.encode(verdict), indent=1))
+    out.with_suffix(".html").write_text(page(verdict, found, budgets), encoding="utf-8")
+    print(text(verdict))
+    print(f"\nwrote {out.with_suffix('.html')}, .json and .jsonl")
+    return verdict
+
+
+def read_budgets(path: Path) -> Budgets:
+    """Budgets from a file: the JSON of /readyz, or its `budgets` alone."""
+    parsed = msgspec.json.decode(path.read_bytes())
+    return targets.parse_budgets(parsed.get("budgets", parsed) if isinstance(parsed, dict) else parsed)
+
+
+def _budgets(plan: Plan, served: Budgets | None) -> tuple[Budgets, str]:
+    if plan.budgets is not None:
+        return read_budgets(plan.budgets), str(plan.budgets)
+    if served is not None:
+        return served, "the target's /readyz"
+    return PUBLISHED, "the published defaults: the target states none"
+
+
+def _span_s(trace: traces.Trace, speed: float) -> float:
+    """Composed traces say how long they are; others last until their last nominal start."""
+    noted = trace.header.notes.get("duration_s")
+    whole_s = float(noted) if isinstance(noted, (int, float)) else max(traces.nominal_starts_s(trace.rows))
+    return max(whole_s, 1e-3) / speed
+
+
+def _run(replay: Replay) -> bool:
+    """True when it was interrupted. SIGINT cancels the replay, which then winds down by itself."""
+
+    async def main() -> bool:
+        task = asyncio.ensure_future(replay.run())
+        shown = asyncio.ensure_future(_show_progress(replay))
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, task.cancel)
+        try:
+            await task
+        except asyncio.CancelledError:
+            return True
+        finally:
+            shown.cancel()
+            print(file=sys.stderr)
+        return False
+
+    return asyncio.run(main())
+
+
+async def _show_progress(replay: Replay) -> None:
+    is_terminal = sys.stderr.isatty()
+    every_s = PROGRESS_S if is_terminal else 10 * PROGRESS_S
+    while True:
+        await asyncio.sleep(every_s)
+        line = _progress_line(replay.progress(), replay.options.duration_s)
+        print(f"\r\x1b[K{line}" if is_terminal else line, end="" if is_terminal else "\n", file=sys.stderr, flush=True)
+
+
+def _progress_line(now: Progress, duration_s: float) -> str:
+    return (
+        f"{min(now.at_s, duration_s):4.0f} of {duration_s:.0f} s   offered {now.offered}   open {now.open}   "
+        f"done {now.done}   other {now.other}"
+    )
+
+
+@contextlib.contextmanager
+def serving(command: Sequence[str], url: str) -> Iterator[None]:
+    """Run a server around the block: ready before it, stopped with SIGINT after it. No command: nothing."""
+    if not command:
+        yield
+        return
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    try:
+        _wait_ready(process, url)
+        yield
+    finally:
+        _stop(process)
+
+
+def _wait_ready(process: subprocess.Popen[bytes], url: str) -> None:
+    until = time.monotonic() + START_MAX_S
+    while time.monotonic() < until:
+        if process.poll() is not None:
+            raise ValueError(f"the server ended with code {process.returncode} before it was ready")
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(url.rstrip("/") + "/readyz", timeout=2.0).status_code == 200:
+                return
+        time.sleep(0.2)
+    raise ValueError(f"the server was not ready within {START_MAX_S:.0f} s")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+    try:
+        process.wait(STOP_MAX_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def machine() -> str:
+    """The machine in words, for the report."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return f"{os.cpu_count()} cores of {name}, {platform.system()}, Python {platform.python_version()}"
+
+
+def _version() -> str:
+    try:
+        return metadata.version("headway")
+    except metadata.PackageNotFoundError:
+        return "unknown"
