@@ -73,10 +73,10 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     budgets_from: str = ""
 
 
-def fill(record: Record, answer: Answer, attempts: int, origin: float) -> None:
-    """Write an answer into its record."""
+def fill(record: Record, answer: Answer, origin: float) -> None:
+    """Write an answer, whole or broken, into its record."""
     headers = answer.headers
-    record.status, record.attempts = answer.status, attempts
+    record.status, record.attempts = answer.status, answer.attempts
     record.end_s = round(answer.ended_at - origin, 6)
     record.assigned_class = headers.get("x-headway-class", "")
     record.class_reason = headers.get("x-headway-class-reason", "")
@@ -89,6 +89,14 @@ def fill(record: Record, answer: Answer, attempts: int, origin: float) -> None:
         _read_stream(record, answer, origin)
     else:
         _read_whole(record, answer)
+
+
+def cut(record: Record, answer: Answer, now: float, origin: float, outcome: Outcome) -> None:
+    """Write what had come before the client hung up. One that was waiting to come back as told stays refused."""
+    answer.ended_at = now
+    fill(record, answer, origin)
+    if record.outcome != "refused":
+        record.outcome, record.reason = outcome, ""
 
 
 def _read_stream(record: Record, answer: Answer, origin: float) -> None:

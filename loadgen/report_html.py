@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from html import escape
 
 from loadgen.charts import Bar, Dot, gauge, scatter, strip, timeline
-from loadgen.judge import PASS_SHARE, Cell, Second, Verdict, points
+from loadgen.judge import FAIR_OFFERED_MIN, PASS_SHARE, Cell, Second, Verdict, points
 from loadgen.records import Record
 from loadgen.report import HEADS, columns, honesty
 from loadgen.targets import BudgetLine, Budgets
@@ -67,16 +67,16 @@ def page(verdict: Verdict, records: Sequence[Record], budgets: Budgets) -> str:
         _honesty(verdict),
     ]
     return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f'<meta name="color-scheme" content="light dark"><title>Headway replay: {escape(verdict.run.trace_name)}</title>'
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>Headway replay: {escape(verdict.run.trace_name)}</title>"
         f"<style>{STYLE}</style></head><body><main>{''.join(sections)}</main></body></html>\n"
     )
 
 
 def _head(verdict: Verdict) -> str:
-    style, word = (
-        ("invalid", "invalid run") if verdict.invalid else ("pass", "pass") if verdict.is_pass else ("fail", "fail")
-    )
+    style = "invalid" if verdict.invalid else "pass" if verdict.is_pass else "fail"
     run = verdict.run
     reasons = "".join(f"<p><b>Invalid:</b> {escape(reason)}</p>" for reason in verdict.invalid)
     return (
@@ -211,10 +211,10 @@ def _heat_cell(cell: Cell | None) -> str:
 
 
 def _users(verdict: Verdict) -> str:
-    if not verdict.users:
+    worst = verdict.worst_user
+    if worst is None:
         return ""
-    worst = verdict.users[0]
-    fair = "" if verdict.users_p5 is None else f" Of users with 5 or more: p5 {verdict.users_p5:.1%}"
+    fair = "" if verdict.users_p5 is None else f" Of users with {FAIR_OFFERED_MIN} or more: p5 {verdict.users_p5:.1%}"
     fair += "" if verdict.jain is None else f", Jain index {verdict.jain:.3f}."
     rows = "".join(
         f"<tr><td>{escape(user.name)}</td><td>{user.met} of {user.offered}</td>"
