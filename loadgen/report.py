@@ -10,7 +10,7 @@ from loadgen.judge import FAIR_OFFERED_MIN, PASS_SHARE, Cell, Quantiles, Verdict
 from loadgen.traces import CLASSES
 
 HEADS = (
-    *("", "offered", "met", "refused", "failed", "left"),
+    *("", "offered", "met", "refused", "lost", "left"),
     *("TTFT p50", "p90", "p99", "TPOT p50", "p90", "p99"),
     *("met %", "line %", "smooth %", "cached: ideal", "real %"),
 )
@@ -42,7 +42,7 @@ def _legend() -> str:
         "times in ms from the intended moment, by true class; every refused, failed, left, abandoned or unfinished "
         "request is a miss\n"
         "met: chatbot+ by TTFT and mean TPOT, others by their end | line: every token by its due time | "
-        "smooth: no pause over 200 ms"
+        "smooth: no pause over 200 ms | lost: failed, abandoned or unfinished"
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from loadgen.records import Outcome, Record, Run
-from loadgen.targets import BudgetLine, Budgets
+from loadgen.targets import BudgetLine, Budgets, to_plain
 from loadgen.traces import ClassName, Slo
 
 BUDGETS: Budgets = {
@@ -33,6 +33,7 @@ RUN = Run(
     machine="a machine",
     version="0",
     client_cpu_s=1.0,
+    budgets=to_plain(BUDGETS),
 )
 
 
@@ -40,7 +41,7 @@ def even(first_s: float, pace_s: float, count: int = 11) -> list[float]:
     return [first_s + number * pace_s for number in range(count)]
 
 
-def chat(
+def chat(  # noqa: PLR0917  a row of the table below, in its order
     row: int,
     user: str,
     session: str,
