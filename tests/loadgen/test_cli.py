@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import shlex
+import signal
 import socket
+import subprocess
 import sys
 import textwrap
 import threading
@@ -52,6 +54,25 @@ def url() -> Iterator[str]:
     loop.call_soon_threadsafe(stop.set)
     thread.join(WAIT_S)
     loop.close()
+
+
+def test_ctrl_c_ends_the_offering_and_the_report_is_written_all_the_same(url: str, tmp_path: Path) -> None:
+    trace, out = tmp_path / "t.jsonl", tmp_path / "r"
+    lines = [{"timestamp": at, "input_length": 9, "output_length": 1} for at in (0, 3_600_000)]
+    trace.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ["-m", "loadgen.cli", "replay", str(trace), "--target", url, "--out", str(out)]
+    with subprocess.Popen(
+        [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        assert "done 1" in process.stderr.readline()  # the progress line: the first is answered, an hour remains
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 1
+    assert "INVALID: the run was interrupted" in said
+    run, found = records.read(out.with_suffix(".jsonl"))
+    assert (run.is_interrupted, run.not_reached, len(found)) == (True, 1, 1)
+    assert out.with_suffix(".html").exists()
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
