@@ -15,10 +15,10 @@ TORCH_INDEX ?= $(if $(HAS_CUDA),,https://download.pytorch.org/whl/cpu)
 TORCH_FROM  := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX),)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve replay test check bench nightly dist clean
+.PHONY: help serve replay replay-weka test check bench nightly dist clean
 
 help:  ## what can be made
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
 
 $(VENV)/.python:
 	@echo "==> making $(VENV)"
@@ -47,8 +47,20 @@ $(VENV)/.dev: $(VENV)/.serve
 serve: $(VENV)/.serve  ## start keeper, router and engine workers (PORT= WORKERS= MODEL=)
 	@$(BIN)/headway serve --port $(PORT) --workers $(WORKERS) --model $(MODEL)
 
-replay: $(VENV)/.serve  ## judge a server of its own with a composed trace, about 2 minutes; report in out/
-	@$(BIN)/python -m bench.replay
+REPLAY_PORT ?= 18080
+REPLAY_ON   := --serve "$(BIN)/headway serve --port $(REPLAY_PORT) --admin-port 0" --target http://127.0.0.1:$(REPLAY_PORT)
+
+replay: $(VENV)/.serve  ## judge a server of its own with a mix of all classes, about 2 minutes; report in out/
+	@mkdir -p out
+	@$(BIN)/headway-loadgen compose --seed 1 --duration 100 --scale-tokens 1/32 --context 8192 -o out/mix.jsonl
+	@$(BIN)/headway-loadgen replay out/mix.jsonl $(REPLAY_ON) --out out/replay
+
+WEKA ?= ../shared/traces/weka_requests.csv.zst
+
+replay-weka: $(VENV)/.serve  ## the same with real Claude Code sessions (WEKA= their request table)
+	@mkdir -p out
+	@$(BIN)/headway-loadgen compose --weka $(WEKA) --sessions 4 --scale-tokens 1/32 --context 8192 -o out/weka.jsonl
+	@$(BIN)/headway-loadgen replay out/weka.jsonl $(REPLAY_ON) --duration 100 --out out/weka
 
 test: $(VENV)/.dev  ## all tests that need no GPU
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not nightly"

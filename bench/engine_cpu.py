@@ -1,12 +1,14 @@
 """Engine against transformers on one CPU core: decode tokens/s by batch, prefill tokens/s, and their ratios.
 
-Owns the comparison: same float32 weights, same ids, one thread each, steps taken in turn in one process, medians.
-The oracle runs a bare forward loop with its own KV cache and unpadded rows: its best case, without generate()."""
+Owns the comparison: same float32 weights, same ids, one thread, steps taken in turn in one process, medians of CPU
+time (wall time on an idle core; other jobs still slow memory). The oracle runs a bare forward loop with its own KV
+cache and unpadded rows: its best case, without generate()."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import time
@@ -109,13 +111,13 @@ def _prefill(model: transformers.PreTrainedModel, runner: TorchRunner, prompts: 
 
 
 def _in_turn(pairs: list[tuple[Callable[[], None], Callable[[], None]]]) -> tuple[float, float]:
-    """Median seconds of the first and of the second of each pair, taken in turn, each first every other time."""
+    """Median CPU seconds of the first and of the second of each pair, taken in turn, each first every other time."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for number, pair in enumerate(pairs):
         for which in (0, 1) if number % 2 else (1, 0):
-            started = time.perf_counter()
+            started = time.thread_time()
             pair[which]()
-            seconds[which].append(time.perf_counter() - started)
+            seconds[which].append(time.thread_time() - started)
     return statistics.median(seconds[0]), statistics.median(seconds[1])
 
 
@@ -124,7 +126,8 @@ def _report(rows: list[Row], args: argparse.Namespace) -> None:
     for row in rows:
         ours, theirs = row.headway_tokens_per_s, row.transformers_tokens_per_s
         print(f"{row.what:38} {ours:7.1f}/s {theirs:11.1f}/s {'yes' if row.same_ids else 'NO':>9} {row.ratio:5.2f}x")
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    tunables = {"glibc_tunables": os.environ.get("GLIBC_TUNABLES", "")}
+    versions = tunables | {"torch": torch.__version__, "transformers": transformers.__version__}
     machine = {"machine": _cpu_name(), "threads": torch.get_num_threads(), **versions}
     result = {**machine, "steps": args.steps, "rows": [asdict(row) | {"ratio": row.ratio} for row in rows]}
     args.out.parent.mkdir(parents=True, exist_ok=True)

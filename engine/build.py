@@ -5,7 +5,7 @@ Owns the wiring alone. Never imports torch: the runner is handed in."""
 from __future__ import annotations
 
 import asyncio
-import hashlib
+import gc
 import logging
 import time
 from collections.abc import Callable
@@ -18,12 +18,11 @@ from engine.scheduler import Scheduler, SchedulerLimits
 from engine.step import ModelFacts, Runner
 from engine.wire import PROTOCOL_VERSION, Hello, Message, encode
 from engine.worker import Worker
+from policies.api import PolicySpec
 from policies.costs import StepFit
 from policies.step_plan import PlanLimits
 
 log = logging.getLogger(__name__)
-
-POLICY = '{"params":{},"ref":"headway"}'  # the default PolicySpec as canonical JSON
 
 
 def build(
@@ -46,7 +45,7 @@ def build(
         context_max=scheduler.context_max,
         vocab_size=facts.vocab_size,
         root=root,
-        policy_digest=hashlib.sha256(POLICY.encode()).hexdigest()[:16],
+        policy_digest=PolicySpec().digest,
         step_model=parts(PRIOR),
         cached=b"",
         nonce=b"",
@@ -71,4 +70,6 @@ def serve(
         1e3 * model.decode_s(1, 0),
         512 / model.prefill_s(512),
     )
+    gc.collect()
+    gc.freeze()  # decision 18: what was made at start lives for ever; no collection walks it again
     return asyncio.run(Worker(core, inbox, config, encode=encode).serve())

@@ -25,18 +25,17 @@ class Shape:
     context: int
 
 
-# From cheap to dear; each coefficient is moved by at least two of them.
+# The most telling first: a small model on a busy core has time for eight of them. With 25 % noise and one second, the
+# worst of five predictions on four simulated devices is off by 1.8 x (15 x with shapes from cheap to dear).
 SHAPES = (
     Shape(1, 0, 16),
-    Shape(1, 0, 512),
-    Shape(4, 0, 64),
-    Shape(0, 16, 0),
-    Shape(8, 0, 256),
-    Shape(2, 32, 0),
     Shape(0, 64, 0),
-    Shape(1, 64, 512),
+    Shape(8, 0, 512),
+    Shape(1, 64, 1024),
+    Shape(2, 0, 16),
     Shape(0, 128, 0),
-    Shape(4, 128, 512),
+    Shape(4, 16, 256),
+    Shape(1, 0, 2048),
     Shape(0, 256, 0),
     Shape(0, 512, 0),
 )

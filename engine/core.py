@@ -6,17 +6,18 @@ from __future__ import annotations
 
 import logging
 import queue
+from array import array
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, field
 
-import numpy as np
 from msgspec.structs import replace
 
 from engine.blocks import BlockTrie
 from engine.calibrate import calibrate
 from engine.keys import KEY_BYTES
 from engine.outbox import Outbox
-from engine.scheduler import Outcome, Scheduler
+from engine.outcome import Outcome
+from engine.scheduler import Scheduler
 from engine.step import Runner
 from engine.wire import Abort, Drain, End, Hello, StepFrame, StepModelParts, Submit
 from policies.costs import StepFit, StepModel
@@ -197,11 +198,12 @@ class Core:
         load = self._scheduler.load(now, self._step_s, self._steps)
         stored, evicted = self._trie.take_events()
         for link, outbox in self._links.items():
-            tokens = [(s.handle, token) for o in news.outcomes for s, token in o.tokens if s.link == link]
+            handles = [handle for o in news.outcomes for handle in o.handles.get(link, ())]
+            ids = array("i", [token for o in news.outcomes for token in o.ids.get(link, ())])
             frame = StepFrame(
-                handles=[handle for handle, _ in tokens],
-                counts=[1] * len(tokens),
-                ids=np.array([token for _, token in tokens], dtype="<i4").tobytes(),
+                handles=handles,
+                counts=[1] * len(handles),
+                ids=ids.tobytes(),
                 starts=[start for o in news.outcomes for to, start in o.starts if to == link],
                 ends=[end for o in news.outcomes for to, end in o.ends if to == link],
                 load=load,

@@ -21,9 +21,7 @@ NOWHERE = -1  # a write slot: the KV is there already
 class Launch:
     """Built by the scheduler; `build` seals it."""
 
-    def __init__(
-        self, view: BatchView, plan: StepPlan, residents: list[Sequence], heads: list[Sequence], now: float
-    ) -> None:
+    def __init__(self, view: BatchView, plan: StepPlan, residents: Int64, everyone: list[Sequence], now: float) -> None:
         self.view = view
         self.plan = plan
         self.now = now
@@ -31,10 +29,12 @@ class Launch:
         self.rows: Int64 = np.empty(0, dtype=np.int64)  # of the table
         self.tokens: Int64 = np.empty(0, dtype=np.int64)
         self.sampled: list[Sequence] = []
+        self.sampled_rows: Int64 = np.empty(0, dtype=np.int64)
+        self.has_preempted = False
         self.features = StepFeatures(0)
         self.batch: StepBatch
-        self._residents = residents
-        self._everyone = residents + heads
+        self._residents = residents  # rows of the table; the view's rows in front
+        self._everyone = everyone
         self._decodes: list[Sequence] = []
         self._decode_rows: Int64 = np.empty(0, dtype=np.int64)
         self._chunks: list[tuple[Chunk, Sequence, int, bool]] = []  # (chunk, sequence, context, is read-only)
@@ -50,16 +50,24 @@ class Launch:
 
     def preemptable(self) -> list[Sequence]:
         """Residents that this step does not write to yet."""
-        return [s for s in self._residents if s.row != WAITING and s.serial not in self._launched]
+        return [
+            s for s in self._everyone[: len(self._residents)] if s.row != WAITING and s.serial not in self._launched
+        ]
 
     def add_chunk(self, chunk: Chunk, sequence: Sequence, context: int, *, is_read_only: bool) -> None:
         """Compute prompt tokens behind `context`."""
         self._launched.add(sequence.serial)
         self._chunks.append((chunk, sequence, context, is_read_only))
 
-    def set_decodes(self, rows: Int64, sequences: list[Sequence]) -> None:
-        """Compute the newest token of each."""
+    def decodes(self) -> tuple[Int64, list[Sequence]]:
+        """Rows and sequences that compute their newest token: as planned, less whoever was preempted since."""
+        rows, numbers = self._residents[self.plan.decodes], self.plan.decodes.tolist()
+        sequences = [self._everyone[number] for number in numbers]
+        if self.has_preempted:
+            sequences = [sequence for sequence in sequences if sequence.row != WAITING]
+            rows = np.array([sequence.row for sequence in sequences], dtype=np.int64)
         self._decode_rows, self._decodes = rows, sequences
+        return rows, sequences
 
     def build(self, table: Table, block_tokens: int) -> bool:
         """Make the arrays; False if the step is empty."""
@@ -81,6 +89,7 @@ class Launch:
         ids = [s.ids[context : context + chunk.tokens] for chunk, s, context, _ in chunks]
         contexts = before + self.tokens
         wants = contexts == table.length[self.rows]
+        self.sampled_rows = self.rows[wants]
         chunk_wants = zip(chunks, wants[len(decodes) :].tolist(), strict=True)
         self.sampled = self._decodes + [s for (_, s, *_), is_wanted in chunk_wants if is_wanted]
         self.batch = StepBatch(
@@ -92,7 +101,7 @@ class Launch:
             block_tables=table.block_table[self.rows, : int(-(-contexts.max() // block_tokens))],
             sample_rows=(starts[1:] - 1)[wants].astype(np.int32),
             sampling=tuple(s.sampling for s in self.sampled),
-            sample_positions=table.emitted[self.rows[wants]].astype(np.int32),
+            sample_positions=table.emitted[self.sampled_rows].astype(np.int32),
         )
         self.features = StepFeatures(
             rows=int(starts[-1]),

@@ -7,12 +7,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-import numpy as np
-
 from engine.keys import split
-from engine.wire import End, Hello, Load, Start, StepFrame, StepModelParts
+from engine.wire import Hello, StepFrame
 
 TOKENS_MAX = 65_536  # 256 kB; the planner skips the link's sequences from here on
+FRAMES_MAX = 64  # then they are merged, so that a link that never reads holds one frame
 
 
 class Outbox:
@@ -23,24 +22,16 @@ class Outbox:
         self._tokens_max = tokens_max
         self._lock = threading.Lock()
         self._hello: Hello | None = None
-        self._clear()
-
-    def _clear(self) -> None:
-        self._tokens: dict[int, list[int]] = {}
-        self._count = 0
-        self._starts: list[Start] = []
-        self._ends: list[End] = []
-        self._load: Load | None = None
-        self._keys: dict[bytes, bool] = {}  # is it stored now
-        self._model: StepModelParts | None = None
+        self._frames: list[StepFrame] = []
+        self._tokens = 0
 
     @property
     def is_full(self) -> bool:
-        return self._count >= self._tokens_max
+        return self._tokens >= self._tokens_max
 
     @property
     def is_empty(self) -> bool:
-        return self._hello is None and self._load is None
+        return self._hello is None and not self._frames
 
     def open(self, hello: Hello) -> None:
         """The first thing to send."""
@@ -51,17 +42,10 @@ class Outbox:
     def add(self, frame: StepFrame) -> None:
         """One step more."""
         with self._lock:
-            at, ids = 0, np.frombuffer(frame.ids, dtype="<i4").tolist()
-            for handle, count in zip(frame.handles, frame.counts, strict=True):
-                self._tokens.setdefault(handle, []).extend(ids[at : at + count])
-                at += count
-            self._count += len(ids)
-            self._starts += frame.starts
-            self._ends += frame.ends
-            self._load = frame.load
-            self._keys.update(dict.fromkeys(split(frame.stored), True))
-            self._keys.update(dict.fromkeys(split(frame.evicted), False))
-            self._model = frame.step_model or self._model
+            self._frames.append(frame)
+            self._tokens += len(frame.ids) // 4
+            if len(self._frames) >= FRAMES_MAX:
+                self._frames = [merge(self._frames)]
         self._wake()
 
     def take(self) -> Hello | StepFrame | None:
@@ -70,18 +54,32 @@ class Outbox:
             if self._hello is not None:
                 hello, self._hello = self._hello, None
                 return hello
-            if self._load is None:
-                return None
-            frame = StepFrame(
-                handles=list(self._tokens),
-                counts=[len(ids) for ids in self._tokens.values()],
-                ids=np.array([i for ids in self._tokens.values() for i in ids], dtype="<i4").tobytes(),
-                starts=self._starts,
-                ends=self._ends,
-                load=self._load,
-                stored=b"".join(key for key, is_stored in self._keys.items() if is_stored),
-                evicted=b"".join(key for key, is_stored in self._keys.items() if not is_stored),
-                step_model=self._model,
-            )
-            self._clear()
-            return frame
+            frames, self._frames, self._tokens = self._frames, [], 0
+        return merge(frames) if frames else None
+
+
+def merge(frames: list[StepFrame]) -> StepFrame:
+    """Several steps as one frame; each handle's tokens stay in order."""
+    if len(frames) == 1:
+        return frames[0]
+    tokens: dict[int, list[bytes]] = {}
+    keys: dict[bytes, bool] = {}  # is it stored in the end
+    for frame in frames:
+        at = 0
+        for handle, count in zip(frame.handles, frame.counts, strict=True):
+            tokens.setdefault(handle, []).append(frame.ids[at : at + 4 * count])
+            at += 4 * count
+        keys.update(dict.fromkeys(split(frame.stored), True))
+        keys.update(dict.fromkeys(split(frame.evicted), False))
+    joined = {handle: b"".join(pieces) for handle, pieces in tokens.items()}
+    return StepFrame(
+        handles=list(joined),
+        counts=[len(ids) // 4 for ids in joined.values()],
+        ids=b"".join(joined.values()),
+        starts=[start for frame in frames for start in frame.starts],
+        ends=[end for frame in frames for end in frame.ends],
+        load=frames[-1].load,
+        stored=b"".join(key for key, is_stored in keys.items() if is_stored),
+        evicted=b"".join(key for key, is_stored in keys.items() if not is_stored),
+        step_model=next((frame.step_model for frame in reversed(frames) if frame.step_model), None),
+    )

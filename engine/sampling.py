@@ -28,8 +28,9 @@ def choose(
     logits: Tensor, sampling: Sequence[Sampling], positions: Int32, eos_ids: Sequence[int]
 ) -> tuple[Int32, Tensor]:
     """The ids of [sampled, vocab] float32 logits, and which rows are bad: not finite, id 0. May write to `logits`."""
-    is_bad = ~logits.sum(-1).isfinite()
-    logits.masked_fill_(is_bad[:, None], 0.0)
+    is_bad = ~logits.amax(-1).isfinite()  # a NaN or +inf anywhere is the largest; so is -inf when nothing else is left
+    if is_bad.any():
+        logits.masked_fill_(is_bad[:, None], 0.0)
     for row, (wanted, position) in enumerate(zip(sampling, positions.tolist(), strict=True)):
         if position < wanted.min_tokens:  # rare, so a loop: what would end the text is out of reach
             logits[row, list({*eos_ids, *wanted.stop_ids})] = -torch.inf

@@ -5,23 +5,24 @@ time is an argument. Between `launch` and `collect` nothing else may be called: 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from engine.blocks import Block, BlockTrie
 from engine.launch import Launch
-from engine.sequence import WAITING, Sequence
-from engine.step import Int64, ModelFacts, StepResult
-from engine.table import Table
+from engine.outcome import Outcome
+from engine.sequence import WAITING, Sequence, refusal
+from engine.step import ModelFacts, StepResult
+from engine.table import Table, join
 from engine.waiting import WaitingQueue
 from engine.wire import End, Load, Start, Submit
-from policies.costs import Floats, StepModel
+from policies.costs import StepModel
 from policies.request import RequestClass
 from policies.retention import CLASS_BANDS, SpanView, keep
-from policies.step_plan import BatchView, Chunk, PlanLimits, owe, plan, victims
+from policies.step_plan import Chunk, PlanLimits, owe, peak_tokens, plan, victims
+
+OUTPUT_WEIGHT = 0.05  # of the newest answer in its class's mean length
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +37,6 @@ class SchedulerLimits:
     output_guess_tokens: int = 128  # until a class has finished something
 
 
-@dataclass(slots=True)
-class Outcome:
-    """What a step, or an order, changed for those who wait for tokens."""
-
-    tokens: list[tuple[Sequence, int]] = field(default_factory=list)
-    starts: list[tuple[int, Start]] = field(default_factory=list)  # (link, start)
-    ends: list[tuple[int, End]] = field(default_factory=list)  # (link, end)
-
-
 class Scheduler:
     """Hot: once a step. Budget 0.5 ms at 256 sequences, 0.3 ms at one (decision 43); bench/step_host.py."""
 
@@ -56,12 +48,12 @@ class Scheduler:
         plan_limits: PlanLimits = PlanLimits(),  # noqa: B008
     ) -> None:
         self._trie = trie
-        self._facts = facts
         self._limits = limits
         self._plan_limits = plan_limits
         self._block_tokens = trie.block_tokens
         self._blocks_total = trie.blocks_total
         self._context_max = min(facts.context_max, trie.blocks_total * trie.block_tokens)
+        self._facts = replace(facts, context_max=self._context_max)
         self._table = Table(limits.sequences_max, -(-self._context_max // trie.block_tokens))
         self._waiting = WaitingQueue(limits.waiting_max)
         self._sequences: dict[tuple[int, int], Sequence] = {}
@@ -83,11 +75,15 @@ class Scheduler:
 
     def submit(self, link: int, order: Submit, now: float) -> Outcome:
         """Take a sequence in, or end it at once with the reason why not."""
-        refusal = self._refusal(link, order)
-        if refusal:
-            return Outcome(ends=[(link, End(order.handle, "refused", 0, 0, refusal))])
+        reason = refusal(order, self._facts)
+        if (link, order.handle) in self._sequences:
+            reason = "this handle is in use"
+        if self._waiting.is_full:
+            reason = reason or "the worker's queue is full"
+        if reason:
+            return Outcome(ends=[(link, End(order.handle, "refused", 0, 0, reason))])
         self._serial += 1
-        sequence = Sequence(link, order, self._serial, self._facts.eos_ids, now)
+        sequence = Sequence(link, order, self._serial, self._facts, now)
         self._sequences[link, order.handle] = sequence
         found = self._trie.match(order.ids, order.salt, order.public_blocks)
         sequence.uncached_estimate = max(1, sequence.length - len(found) * self._block_tokens)
@@ -108,22 +104,6 @@ class Scheduler:
         """End everything."""
         return Outcome(ends=[self._end(s, "abort", now, message) for s in list(self._sequences.values())])
 
-    def _refusal(self, link: int, order: Submit) -> str:
-        """What is wrong with an order, in one sentence; empty if nothing is."""
-        tokens, vocab_size = len(order.ids) // 4, self._facts.vocab_size
-        is_whole = len(order.ids) % 4 == 0 and 0 < order.prompt_len <= tokens
-        ids = np.frombuffer(order.ids[: tokens * 4], dtype="<i4")
-        checks = (
-            (not is_whole, "the prompt has no tokens, or its length is wrong"),
-            (not 0 <= order.request_class < len(RequestClass), f"there is no class {order.request_class}"),
-            (tokens >= self._context_max, f"{tokens} tokens do not fit into a context of {self._context_max}"),
-            ((link, order.handle) in self._sequences, "this handle is in use"),
-            (tokens - order.prompt_len >= order.sampling.max_tokens, "nothing is left to generate"),
-            (bool(((ids < 0) | (ids >= vocab_size)).any()), f"a token id is outside the vocabulary of {vocab_size}"),
-            (self._waiting.is_full, "the worker's queue is full"),
-        )
-        return next((sentence for is_wrong, sentence in checks if is_wrong), "")
-
     # A step ----------------------------------------------------------------------------------------------------------
 
     def launch(self, model: StepModel, now: float, full_links: frozenset[int] = frozenset()) -> Launch | None:
@@ -132,9 +112,9 @@ class Scheduler:
         heads = self._waiting.heads(self._limits.heads_max, full_links)
         if not len(residents) and not heads:
             return None
-        view = self._view(residents, heads, full_links)
+        view = self._table.view(residents, heads, full_links, self._owed)
         chosen = plan(view, model, now, self._plan_limits)
-        step = Launch(view, chosen, [self._resident(row) for row in residents.tolist()], heads, now)
+        step = Launch(view, chosen, residents, self._table.at(residents) + heads, now)
         self._reserve_decodes(step)
         closed: set[RequestClass] = set()
         for chunk in chosen.chunks:
@@ -146,14 +126,14 @@ class Scheduler:
             return step
         if closed and self._table.count > 1:
             # Prompts that fill the memory together and none can go on: the last to come gives way.
-            self._preempt(max(step.preemptable(), key=_yields_first), now)
+            self._preempt(max(step.preemptable(), key=_yields_first), step)
             return self.launch(model, now, full_links)
         return None
 
     def collect(self, step: Launch, result: StepResult, model: StepModel, now: float) -> Outcome:
         """Take a step's result: tokens out, blocks readable by others, ended sequences' blocks back."""
         self._table.advance(step.rows, step.tokens)
-        self._table.emit(np.array([s.row for s in step.sampled], dtype=np.int64), result.ids, now)
+        self._table.emit(step.sampled_rows, result.ids, now)
         is_bad = result.is_bad | (result.ids < 0) | (result.ids >= self._facts.vocab_size)
         for sequence, bad in zip(step.sampled, is_bad.tolist(), strict=True):
             if bad:
@@ -166,8 +146,14 @@ class Scheduler:
             if bad:
                 message = "the model's answer was not a number or not in its vocabulary"
                 outcome.ends.append(self._end(sequence, "error", now, message))
-            else:
-                self._emit(sequence, token, outcome, now)
+                continue
+            reason = sequence.append(token)
+            outcome.add(sequence, token)
+            if sequence.length == sequence.resumed_at + 1:
+                outcome.starts.append((sequence.link, _start(sequence, now)))
+            if reason:
+                self._learn_output(sequence)
+                outcome.ends.append(self._end(sequence, reason, now))
         self._owed = owe(step.plan, step.view, model, result.seconds, self._plan_limits)
         return outcome
 
@@ -195,36 +181,21 @@ class Scheduler:
 
     # Inside a launch -------------------------------------------------------------------------------------------------
 
-    def _view(self, residents: Int64, heads: list[Sequence], full_links: frozenset[int]) -> BatchView:
-        table, count = self._table, len(heads)
-        pending = np.array([s.uncached_estimate for s in heads], dtype=np.int64)
-        known = np.array([s.length for s in heads], dtype=np.int64)
-        is_blocked = (
-            np.isin(table.link[residents], sorted(full_links)) if full_links else np.zeros(len(residents), bool)
-        )
-        return BatchView(
-            request_class=_join(table.request_class[residents], [s.request_class for s in heads]),
-            due=_join(table.due[residents], [s.next_due() for s in heads]),
-            pace_s=_join(table.pace_s[residents], [s.pace_s for s in heads]),
-            context=np.concatenate((table.context[residents], known - pending)),
-            pending=np.concatenate((table.length[residents] - table.context[residents], pending)),
-            arrived=_join(table.arrived[residents], [s.submitted_at for s in heads]),
-            is_decoding=np.concatenate((table.is_decoding[residents], np.zeros(count, bool))),
-            is_blocked=np.concatenate((is_blocked, np.zeros(count, bool))),
-            owed_s=self._owed,
-        )
-
     def _reserve_decodes(self, step: Launch) -> None:
         """A block for each decode that begins one; if none can be had, the least urgent and latest gives way."""
         decodes = step.plan.decodes
-        starts_block = step.view.context[decodes] % self._block_tokens == 0
-        for number in decodes[starts_block].tolist():
+        needy = decodes[step.view.context[decodes] % self._block_tokens == 0].tolist()
+        if len(needy) <= self._trie.available:
+            sequences = [step.sequence(number) for number in needy]
+            self._table.extend(sequences, self._trie.take(len(needy), step.now) or [])
+            return
+        for number in needy:
             sequence = step.sequence(number)
             if sequence.row == WAITING:
                 continue  # it gave way to one before it
             self._make_room(1, sequence.request_class, step)
             while not self._trie.available:
-                self._preempt(max(step.preemptable(), key=_yields_first), step.now)
+                self._preempt(max(step.preemptable(), key=_yields_first), step)
             if sequence.row != WAITING:
                 self._take(sequence, 1, step.now)
 
@@ -257,9 +228,7 @@ class Scheduler:
         return True
 
     def _launch_decodes(self, step: Launch) -> None:
-        decodes = [s for s in map(step.sequence, step.plan.decodes.tolist()) if s.row != WAITING]
-        rows = np.array([s.row for s in decodes], dtype=np.int64)
-        step.set_decodes(rows, decodes)
+        rows, decodes = step.decodes()
         contexts = self._table.context[rows]
         for at in np.flatnonzero((contexts + 1) % self._block_tokens == 0).tolist():
             self._publish(decodes[at], int(contexts[at]), 1, step)
@@ -273,7 +242,7 @@ class Scheduler:
         while not (self._table.has_row and self._fits(sequence, found)):
             if not rivals:
                 return False
-            self._preempt(rivals.pop(0), step.now)
+            self._preempt(rivals.pop(0), step)
         self._waiting.remove(sequence)
         self._trie.hold(found)
         sequence.blocks = found
@@ -314,10 +283,10 @@ class Scheduler:
         if not len(rows):
             return True
         guess = np.array(self._output_mean)
-        known = _join(table.length[rows], [sequence.length])
-        emitted = _join(table.emitted[rows], [sequence.output_tokens])
-        most = _join(table.output_max[rows], [sequence.sampling.max_tokens]) - emitted
-        classes = _join(table.request_class[rows], [sequence.request_class])
+        known = join(table.length[rows], [sequence.length])
+        emitted = join(table.emitted[rows], [sequence.output_tokens])
+        most = join(table.output_max[rows], [sequence.sampling.max_tokens]) - emitted
+        classes = join(table.request_class[rows], [sequence.request_class])
         remaining = np.minimum(np.maximum(guess[classes] - emitted, size), most)
         shared = int(table.blocks[rows].sum()) - self._trie.counts().held + sum(1 for block in found if block.refs)
         return peak_tokens(known + size, remaining) <= (self._blocks_total + shared) * size
@@ -334,13 +303,14 @@ class Scheduler:
         if self._trie.available >= blocks:
             return True
         for victim in self._victims(urgent, step):
-            self._preempt(victim, step.now)
+            self._preempt(victim, step)
             if self._trie.available >= blocks:
                 return True
         return False
 
-    def _preempt(self, sequence: Sequence, now: float) -> None:
+    def _preempt(self, sequence: Sequence, step: Launch) -> None:
         """Drop its KV and let it wait again; what the cache keeps of it, it finds again."""
+        now, step.has_preempted = step.now, True
         self.preemptions += 1
         sequence.preemptions += 1
         sequence.preempted_at = now
@@ -387,18 +357,9 @@ class Scheduler:
         self._table.block_table[sequence.row, index] = twin.id
         self._trie.release([own], own.band, 0.0, now)
 
-    def _emit(self, sequence: Sequence, token: int, outcome: Outcome, now: float) -> None:
-        sequence.append(token)
-        outcome.tokens.append((sequence, token))
-        if sequence.length == sequence.resumed_at + 1:
-            queued_s = sequence.prefill_at - sequence.submitted_at
-            start = Start(sequence.handle, sequence.cached_tokens, queued_s, now - sequence.prefill_at)
-            outcome.starts.append((sequence.link, start))
-        reason = sequence.finish_reason(self._context_max)
-        if reason:
-            mean = self._output_mean[sequence.request_class]
-            self._output_mean[sequence.request_class] += 0.05 * (sequence.output_tokens - mean)
-            outcome.ends.append(self._end(sequence, reason, now))
+    def _learn_output(self, sequence: Sequence) -> None:
+        mean = self._output_mean[sequence.request_class]
+        self._output_mean[sequence.request_class] += OUTPUT_WEIGHT * (sequence.output_tokens - mean)
 
     def _end(self, sequence: Sequence, reason: str, now: float, message: str = "") -> tuple[int, End]:
         del self._sequences[sequence.link, sequence.handle]
@@ -420,21 +381,11 @@ class Scheduler:
                 band, lease_s = keep(SpanView(sequence.request_class, is_shared, is_aborted, hits, born), now)
                 self._trie.release(span, band, lease_s, now)
 
-    def _resident(self, row: int) -> Sequence:
-        sequence = self._table.sequences[row]
-        assert sequence is not None
-        return sequence
 
-
-def peak_tokens(known: Floats, remaining: Floats) -> float:
-    """The most KV tokens that sequences will hold together, if each ends after `remaining` more."""
-    order = np.argsort(-remaining, kind="stable")
-    return float((remaining[order] * np.arange(1, len(order) + 1) + np.cumsum(known[order])).max())
+def _start(sequence: Sequence, now: float) -> Start:
+    queued_s = sequence.prefill_at - sequence.submitted_at
+    return Start(sequence.handle, sequence.cached_tokens, queued_s, now - sequence.prefill_at)
 
 
 def _yields_first(sequence: Sequence) -> tuple[int, float, int]:
     return int(sequence.request_class), sequence.submitted_at, sequence.serial
-
-
-def _join(residents: npt.NDArray[Any], heads: list[Any]) -> npt.NDArray[Any]:
-    return np.concatenate((residents, np.array(heads, dtype=residents.dtype)))

@@ -10,6 +10,7 @@ import numpy as np
 
 from engine.blocks import Block
 from engine.keys import Ids
+from engine.step import ModelFacts
 from engine.wire import Submit
 from policies.request import RequestClass
 
@@ -27,6 +28,8 @@ class Sequence:
         "handle",
         "ids",
         "length",
+        "length_max",
+        "length_min",
         "link",
         "pace_s",
         "preempted_at",
@@ -45,7 +48,7 @@ class Sequence:
         "uncached_estimate",
     )
 
-    def __init__(self, link: int, order: Submit, serial: int, eos_ids: tuple[int, ...], now: float) -> None:
+    def __init__(self, link: int, order: Submit, serial: int, facts: ModelFacts, now: float) -> None:
         prompt = np.frombuffer(order.ids, dtype="<i4")
         self.link = link
         self.handle = order.handle
@@ -59,7 +62,11 @@ class Sequence:
         self.public_blocks = order.public_blocks
         self.request_class = RequestClass(order.request_class)
         self.sampling = order.sampling
-        self.stop_ids = frozenset(order.sampling.stop_ids) | frozenset(() if order.sampling.ignore_eos else eos_ids)
+        self.stop_ids = frozenset(order.sampling.stop_ids) | frozenset(
+            () if order.sampling.ignore_eos else facts.eos_ids
+        )
+        self.length_min = order.prompt_len + order.sampling.min_tokens  # no stop before
+        self.length_max = min(order.prompt_len + order.sampling.max_tokens, facts.context_max)
         # Relative seconds become local times here, where they were read.
         self.submitted_at = now
         self.pace_s = order.tpot_s
@@ -78,14 +85,18 @@ class Sequence:
         """Tokens of the answer, those of earlier attempts included."""
         return self.length - self.prompt_len
 
-    def append(self, token: int) -> None:
-        """One more token was generated."""
-        if self.length == len(self.ids):
-            grown = np.empty(self.length * 2, dtype=np.int32)
-            grown[: self.length] = self.ids
+    def append(self, token: int) -> str | None:
+        """One more token was generated; why the sequence ends with it, None if it goes on."""
+        length = self.length
+        if length == len(self.ids):
+            grown = np.empty(length * 2, dtype=np.int32)
+            grown[:length] = self.ids
             self.ids = grown
-        self.ids[self.length] = token
-        self.length += 1
+        self.ids[length] = token
+        self.length = length = length + 1
+        if token in self.stop_ids and length >= self.length_min:
+            return "stop"
+        return "length" if length >= self.length_max else None
 
     def next_due(self) -> float:
         """When the next token is due by the line alone."""
@@ -93,11 +104,18 @@ class Sequence:
         by_pace = self.first_due + emitted * self.pace_s if emitted else self.first_due
         return min(by_pace, self.deadline)
 
-    def finish_reason(self, context_max: int) -> str | None:
-        """Why it ends with the token just appended; None if it goes on."""
-        emitted = self.output_tokens
-        if emitted >= self.sampling.min_tokens and int(self.ids[self.length - 1]) in self.stop_ids:
-            return "stop"
-        if emitted >= self.sampling.max_tokens or self.length >= context_max:
-            return "length"
-        return None
+
+def refusal(order: Submit, facts: ModelFacts) -> str:
+    """Why an order cannot be served, in one sentence; empty if it can."""
+    tokens = len(order.ids) // 4
+    if len(order.ids) % 4 or not 0 < order.prompt_len <= tokens:
+        return "the prompt has no tokens, or its length is wrong"
+    if not 0 <= order.request_class < len(RequestClass):
+        return f"there is no class {order.request_class}"
+    if tokens >= facts.context_max:
+        return f"{tokens} tokens do not fit into a context of {facts.context_max}"
+    if tokens - order.prompt_len >= order.sampling.max_tokens:
+        return "nothing is left to generate"
+    ids = np.frombuffer(order.ids, dtype="<i4")
+    is_known = int(ids.min()) >= 0 and int(ids.max()) < facts.vocab_size
+    return "" if is_known else f"a token id is outside the vocabulary of {facts.vocab_size}"

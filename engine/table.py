@@ -4,10 +4,15 @@ Owns the rows and the block table. Never decides who gets one."""
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from engine.blocks import Block
 from engine.sequence import WAITING, Sequence
 from engine.step import Int32, Int64
+from policies.step_plan import BatchView, Owed
 
 
 class Table:
@@ -42,6 +47,10 @@ class Table:
         """Rows in use."""
         return len(self.sequences) - len(self._free)
 
+    def at(self, rows: Int64) -> list[Sequence]:
+        """The sequences of used rows."""
+        return [sequence for row in rows.tolist() if (sequence := self.sequences[row]) is not None]
+
     def add(self, sequence: Sequence, context: int) -> None:
         """Give a sequence, with the blocks it has so far, a row."""
         assert sequence.row == WAITING
@@ -69,6 +78,14 @@ class Table:
         self.block_table[row, known : len(sequence.blocks)] = [block.id for block in sequence.blocks[known:]]
         self.blocks[row] = len(sequence.blocks)
 
+    def extend(self, sequences: list[Sequence], blocks: list[Block]) -> None:
+        """One more block for each."""
+        for sequence, block in zip(sequences, blocks, strict=True):
+            sequence.blocks.append(block)
+        rows = np.array([sequence.row for sequence in sequences], dtype=np.int64)
+        self.block_table[rows, self.blocks[rows]] = [block.id for block in blocks]
+        self.blocks[rows] += 1
+
     def advance(self, rows: Int64, tokens: Int64) -> None:
         """A step computed so many tokens of each row."""
         self.context[rows] += tokens
@@ -83,9 +100,33 @@ class Table:
         # What missed its first line is held to its pace from here: it cannot be caught up in one step.
         self.due[rows] = np.maximum(by_line, now + self.pace_s[rows])
 
+    def view(self, residents: Int64, heads: list[Sequence], full_links: frozenset[int], owed_s: Owed) -> BatchView:
+        """These rows, then the heads of the queues, as the planner sees them."""
+        pending = np.array([s.uncached_estimate for s in heads], dtype=np.int64)
+        known = np.array([s.length for s in heads], dtype=np.int64)
+        is_blocked = np.isin(self.link[residents], sorted(full_links)) if full_links else np.zeros(len(residents), bool)
+        return BatchView(
+            request_class=join(self.request_class[residents], [s.request_class for s in heads]),
+            due=join(self.due[residents], [s.next_due() for s in heads]),
+            pace_s=join(self.pace_s[residents], [s.pace_s for s in heads]),
+            context=np.concatenate((self.context[residents], known - pending)),
+            pending=np.concatenate((self.length[residents] - self.context[residents], pending)),
+            arrived=join(self.arrived[residents], [s.submitted_at for s in heads]),
+            is_decoding=join(self.is_decoding[residents], [False] * len(heads)),
+            is_blocked=join(is_blocked, [False] * len(heads)),
+            owed_s=owed_s,
+        )
+
     def remove(self, sequence: Sequence) -> None:
         """The sequence gave its KV up."""
         row, sequence.row = sequence.row, WAITING
         self.sequences[row] = None
         self.is_used[row] = False
         self._free.append(row)
+
+
+def join(residents: npt.NDArray[Any], heads: list[Any]) -> npt.NDArray[Any]:
+    """A column for residents and heads."""
+    if not heads:
+        return residents
+    return np.concatenate((residents, np.array(heads, dtype=residents.dtype)))

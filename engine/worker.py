@@ -77,6 +77,7 @@ class Worker:
         log.info("worker %s is ready on %s", self._config.name, self._config.socket)
         try:
             error = await ended
+            thread.join()  # it has said its last word; the interpreter must not go down under it
             await self._flush()
         finally:
             server.close()

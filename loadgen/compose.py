@@ -52,7 +52,7 @@ class Jobs:
     """Bursts of single requests that share a template and ask for little: a script over many items."""
 
     bursts_per_s: float
-    rows: Spread = Spread(12, 24, 60)
+    rows: Spread = Spread(16, 40, 100)
     rows_per_s: float = 26.0  # inside a burst (Azure code: its busiest second)
     template_tokens: int = 1_024
     item: Spread = Spread(445, 4_164)  # with the template, Azure code's input: p50 1,469, p90 5,188
@@ -63,7 +63,7 @@ class Jobs:
 class Mix:
     """What `compose` makes; rates are of a small server on two CPU cores and grow with `load`."""
 
-    chat: Agent = Agent("chatbot+", 0.06, steps_per_request=7.8, requests_per_session=9.2)
+    chat: Agent = Agent("chatbot+", 0.08, steps_per_request=7.8, requests_per_session=9.2)
     background: Agent = Agent("background-agent", 0.015, steps_per_request=33, requests_per_session=1)
     jobs: Jobs = Jobs(0.015)
     users: int = 12
@@ -97,8 +97,8 @@ class _Builder:
         return f"user-{1 + int(self.rng.choice(self.mix.users, p=weights / weights.sum())):02d}"
 
     def arrivals(self, rate: float, duration_s: float) -> list[float]:
-        """A Poisson process; its first arrival lies in the first tenth, so that a short trace has every class."""
-        at, found = float(self.rng.uniform(0.0, duration_s / 10)), []
+        """A Poisson process over the duration, its first arrival in the first tenth: a short trace has every class."""
+        at, found = float(self.rng.uniform(0, duration_s / 10)), []
         while rate > 0 and at < duration_s:
             found.append(at)
             at += float(self.rng.exponential(1.0 / rate))

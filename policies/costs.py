@@ -83,8 +83,7 @@ def _root(curve: float, slope: float, room: float) -> float:
 TOKENS_MAX = 1e9  # what a model that says "free" is taken to allow
 BENDS = tuple(2.0 ** (power / 2) for power in range(21))  # rows at which reading the weights may stop hiding work
 FORGETTING = 0.999  # a step a thousand steps ago counts a third
-RELATIVE_NOISE = 0.05  # of one step's duration; sets how fast a fresh fit moves against its prior
-COVARIANCE_MAX = 100.0  # a direction that no step excites must not grow without end (windup)
+PRIOR_WEIGHT = 1e-2  # of one step: a term whose share of the steps so far is small stays near the prior
 BIAS_WEIGHT = 0.05  # of the newest step in the bias: about 20 steps of memory
 BIAS_LIMITS = (0.5, 2.0)
 Q90_GAIN = 0.02
@@ -95,18 +94,22 @@ PUBLISH_STEPS = 16  # ... but not more often than this
 
 
 class StepFit:
-    """Learns a StepModel from steps as they are timed: recursive least squares on relative error.
+    """Learns a StepModel from steps as they are timed: least squares on relative error, forgetting, nothing negative.
 
     `max(floor, row*rows)` is `row * max(bend, rows)` with bend = floor / row, which is linear once the bend is known:
-    so one small fit runs for each candidate bend and the one that predicts best speaks. Scalars and fixed-order numpy,
-    hence replayable. Hot: once a step, about 40 us; bench/step_host.py."""
+    so one small fit runs for each candidate bend and the one that predicts best speaks. Each keeps discounted normal
+    equations and descends them coordinate by coordinate, which cannot diverge (the covariance form of recursive least
+    squares did, after steps of one shape). Fixed-order numpy, hence replayable. Hot: once a step, about 50 us."""
 
     def __init__(self, prior: StepModel) -> None:
         self._bends = np.array(BENDS)
         unit = np.array([prior.row_s, prior.base_s, prior.decode_context_s, prior.chunk_context_s, prior.sequence_s])
         self._unit = np.maximum(unit, 1e-15)  # coefficients are learned in units of the prior, so all are near 1
-        self._theta = np.ones((len(BENDS), 5))
-        self._covariance = np.broadcast_to(np.eye(5), (len(BENDS), 5, 5)) * 10.0
+        count = len(BENDS)
+        self._parts = np.empty((5, count))
+        self._theta = np.ones((5, count))
+        self._squares = np.zeros((5, 5, count))  # sum of x x^T
+        self._products = np.zeros((5, count))  # sum of x; each target is 1
         # Before any step the candidate nearest to the prior's own bend speaks.
         bend = prior.floor_s / max(prior.row_s, 1e-15)
         self._error = 1e-3 * np.abs(np.log((self._bends + 1.0) / (bend + 1.0)))
@@ -129,6 +132,8 @@ class StepFit:
         if not (math.isfinite(seconds) and seconds > 0.0):
             return None
         self._steps += 1
+        if self._steps == 1:
+            self._unit *= seconds / self._model.step_s(step)  # the prior may be of another machine: right its scale
         if self._steps > WARM_STEPS:
             expected_s = self._model.step_s(step)
             seconds = min(max(seconds, expected_s / OUTLIER), expected_s * OUTLIER)
@@ -153,25 +158,26 @@ class StepFit:
 
     def _learn(self, step: StepFeatures, seconds: float) -> float:
         """Update all candidates; what the one that spoke had predicted, bias left out."""
-        parts = np.empty((len(BENDS), 5))
-        parts[:, 0] = np.maximum(self._bends, step.rows)
-        parts[:, 1:] = (1.0, step.decode_context, step.chunk_context, step.sequences)
-        parts *= self._unit / seconds  # each part as a share of what really passed: their sum should be 1
-        predicted = (parts * self._theta).sum(axis=1)
+        parts, theta, squares = self._parts, self._theta, self._squares
+        parts[0] = np.maximum(self._bends, step.rows)
+        parts[1:] = ((1.0,), (step.decode_context,), (step.chunk_context,), (step.sequences,))
+        parts *= (self._unit / seconds)[:, None]  # each part as a share of what really passed: their sum should be 1
+        predicted = (parts * theta).sum(axis=0)
         spoke = float(predicted[int(self._error.argmin())]) * seconds
-        surprise = 1.0 - predicted
-        self._error += 0.01 * (np.minimum(surprise * surprise, 1.0) - self._error)
-        spread = (self._covariance * parts[:, None, :]).sum(axis=2)
-        gain = spread / (FORGETTING * RELATIVE_NOISE**2 + (spread * parts).sum(axis=1))[:, None]
-        self._theta = np.maximum(self._theta + gain * surprise[:, None], 0.0)
-        self._covariance -= gain[:, :, None] * spread[:, None, :]
-        windup = self._covariance.diagonal(axis1=1, axis2=2).max(axis=1) < COVARIANCE_MAX
-        self._covariance[windup] /= FORGETTING
+        self._error += 0.01 * (np.minimum((1.0 - predicted) ** 2, 1.0) - self._error)
+        squares *= FORGETTING
+        squares += parts[:, None] * parts[None]
+        self._products *= FORGETTING
+        self._products += parts
+        for i in range(5):  # one sweep; the next step's goes on from here
+            weight = squares[i, i]
+            wanted = self._products[i] - (squares[i] * theta).sum(axis=0) + weight * theta[i] + PRIOR_WEIGHT
+            theta[i] = np.maximum(wanted, 0.0) / (weight + PRIOR_WEIGHT)
         return spoke
 
     def _believed(self, version: int) -> StepModel:
         best = int(self._error.argmin())
-        row, base, decode_context, chunk_context, sequence = (self._theta[best] * self._unit).tolist()
+        row, base, decode_context, chunk_context, sequence = (self._theta[:, best] * self._unit).tolist()
         return StepModel(
             floor_s=row * BENDS[best],
             row_s=row,

@@ -81,6 +81,12 @@ def plan(batch: BatchView, model: StepModel, now: float, limits: PlanLimits = Pl
     return StepPlan(decodes, tuple(step.chunks), paused, excused, model.step_s(step.features()))
 
 
+def peak_tokens(known: Floats, remaining: Floats) -> float:
+    """The most KV tokens that sequences will hold together, if each ends after `remaining` more."""
+    order = np.argsort(-remaining, kind="stable")
+    return float((remaining[order] * np.arange(1, len(order) + 1) + np.cumsum(known[order])).max())
+
+
 def owe(chosen: StepPlan, batch: BatchView, model: StepModel, step_s: float, limits: PlanLimits) -> Owed:
     """What each class is owed after a step: its share of time while it waits, less what it was given."""
     chunk_rows = {chunk.row for chunk in chosen.chunks}

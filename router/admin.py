@@ -1,4 +1,4 @@
-"""The admin listener's routes: metrics, workers and receipts, for the operator on this machine.
+"""The admin listener's answers: metrics, workers and receipts, for the operator on this machine.
 
 Owns what they show. Never reachable but from loopback, never changes anything, never shows a prompt."""
 
@@ -7,67 +7,73 @@ from __future__ import annotations
 import ipaddress
 import time
 from collections.abc import Callable
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
-from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
 
+from router.errors import RequestError
+from router.exchange import Exchange, Head
 from router.fleet import Fleet, WorkerState
 from router.metrics import Metrics
 from router.receipts import Receipts
 
 RECEIPTS_DEFAULT = 100
+JSON_TYPE = b"application/json"
 
 
-class LoopbackOnly:
-    """Refuses what a foreign web page could send through its visitor's browser: another Host, another Origin."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not _is_ours(dict(scope["headers"])):
-            refusal = PlainTextResponse("only http://127.0.0.1 and http://localhost are served here\n", 403)
-            await refusal(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
+def gate(head: Head) -> int:
+    """What a request may send: nothing. Refuses what a foreign page could make its visitor's browser ask."""
+    if not _is_loopback(f"//{head.header(b'host') or ''}"):
+        raise RequestError(403, "Only http://127.0.0.1 and http://localhost are served here.", code="foreign_host")
+    origin = head.header(b"origin")
+    if origin is not None and not _is_loopback(origin):
+        raise RequestError(403, "Only pages of this machine may ask here.", code="foreign_origin")
+    if head.method not in ("GET", "HEAD"):
+        raise RequestError(405, "The admin listener only shows things: use GET.")
+    return 0
 
 
-def admin_app(
-    metrics: Metrics, fleet: Fleet, receipts: Receipts, clock: Callable[[], float] = time.monotonic
-) -> ASGIApp:
-    """The routes, behind the border."""
+class Admin:
+    """Answers the routes of the admin listener."""
 
-    async def show_metrics(_: Request) -> Response:
-        return Response(metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+    def __init__(
+        self, metrics: Metrics, fleet: Fleet, receipts: Receipts, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._metrics = metrics
+        self._fleet = fleet
+        self._receipts = receipts
+        self._clock = clock
+        self._routes = {
+            "/metrics": self._show_metrics,
+            "/workers": self._show_workers,
+            "/receipts": self._show_receipts,
+        }
 
-    async def show_workers(_: Request) -> Response:
-        return _json([_worker(state, clock()) for state in fleet.workers])
+    async def answer(self, exchange: Exchange) -> None:
+        """Answer one request."""
+        try:
+            show = self._routes.get(exchange.head.path)
+            if show is None:
+                raise RequestError(404, f"There are {', '.join(self._routes)}.")
+            content_type, body = show(exchange.head)
+        except RequestError as error:
+            exchange.respond(error.status, [(b"content-type", JSON_TYPE)], error.body())
+        else:
+            exchange.respond(200, [(b"content-type", content_type)], body)
 
-    async def show_receipts(request: Request) -> Response:
-        last = request.query_params.get("last", str(RECEIPTS_DEFAULT))
+    def _show_metrics(self, _: Head) -> tuple[bytes, bytes]:
+        return CONTENT_TYPE_LATEST.encode(), self._metrics.exposition()
+
+    def _show_workers(self, _: Head) -> tuple[bytes, bytes]:
+        now = self._clock()
+        return JSON_TYPE, msgspec.json.encode([_worker(state, now) for state in self._fleet.workers])
+
+    def _show_receipts(self, head: Head) -> tuple[bytes, bytes]:
+        last = parse_qs(head.query.decode("latin-1")).get("last", [str(RECEIPTS_DEFAULT)])[0]
         if not last.isdecimal() or len(last) > 9:
-            return PlainTextResponse("`last` must be a whole number\n", 400)
-        return _json(receipts.last(int(last)))
-
-    routes = [
-        Route("/metrics", show_metrics),
-        Route("/workers", show_workers),
-        Route("/receipts", show_receipts),
-    ]
-    return LoopbackOnly(Starlette(routes=routes))
-
-
-def _is_ours(headers: dict[bytes, bytes]) -> bool:
-    if not _is_loopback(f"//{headers.get(b'host', b'').decode('latin-1')}"):
-        return False
-    origin = headers.get(b"origin")
-    return origin is None or _is_loopback(origin.decode("latin-1"))
+            raise RequestError(400, "`last` must be a whole number.", param="last")
+        return JSON_TYPE, msgspec.json.encode(self._receipts.last(int(last)))
 
 
 def _is_loopback(url: str) -> bool:
@@ -76,10 +82,6 @@ def _is_loopback(url: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def _json(value: object) -> Response:
-    return Response(msgspec.json.encode(value) + b"\n", media_type="application/json")
 
 
 def _worker(state: WorkerState, now: float) -> dict[str, object]:

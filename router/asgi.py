@@ -10,8 +10,6 @@ from starlette.types import ASGIApp, Message, Scope
 from router.errors import JSON, Headers, RequestError
 from router.exchange import Exchange
 
-EXCHANGE = "headway.exchange"  # key of the scope under which a route that streams finds its exchange
-
 
 async def answer(app: ASGIApp, exchange: Exchange) -> None:
     """Let `app` answer one exchange. A route that it refuses by exception gets JSON in OpenAI's error shape."""
@@ -22,18 +20,21 @@ async def answer(app: ASGIApp, exchange: Exchange) -> None:
         "path": head.path,
         "raw_path": head.path.encode(),
         "query_string": head.query,
-        "headers": head.headers,
+        "headers": list(head.fields.items()),
         "root_path": "",
         "scheme": "http",
         "app": app,  # with it starlette raises its 405 instead of answering in plain text
-        EXCHANGE: exchange,
     }
     try:
         await app(scope, _Receive(exchange), _Send(exchange))
     except HTTPException as refused:
-        allowed = (refused.headers or {}).get("Allow", "")
-        error = RequestError(refused.status_code, f"This route takes only {allowed}.")
-        exchange.respond(refused.status_code, [*JSON, (b"allow", allowed.encode())], error.body())
+        refuse_method(exchange, (refused.headers or {}).get("Allow", ""))
+
+
+def refuse_method(exchange: Exchange, allowed: str) -> None:
+    """405 with the methods that the route takes."""
+    error = RequestError(405, f"This route takes only {allowed}.")
+    exchange.respond(405, [*JSON, (b"allow", allowed.encode())], error.body())
 
 
 class _Receive:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-READY_TIMEOUT_S = 2.0  # the listening socket is the keeper's: it accepts before anyone is there to answer
+READY_TIMEOUT_S = 0.5  # the listening socket is the keeper's: it accepts before anyone is there to answer
 TERMS = (  # title, key of /readyz, factor, unit
     ("first token", "ttft_s", 1.0, "s"),
     ("per new prompt token", "ttft_s_per_new_token", 1000.0, "ms"),
@@ -22,7 +22,8 @@ def banner(address: Any, admin_port: int, ready: Mapping[str, Any]) -> str:
     """What a person wants to know once it serves: where, how to try it, what is promised, how to stop."""
     host, port = address[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    body = json.dumps({"model": ready["model"], "messages": [{"role": "user", "content": "Say hello."}]})
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    body = json.dumps({"model": ready["model"], "messages": messages, "temperature": 0})
     lines = [
         "",
         f"Headway serves {ready['model']} at {url}  (metrics: http://127.0.0.1:{admin_port}/metrics)",

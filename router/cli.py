@@ -8,9 +8,10 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from router.version import code_version
 
 DEFAULT_FILE = "headway.toml"
 
@@ -62,6 +63,7 @@ def _add_serve(commands: Any) -> None:
     )
     serve.add_argument("--config", type=Path, metavar="FILE", help=f"default: {DEFAULT_FILE} if it exists")
     serve.add_argument("--port", type=int, help="where clients connect; 0 takes a free one [server.port]")
+    serve.add_argument("--admin-port", type=int, help="metrics, workers and receipts [server.admin_port]")
     serve.add_argument("--workers", type=int, metavar="N", help="engine processes [workers.count]")
     serve.add_argument("--model", metavar="MODEL", help="smollm2, a GGUF file or a directory [model.name]")
     serve.add_argument("--device", metavar="DEVICE", help="cpu, cuda, or fake: made-up tokens [workers.device]")
@@ -72,6 +74,7 @@ def _add_serve(commands: Any) -> None:
 
 FLAGS = {  # flag -> key
     "port": "server.port",
+    "admin_port": "server.admin_port",
     "workers": "workers.count",
     "model": "model.name",
     "device": "workers.device",
@@ -86,7 +89,9 @@ def _serve(arguments: argparse.Namespace) -> int:
     from router.plan import make_plan
 
     given = vars(arguments)
-    flags = {key: (f"--{flag}", given[flag]) for flag, key in FLAGS.items() if given[flag] is not None}
+    flags = {
+        key: (f"--{name.replace('_', '-')}", given[name]) for name, key in FLAGS.items() if given[name] is not None
+    }
     try:
         config = load(arguments.config or _default_file(), os.environ, flags)
     except ConfigError as error:
@@ -132,14 +137,6 @@ def _replay_events(arguments: argparse.Namespace) -> int:
 def _version(_: argparse.Namespace) -> int:
     print(f"headway {code_version()}")
     return 0
-
-
-def code_version() -> str:
-    """The version of the installed package; of a bare checkout, only that it is one."""
-    try:
-        return version("headway")
-    except PackageNotFoundError:
-        return "0+checkout"
 
 
 def _default_file() -> Path | None:

@@ -24,6 +24,7 @@ class Server(Struct, frozen=True, forbid_unknown_fields=True):
     host: str = "127.0.0.1"  # closed by default: without keys every other address is refused
     port: Port = 8080  # 0: any free one, printed at start
     admin_port: Port = 8081  # metrics, workers and receipts, always on 127.0.0.1
+    state_dir: str = ""  # keys that must outlive a restart; empty: $XDG_STATE_HOME/headway
     drain_grace_s: Seconds = 30.0  # as long as chatbot+ is patient; a longer answer is cut with an error, not silently
 
 
@@ -88,7 +89,7 @@ class Record(Struct, frozen=True, forbid_unknown_fields=True):
     """A recording of all that the mind saw and decided, for `headway replay-events`. It holds no prompt text."""
 
     path: str = ""  # empty: none
-    segment_mib: Count = 64  # about 100,000 events; then the next file begins
+    segment_mib: Count = 64  # about 200,000 events; then the next file begins
     segments_max: Count = 8  # then recording stops: a replay needs the beginning, so nothing older is thrown away
 
 

@@ -26,10 +26,23 @@ class ErrorDetail(msgspec.Struct, frozen=True):
 class RequestError(Exception):
     """The request cannot be served, and the client is told why. Raised once, at the door; never logged as our fault."""
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
+        self.retry_after_s = retry_after_s
         self.detail = ErrorDetail(message[:MESSAGE_MAX_CHARS], error_type(status), param, code)
+
+    def headers(self) -> Headers:
+        """The response headers."""
+        return JSON if self.retry_after_s is None else JSON + retry_headers(self.retry_after_s)
 
     def body(self) -> bytes:
         """The response body."""

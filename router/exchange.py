@@ -22,15 +22,13 @@ class Head:
     method: str
     path: str
     query: bytes
-    headers: Headers
+    fields: dict[bytes, bytes]  # the first of each name; what a chunked body brings behind it is no header
     is_http_11: bool
 
     def header(self, name: bytes) -> str | None:
         """The first header of this name."""
-        for key, value in self.headers:
-            if key == name:
-                return value.decode("latin-1").strip()
-        return None
+        value = self.fields.get(name)
+        return None if value is None else value.decode("latin-1").strip()
 
 
 class Connection(Protocol):

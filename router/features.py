@@ -5,7 +5,6 @@ Owns the names that clients use. Never decides: every one of these can be forged
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
 import xxhash
@@ -13,63 +12,61 @@ import xxhash
 from policies.request import CLASS_LABELS, CLASS_NAMES, Facts, Request, RequestClass, RequestId, Tenant
 from router.dialects.schema import ChatRequest, Common, CompletionRequest
 from router.errors import RequestError
-from router.exchange import Exchange
+from router.exchange import Exchange, Head
 from router.turn import Turn
 
 TEMPLATE_CHARS = 2048  # siblings of one template share so much of their beginning
 CHARS_A_TOKEN = 4  # for the estimate before tokenising
 INTERACTIVE_TOOLS = frozenset(("AskUserQuestion", "EnterPlanMode", "ExitPlanMode", "request_user_input"))
 SESSION_HEADERS = (
-    "x-claude-code-session-id",
-    "session-id",
-    "thread-id",
-    "session_id",
-    "conversation_id",
-    "x-session-affinity",
-    "x-session-id",
-    "x-opencode-session",
+    b"x-claude-code-session-id",
+    b"session-id",
+    b"thread-id",
+    b"session_id",
+    b"conversation_id",
+    b"x-session-affinity",
+    b"x-session-id",
+    b"x-opencode-session",
 )
-TIMEOUT_HEADERS = ("x-stainless-read-timeout", "x-stainless-timeout")
+TIMEOUT_HEADERS = (b"x-stainless-read-timeout", b"x-stainless-timeout")
 SIDE_SOURCES = ("thread_title",)
 SIDE_KINDS = ("compaction",)
-
-Headers = Mapping[str, str]
 
 
 def describe(
     request_id: RequestId, exchange: Exchange, body: Common, turn: Turn, *, model: str, tenant: Tenant
 ) -> Request:
     """The request as the mind sees it. Raises RequestError 400 for a class that does not exist."""
-    headers = {name.decode("latin-1"): value.decode("latin-1").strip() for name, value in exchange.head.headers}
-    session = session_key(headers, body)
+    head = exchange.head
+    session = session_key(head, body)
     return Request(
         id=request_id,
         tenant=tenant,
         session=session or _lineage(turn),
         model=model,
-        facts=facts(headers, body, turn, has_session=bool(session)),
+        facts=facts(head, body, turn, has_session=bool(session)),
         arrived=exchange.arrived,
         body_bytes=len(exchange.body),
         estimated_tokens=len(turn.ids) if turn.ids is not None else max(1, len(exchange.body) // CHARS_A_TOKEN),
         max_output=turn.max_tokens,
-        declared_timeout_s=_timeout_s(headers),
+        declared_timeout_s=_timeout_s(head),
     )
 
 
-def facts(headers: Headers, body: Common, turn: Turn, *, has_session: bool) -> Facts:
+def facts(head: Head, body: Common, turn: Turn, *, has_session: bool) -> Facts:
     """Declared facts of headers and body."""
-    codex = _json_object(headers.get("x-codex-turn-metadata", ""))
+    codex = _json_object(head.header(b"x-codex-turn-metadata") or "")
     side = codex.get("thread_source") in SIDE_SOURCES or codex.get("request_kind") in SIDE_KINDS
     last_role = turn.messages[-1].role if turn.messages else "user"
     return Facts(
-        declared_class=_declared_class(headers),
+        declared_class=_declared_class(head),
         service_tier=(body.service_tier or "").lower(),
         background=isinstance(body, ChatRequest) and body.background,
-        user_agent=headers.get("user-agent", "").lower(),
-        originator=headers.get("originator", "").lower(),
+        user_agent=(head.header(b"user-agent") or "").lower(),
+        originator=(head.header(b"originator") or "").lower(),
         turn_trigger=str(codex.get("turn_trigger", "")),
         is_side_call=side,
-        agent_id=headers.get("x-claude-code-agent-id", ""),
+        agent_id=head.header(b"x-claude-code-agent-id") or "",
         stream=turn.is_stream,
         message_count=max(1, len(turn.messages)),
         prompt_count=_prompt_count(body),
@@ -82,10 +79,10 @@ def facts(headers: Headers, body: Common, turn: Turn, *, has_session: bool) -> F
     )
 
 
-def session_key(headers: Headers, body: Common) -> str:
+def session_key(head: Head, body: Common) -> str:
     """The client's own name for its session; empty if it has none."""
     for name in SESSION_HEADERS:
-        if value := headers.get(name):
+        if value := head.header(name):
             return value
     user_id = (body.metadata or {}).get("user_id")
     if isinstance(user_id, str) and user_id:
@@ -93,8 +90,8 @@ def session_key(headers: Headers, body: Common) -> str:
     return body.prompt_cache_key or body.user or ""
 
 
-def _declared_class(headers: Headers) -> RequestClass | None:
-    name = headers.get("x-headway-class")
+def _declared_class(head: Head) -> RequestClass | None:
+    name = head.header(b"x-headway-class")
     if name is None:
         return None
     if name.lower() not in CLASS_NAMES:
@@ -103,10 +100,10 @@ def _declared_class(headers: Headers) -> RequestClass | None:
     return CLASS_NAMES[name.lower()]
 
 
-def _timeout_s(headers: Headers) -> float | None:
+def _timeout_s(head: Head) -> float | None:
     for name in TIMEOUT_HEADERS:
         try:
-            seconds = float(headers.get(name, ""))
+            seconds = float(head.header(name) or "nan")
         except ValueError:
             continue
         if 0 < seconds < float("inf"):
@@ -137,18 +134,25 @@ def _prompt_count(body: Common) -> int:
 
 
 def _beginning(turn: Turn) -> bytes:
-    """The first 2 KB of the prompt, whatever it is made of."""
+    """What siblings of one template share: the first 2 KB of a prompt, of a short one its first half or less.
+
+    The length is a power of two, so that siblings with suffixes of different lengths are cut alike."""
     if turn.ids is not None:
-        return turn.ids[: TEMPLATE_CHARS // CHARS_A_TOKEN].tobytes()
-    if turn.text is not None:
-        return turn.text[:TEMPLATE_CHARS].encode()
-    parts, left = [], TEMPLATE_CHARS
-    for message in turn.messages:
-        parts.append(message.content[:left])
+        return turn.ids[: _cut(len(turn.ids), TEMPLATE_CHARS // CHARS_A_TOKEN)].tobytes()
+    texts = [turn.text or ""] if not turn.messages else [message.content for message in turn.messages]
+    left = _cut(sum(map(len, texts)), TEMPLATE_CHARS)
+    parts = []
+    for text in texts:
+        parts.append(text[:left])
         left -= len(parts[-1])
         if left <= 0:
             break
-    return "\n".join(parts).encode()
+    return chr(0).join(parts).encode()
+
+
+def _cut(length: int, most: int) -> int:
+    """The largest power of two that is no more than half of `length`, and no more than `most`."""
+    return min(most, 1 << max(0, (length // 2).bit_length() - 1))
 
 
 def _lineage(turn: Turn) -> str:

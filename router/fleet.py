@@ -7,8 +7,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from engine.keys import ChainKey
@@ -53,7 +53,7 @@ class ModelView:
     block_tokens: int
     context_max: int
     vocab_size: int
-    workers: tuple[str, ...]
+    workers: tuple[str, ...] = ()  # the living
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +81,7 @@ class WorkerState:
     address: str  # path of its Unix socket
     dialled: Link | None = None  # the connection, hello or not
     link: Link | None = None  # the same once it said hello; None while the worker is lost
+    hello: Hello | None = None  # the last one
     lost_reason: str = "not connected yet"
     losses: int = 0
     stalled_at: float | None = None  # ejected for a stall, and not back yet
@@ -110,6 +111,7 @@ class Fleet:
         self._restart = restart
         self._clock = clock
         self._workers = [WorkerState(WorkerId(n), name, path) for n, (name, path) in enumerate(sockets)]
+        self._models: Mapping[str, ModelView] = {}  # each request looks here, so it is kept, not made
 
     # For the relay ----------------------------------------------------------------------------------------------------
 
@@ -124,14 +126,9 @@ class Fleet:
         """The name that people know a worker by, such as `w0`."""
         return self._workers[worker].name
 
-    def models(self) -> dict[str, ModelView]:
-        """The models that live workers serve, by name."""
-        models: dict[str, ModelView] = {}
-        for state in self._workers:
-            if state.link is not None and (hello := state.link.hello) is not None:
-                others = models[hello.model].workers if hello.model in models else ()
-                models[hello.model] = _model_view(hello, (*others, state.name))
-        return models
+    def models(self) -> Mapping[str, ModelView]:
+        """The models that workers serve, by name; a lost worker's model stays, since it will be back."""
+        return self._models
 
     # For readiness and the admin listener -----------------------------------------------------------------------------
 
@@ -203,10 +200,11 @@ class Fleet:
         state = self._workers[link.worker]
         if hello.worker != state.name:
             raise WireError(f"{state.address} is answered by {hello.worker!r}, not by {state.name!r}")
-        other = self.models().get(hello.model)
-        if other is not None and (other.root, other.block_tokens) != (hello.root, hello.block_tokens):
+        other = self._models.get(hello.model)
+        if other is not None and other.workers and not _is_same(other, hello):
             raise WireError(f"{state.name} serves another {hello.model!r} than {', '.join(other.workers)}")
-        state.link, state.stalled_at = link, None
+        state.link, state.hello, state.stalled_at = link, hello, None
+        self._models = _models(self._workers)
         assert link.step_model is not None, "a link is up after hello"
         log.info("worker %s is up: %s on %s, %d KV blocks", state.name, hello.model, hello.device, hello.blocks_total)
         self._watcher.worker_up(
@@ -231,13 +229,30 @@ class Fleet:
             return  # it never was up
         state.link = None
         state.losses += 1
+        self._models = _models(self._workers)
         state.stalled_at = self._clock() if link.is_stalled else None
         level = logging.INFO if reason == STOPPING else logging.WARNING
         log.log(level, "worker %s is lost with %d requests: %s", state.name, link.orphan_count, reason)
         self._watcher.worker_lost(WorkerLost(state.id, reason))
 
 
-def _model_view(hello: Hello, workers: tuple[str, ...]) -> ModelView:
+def _is_same(model: ModelView, hello: Hello) -> bool:
+    return (model.root, model.block_tokens) == (hello.root, hello.block_tokens)
+
+
+def _models(workers: Sequence[WorkerState]) -> dict[str, ModelView]:
+    models: dict[str, ModelView] = {}
+    for state in sorted(workers, key=lambda state: state.link is None):  # the living say what their model is now
+        if state.hello is None:
+            continue
+        view = models.get(state.hello.model) or _model_view(state.hello)
+        if state.link is not None:
+            view = replace(view, workers=(*view.workers, state.name))
+        models[state.hello.model] = view
+    return models
+
+
+def _model_view(hello: Hello) -> ModelView:
     return ModelView(
         name=hello.model,
         digest=hello.model_digest,
@@ -245,5 +260,4 @@ def _model_view(hello: Hello, workers: tuple[str, ...]) -> ModelView:
         block_tokens=hello.block_tokens,
         context_max=hello.context_max,
         vocab_size=hello.vocab_size,
-        workers=workers,
     )

@@ -23,6 +23,7 @@ from router.child import Child, ending
 
 START_DEATHS_MAX = 3  # of one child before anything was ever ready: a wrong model or no memory, so say it and stop
 READY_POLL_S = 0.1
+COMPLETE_S = 5.0  # so long the banner waits for the other workers once the first one serves
 STOP_WORKERS_S = 5.0  # a worker whose router is gone has nothing to finish
 BACKLOG = 2048  # connections that wait while a router restarts
 ASK_MAX_BYTES = 4096  # names of workers to kill, from the router
@@ -55,7 +56,8 @@ class Keeper:
     say: Callable[[str], None] = field(default=lambda line: print(line, flush=True))
     _children: list[Child] = field(default_factory=list)
     _signals: int = 0  # SIGINT and SIGTERM so far: the second one ends the patience
-    _is_ready: bool = False
+    _serves_since: float = 0.0
+    _is_ready: bool = False  # the banner was said
 
     def run(self) -> int:
         """Serve until stopped. Returns the exit code; no child is left."""
@@ -64,7 +66,7 @@ class Keeper:
             try:
                 run = stack.enter_context(_private_directory())
                 listen = stack.enter_context(_listen(self.plan.host, self.plan.port, "--port"))
-                admin = stack.enter_context(_listen("127.0.0.1", self.plan.admin_port, "server.admin_port"))
+                admin = stack.enter_context(_listen("127.0.0.1", self.plan.admin_port, "--admin-port"))
                 asks, ask = os.pipe()
                 stack.callback(os.close, asks)
                 stack.callback(os.close, ask)
@@ -121,13 +123,22 @@ class Keeper:
             now = time.monotonic()
             for child in self._children:
                 self._watch(child, now)
-            if not self._is_ready and (answer := ask_ready(address)) is not None:
-                self._is_ready = True
-                self.say(banner(address, admin_port, answer))
+            if not self._is_ready:
+                self._announce(address, admin_port, now)
             due = [child.start_at - now for child in self._children if child.process is None]
             pause = min([*due, READY_POLL_S] if not self._is_ready else due, default=None)
             for name in _wait(wake, (asks,), pause):
                 self._restart(name)
+
+    def _announce(self, address: Any, admin_port: int, now: float) -> None:
+        """Say the banner once all workers serve, or some do and the others take long."""
+        answer = ask_ready(address)
+        if answer is None:
+            return
+        self._serves_since = self._serves_since or now
+        if answer["workers"] == len(self.plan.workers) or now - self._serves_since > COMPLETE_S:
+            self._is_ready = True
+            self.say(banner(address, admin_port, answer))
 
     def _watch(self, child: Child, now: float) -> None:
         if child.process is None:

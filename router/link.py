@@ -95,6 +95,7 @@ class Link(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._running: dict[int, _Running] = {}
         self._next_handle = 1
+        self._vocab_size = 0
         self._opened_at = clock()
         self._progress_at = self._opened_at
         self._heard_at = self._opened_at
@@ -192,10 +193,12 @@ class Link(asyncio.Protocol):
     def _greet(self, hello: Hello) -> None:
         if hello.protocol != PROTOCOL_VERSION:
             raise WireError(f"the worker speaks protocol {hello.protocol}, the router {PROTOCOL_VERSION}")
-        if hello.block_tokens < 1 or hello.blocks_total < 1 or hello.context_max < 1 or len(hello.cached) % KEY_BYTES:
+        sizes = (hello.block_tokens, hello.blocks_total, hello.context_max, hello.vocab_size)
+        if min(sizes) < 1 or len(hello.cached) % KEY_BYTES:
             raise WireError("a hello with impossible sizes")
         self.step_model = step_model(hello.step_model)
         self.hello = hello
+        self._vocab_size = hello.vocab_size
         self._progress_at = self._clock()
         self._send(self._welcome)
         self._owner.link_up(self, hello)
@@ -222,6 +225,8 @@ class Link(asyncio.Protocol):
             raise WireError("a step frame with a broken chain key")
         if any(count < 0 for count in frame.counts) or not math.isfinite(frame.load.step_s):
             raise WireError("a step frame with an impossible number")
+        if frame.ids and max(memoryview(frame.ids).cast("I")) >= self._vocab_size:  # unsigned: a negative id is huge
+            raise WireError("a token that the model does not have")
 
     def _report(self, frame: StepFrame, model: StepModel | None) -> WorkerReport:
         running, load = self._running, frame.load

@@ -12,7 +12,19 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from policies.actions import Action, Cancel, Dispatch, Reject, Tokenise, WakeAt
-from policies.events import Arrived, Event, Failed, Gone, Offered, PolicyFault, Tick, WorkerLost, WorkerReport, WorkerUp
+from policies.events import (
+    Arrived,
+    Event,
+    Failed,
+    Gone,
+    Offered,
+    PolicyFault,
+    Started,
+    Tick,
+    WorkerLost,
+    WorkerReport,
+    WorkerUp,
+)
 from policies.request import Request, RequestId, WorkerId
 from router.ports import Client
 
@@ -57,6 +69,10 @@ class Mind:
     def live_count(self) -> int:
         """Requests that the mind knows: offered, queued or running."""
         return len(self._clients)
+
+    def begin(self, event: Started) -> None:
+        """The first event of a life, and of its recording."""
+        self._handle(event)
 
     # For the relay ----------------------------------------------------------------------------------------------------
 
@@ -147,6 +163,13 @@ class Mind:
             self.client_faults += 1
             log.error("request %s: its relay failed at %s", action.request_id, action.reason, exc_info=error)
             self.gone(action.request_id)
+            self._tell_broken(action.request_id, client)
+
+    def _tell_broken(self, request_id: RequestId, client: Client) -> None:
+        try:
+            client.broke()
+        except Exception as error:
+            log.error("request %s: its relay cannot even end", request_id, exc_info=error)
 
     def _wake(self, at: float, now: float) -> None:
         if self._alarm is not None:

@@ -27,6 +27,9 @@ class Client(Protocol):
     def cancel(self, action: Cancel) -> None:
         """Stop the attempt; another action follows."""
 
+    def broke(self) -> None:
+        """An action could not be carried out, by our own fault. The mind has forgotten the request."""
+
 
 class Sink(Protocol):
     """Who receives an attempt's tokens, inside the loop over one engine frame."""

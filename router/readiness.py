@@ -5,7 +5,7 @@ Owns the answer of /readyz. Asks the policy itself what it would promise, so the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from policies.api import Output, Promise, Prompt, RouterPolicy
@@ -21,7 +21,7 @@ Budgets = dict[str, dict[str, float | None]]
 
 @dataclass(slots=True)
 class Readiness:
-    """Asked by /readyz and by the keeper; `is_draining` is set once and stays."""
+    """Asked by /readyz; `is_draining` is set once and stays."""
 
     fleet: Fleet
     policy: RouterPolicy
@@ -33,16 +33,11 @@ class Readiness:
         """A worker has proved a step, and we are not leaving."""
         return not self.is_draining and self.fleet.is_ready()
 
-    def answer(self) -> dict[str, object]:
-        """The body of /readyz."""
-        models = self.fleet.models()
-        model = next(iter(models), "")
-        return {
-            "ready": self.is_ready(),
-            "workers": sum(state.link is not None for state in self.fleet.workers),
-            "model": model,
-            "budgets": self._budgets(model),
-        }
+    def state(self) -> tuple[bool, Mapping[str, object]]:
+        """What /readyz says: whether we are ready, and what there is."""
+        model = next(iter(self.fleet.models()), "")
+        workers = sum(state.link is not None for state in self.fleet.workers)
+        return self.is_ready(), {"workers": workers, "model": model, "budgets": self._budgets(model)}
 
     def _budgets(self, model: str) -> Budgets:
         profile = self.profile(model)

@@ -8,11 +8,12 @@ never as if it were whole."""
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -37,8 +38,11 @@ from router.stops import StopScanner
 from router.text import Identity, Prompt, Rendered, Text
 from router.turn import Encoder, Turn, Usage
 
+log = logging.getLogger(__name__)
+
 SSE: Headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 HEARTBEAT = b": the request waits for its first token\n\n"
+BROKEN = ErrorDetail("The router failed on this request.", "server_error", None, "internal_error")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,25 @@ class RelayLimits:
     coalesce_s: float = 0.25  # ... or at the first token after this
 
 
+class Flusher:
+    """Flushes relays once all that came in one go is handled: steps that a busy router reads together leave together,
+    in one event and one write. A write costs as much as all else that is done for a token."""
+
+    def __init__(self) -> None:
+        self._due: list[Relay] = []
+
+    def soon(self, relay: Relay) -> None:
+        """Flush it behind the callbacks that are running now."""
+        if not self._due:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._due.append(relay)
+
+    def _flush(self) -> None:
+        due, self._due = self._due, []
+        for relay in due:
+            relay.flush()
+
+
 @dataclass(frozen=True, slots=True)
 class Services:
     """What every relay works with."""
@@ -60,6 +83,7 @@ class Services:
     observer: Observer
     limits: RelayLimits
     clock: Callable[[], float]
+    flusher: Flusher = field(default_factory=Flusher)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +118,7 @@ class Relay:
         self._stops = StopScanner(order.turn.stop) if order.turn.stop else None
         self._unsent: list[str] = []
         self._unsent_tokens = 0
+        self._is_flush_soon = False
         self._flushed_at = 0.0
         self._has_opened = False  # the encoder's first bytes are out
         self._cached_tokens = 0
@@ -106,7 +131,7 @@ class Relay:
     def begin(self) -> None:
         """Offer the request. It may be answered before this returns."""
         self._exchange.on_gone = self._client_gone
-        self._exchange.on_writable = self._flush_unsent
+        self._exchange.on_writable = self.flush
         if self._order.turn.is_stream:
             self._arm(self._services.limits.commit_after_s)
         self._services.mind.offer(self._order.request, self)
@@ -146,6 +171,11 @@ class Relay:
     def cancel(self, action: Cancel) -> None:
         self._drop_attempt(action.reason)
 
+    def broke(self) -> None:
+        self._drop_attempt("router fault")
+        if not self.over.done():
+            self._end_with_error(500, BROKEN, "failed", [])
+
     # router.ports.Sink ------------------------------------------------------------------------------------------------
 
     def started(self, start: Start) -> None:
@@ -167,8 +197,9 @@ class Relay:
             self._stop_here()
         elif self._order.turn.is_stream:
             self._unsent_tokens += len(numbers)
-            if self._is_flush_due():
-                self._flush_unsent()
+            if not self._is_flush_soon and self._is_flush_due():
+                self._is_flush_soon = True
+                self._services.flusher.soon(self)
 
     def ended(self, end: End) -> None:
         self._attempt = None
@@ -193,6 +224,10 @@ class Relay:
             self._arrived(self._order.text.assemble(rendered, tokenised))
         except RequestError as error:
             self._refuse(error)
+        except Exception as error:  # border: nobody else awaits this task
+            log.error("request %s: it cannot be tokenised", self._order.request.id, exc_info=error)
+            self._services.mind.gone(self._order.request.id)
+            self.broke()
 
     def _arrived(self, prompt: Prompt) -> None:
         room = self._order.context_max - len(prompt.ids)
@@ -207,9 +242,10 @@ class Relay:
         assert self._prompt is not None
         order, prompt = self._order, self._prompt
         wanted = order.turn.sampling
+        ids = prompt.ids.tobytes()
         return Submit(
             handle=0,
-            ids=prompt.ids.tobytes() + self._emitted.tobytes(),
+            ids=ids + self._emitted.tobytes() if self._emitted else ids,
             prompt_len=len(prompt.ids),
             salt=order.identity.salt,
             public_blocks=0,
@@ -242,9 +278,10 @@ class Relay:
         is_late = self._services.clock() - self._flushed_at > limits.coalesce_s
         return self._unsent_tokens >= limits.coalesce_tokens or is_late
 
-    def _flush_unsent(self) -> None:
+    def flush(self) -> None:
         """Send what is there, unless the client is behind: then it stays text, and `on_writable` comes back here."""
-        if not self._unsent or not self._order.turn.is_stream or not self._exchange.is_writable:
+        self._is_flush_soon = False
+        if not self._unsent or not self._order.turn.is_stream or not self._exchange.is_writable or self.over.done():
             return
         data = self._order.encoder.delta("".join(self._unsent))
         self._unsent.clear()
@@ -278,6 +315,7 @@ class Relay:
             tail = self._stops.feed(tail) + self._stops.flush()
         self._unsent.append(tail)
         text = "".join(self._unsent)
+        self._unsent.clear()
         usage = self._usage()
         encoder = self._order.encoder
         if not self._order.turn.is_stream:

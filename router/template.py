@@ -1,16 +1,18 @@
 """A model's chat template: messages become pieces of text, the client's and the template's own kept apart.
 
 Owns the sandbox. A client's string never enters the rendered text: a numbered stand-in does, so that no wording of a
-client can become a mark of the template, and a long message costs the template nothing."""
+client can become a mark of the template, and a long message costs the template nothing. A template that asked nothing
+of the contents wrote around them what it would write around any others: that frame is kept, by the roles."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import jinja2
 from jinja2.ext import loopcontrols
@@ -23,12 +25,43 @@ OPEN, CLOSE = "\ue000", "\ue001"  # private use: a template has no such characte
 _STAND_IN = re.compile(f"{OPEN}([0-9]+){CLOSE}")
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+FRAMES_MAX = 256  # kept frames; one of a long conversation has a few thousand parts, so some tens of MB at the most
+FRAME_PARTS_MAX = 4096  # a longer one is rendered each time
+
+
+Part = str | int  # the template's own text, or the number of a client's string
+
+
+class Piece(NamedTuple):
     """A run of prompt text. Marks are special only where the template wrote them."""
 
     text: str
     is_client: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """A prompt up to where the assistant speaks: the parts of its frame, and what the client's numbers stand for."""
+
+    frame: tuple[Part, ...]
+    texts: Sequence[str]
+
+    def pieces(self, begin: int = 0) -> list[Piece]:
+        """The runs from part `begin` on."""
+        texts = self.texts
+        return [
+            Piece(texts[part], True) if isinstance(part, int) else Piece(part, False) for part in self.frame[begin:]
+        ]
+
+
+class Book:
+    """The client's strings of one prompt, by the numbers of their stand-ins. Contents of messages come first."""
+
+    __slots__ = ("is_asked", "texts")
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.is_asked = False  # the template looked at what a string says
 
 
 class ClientText(str):
@@ -36,15 +69,21 @@ class ClientText(str):
 
     What is not overridden here sees the stand-in: at worst a wrong rendering, never a client's text as a mark."""
 
-    __slots__ = ("book", "text")
-    book: list[str]
-    text: str
+    __slots__ = ("_text", "book")
+    book: Book
+    _text: str
 
-    def __new__(cls, text: str, book: list[str]) -> ClientText:
-        stand_in = super().__new__(cls, f"{OPEN}{len(book)}{CLOSE}")
-        stand_in.text, stand_in.book = text, book
-        book.append(text)
+    def __new__(cls, text: str, book: Book) -> ClientText:
+        stand_in = super().__new__(cls, f"{OPEN}{len(book.texts)}{CLOSE}")
+        stand_in._text, stand_in.book = text, book
+        book.texts.append(text)
         return stand_in
+
+    @property
+    def text(self) -> str:
+        """The real text; whoever reads it may write something else for another one."""
+        self.book.is_asked = True
+        return self._text
 
     def _like(self, text: str) -> ClientText:
         return ClientText(text, self.book)
@@ -95,6 +134,7 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise
         self._template = environment.from_string(source)
         self._marks = marks
+        self._frames: OrderedDict[tuple[str, ...], tuple[Part, ...]] = OrderedDict()
 
     @classmethod
     def load(cls, folder: Path) -> ChatTemplate | None:
@@ -109,12 +149,29 @@ class ChatTemplate:
         marks = {name: _mark(settings.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
         return cls(source, marks)
 
-    def render(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> list[Piece]:
+    # Hot: once per request; a few hundred ns a message when its frame is known. bench/router.py.
+    def render(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> Rendering:
         """The prompt up to where the assistant speaks. Raises RequestError 400 when the template refuses."""
-        book: list[str] = []
+        if tools or not all([message.extra is None for message in messages]):  # noqa: C419 -- a list is twice as fast
+            frame, book = self._framed(messages, tools)
+            return Rendering(frame, book.texts)
+        roles = tuple([message.role for message in messages])
+        known = self._frames.get(roles)
+        if known is not None:
+            self._frames.move_to_end(roles)
+            return Rendering(known, [message.content for message in messages])
+        frame, book = self._framed(messages, ())
+        if not book.is_asked and len(frame) <= FRAME_PARTS_MAX:
+            self._keep(roles, frame)
+        return Rendering(frame, book.texts)
+
+    def _framed(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> tuple[tuple[Part, ...], Book]:
+        """What the template writes, with numbers where a client's strings stand."""
+        book = Book()
+        contents = [ClientText(message.content, book) for message in messages]
         views = [
-            {"role": message.role, "content": ClientText(message.content, book), **_hidden(message.extra or {}, book)}
-            for message in messages
+            {"role": message.role, "content": content, **_hidden(message.extra or {}, book)}
+            for message, content in zip(messages, contents, strict=True)
         ]
         try:
             text = self._template.render(
@@ -123,23 +180,20 @@ class ChatTemplate:
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             reason = str(error)[:200] if isinstance(error, TemplateRefusal) else "its roles or order do not fit"
             raise RequestError(400, f"The model's chat template refuses these messages: {reason}.") from None
-        return _pieces(text, book)
+        parts = _STAND_IN.split(text)
+        return tuple([int(part) if at % 2 else part for at, part in enumerate(parts) if part]), book
+
+    def _keep(self, roles: tuple[str, ...], frame: tuple[Part, ...]) -> None:
+        self._frames[roles] = frame
+        if len(self._frames) > FRAMES_MAX:
+            self._frames.popitem(last=False)
 
 
 class TemplateRefusal(jinja2.TemplateError):
     """The template called raise_exception: its author's words, safe to repeat."""
 
 
-def _pieces(text: str, book: list[str]) -> list[Piece]:
-    pieces = []
-    for at, part in enumerate(_STAND_IN.split(text)):
-        piece = Piece(book[int(part)], is_client=True) if at % 2 else Piece(part, is_client=False)
-        if piece.text:
-            pieces.append(piece)
-    return pieces
-
-
-def _hidden(value: Any, book: list[str]) -> Any:
+def _hidden(value: Any, book: Book) -> Any:
     """The same structure with every string behind a stand-in. Keys too: they are the client's as well."""
     if isinstance(value, str):
         return ClientText(value, book)
@@ -150,7 +204,7 @@ def _hidden(value: Any, book: list[str]) -> Any:
     return value
 
 
-def _key(key: str, book: list[str]) -> str:
+def _key(key: str, book: Book) -> str:
     return key if key.isidentifier() else ClientText(key, book)
 
 
@@ -164,7 +218,7 @@ def _shown(value: Any) -> Any:
     return value
 
 
-def _book_of(value: Any) -> list[str] | None:
+def _book_of(value: Any) -> Book | None:
     if isinstance(value, ClientText):
         return value.book
     inner = [*value.keys(), *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []

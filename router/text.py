@@ -16,7 +16,7 @@ import xxhash
 from engine import keys
 from engine.keys import KEY_BYTES, ChainKey, Ids
 from router.errors import RequestError
-from router.template import ChatTemplate, Piece
+from router.template import ChatTemplate, Piece, Rendering
 from router.turn import Turn
 from router.vocabulary import Detokeniser, Vocabulary
 
@@ -108,16 +108,20 @@ class Text:
         """For one answer."""
         return Detokeniser(self._vocabulary)
 
+    # Hot: once per request. Budget 2 us a message when its conversation is known; bench/router.py.
     def render(self, turn: Turn, identity: Identity) -> Rendered:
         """What must be tokenised. Raises RequestError 400 for a prompt that the model cannot have."""
         if turn.ids is not None:
             return Rendered(identity, self._named(turn.ids, identity), (), ())
-        segments = _segments(self._pieces(turn), identity)
-        known, at = None, len(segments)
-        while at and (known := self._prefixes.get(segments[at - 1].upto)) is None:
+        rendering = self._rendering(turn)
+        names = _prefix_names(rendering, identity)
+        known, at = None, len(names)
+        while at and (known := self._prefixes.get(names[at - 1])) is None:
             at -= 1
-        rest = tuple(segments[at:])
-        return Rendered(identity, known, rest, tuple(part for part in rest if self._segments.get(part.key) is None))
+        rest = tuple(
+            [Segment(piece, _key(piece), upto) for piece, upto in zip(rendering.pieces(at), names[at:], strict=True)]
+        )
+        return Rendered(identity, known, rest, tuple([part for part in rest if self._segments.get(part.key) is None]))
 
     def tokenise(self, cold: Sequence[Segment]) -> list[Ids]:
         """Ids of each segment. Touches no cache, so any thread may run it."""
@@ -139,23 +143,34 @@ class Text:
         ids = np.concatenate(parts)
         prompt = Prompt(ids, _extended_chain(rendered, ids))
         self._prefixes.put(rendered.rest[-1].upto, prompt)
+        self._remember_history(rendered, prompt, parts)
         return prompt
+
+    def _remember_history(self, rendered: Rendered, prompt: Prompt, parts: Sequence[Ids]) -> None:
+        """The prompt before its last client text, too: a client that asks again asks something else there."""
+        last = max((at for at, part in enumerate(rendered.rest) if part.piece.is_client), default=0)
+        if last == 0:
+            return
+        tokens = len(prompt.ids) - sum(len(ids) for ids in parts[len(parts) - len(rendered.rest) + last :])
+        blocks = tokens // rendered.identity.block_tokens
+        history = Prompt(prompt.ids[:tokens], prompt.chain[: KEY_BYTES * blocks])
+        self._prefixes.put(rendered.rest[last - 1].upto, history)
 
     def _held(self, segment: Segment) -> Ids:
         held = self._segments.get(segment.key)
         # Another request may have pushed it out while a thread worked on this one.
         return held.ids if held is not None else self.tokenise([segment])[0]
 
-    def _pieces(self, turn: Turn) -> list[Piece]:
+    def _rendering(self, turn: Turn) -> Rendering:
         if turn.text is not None:
-            pieces = [Piece(turn.text, is_client=True)]
+            rendering = Rendering((0,), (turn.text,))
         elif self._template is None:
             raise RequestError(400, "This model has no chat template; use /v1/completions.", param="messages")
         else:
-            pieces = self._template.render(turn.messages, turn.tools)
-        if not any(piece.text for piece in pieces):
+            rendering = self._template.render(turn.messages, turn.tools)
+        if len(rendering.frame) < 2 and not any(piece.text for piece in rendering.pieces()):
             raise RequestError(400, "The prompt is empty.", param="prompt", code="invalid_value")
-        return pieces
+        return rendering
 
     def _named(self, ids: Ids, identity: Identity) -> Prompt:
         if int(ids.max()) >= len(self._vocabulary):
@@ -168,14 +183,25 @@ def _size(prompt: Prompt) -> int:
     return prompt.ids.nbytes + len(prompt.chain)
 
 
-def _segments(pieces: Sequence[Piece], identity: Identity) -> list[Segment]:
-    """Prefixes are named apart in every salt domain."""
-    segments, upto = [], xxhash.xxh3_128_digest(identity.root + identity.salt)
-    for piece in pieces:
-        key = xxhash.xxh3_128_digest((b"c" if piece.is_client else b"t") + piece.text.encode())
-        upto = xxhash.xxh3_128_digest(upto + key)
-        segments.append(Segment(piece, key, upto))
-    return segments
+def _key(piece: Piece) -> bytes:
+    return xxhash.xxh3_128_digest((b"c" if piece.is_client else b"t") + piece.text.encode())
+
+
+def _prefix_names(rendering: Rendering, identity: Identity) -> list[bytes]:
+    """A name for the prompt up to and including each part. Salt domains have names of their own."""
+    names, texts, running = [], rendering.texts, xxhash.xxh3_128(identity.root + identity.salt)
+    update, digest = running.update, running.digest
+    for part in rendering.frame:
+        # Kind and length part "ab", "c" from "a", "bc", and a template's words from a client's.
+        if isinstance(part, int):
+            data = texts[part].encode()
+            update(b"c%d:" % len(data))
+        else:
+            data = part.encode()
+            update(b"t%d:" % len(data))
+        update(data)
+        names.append(digest())
+    return names
 
 
 def _extended_chain(rendered: Rendered, ids: Ids) -> bytes:

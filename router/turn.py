@@ -5,14 +5,13 @@ Owns the shapes between dialects, text and relay. Knows no JSON and no HTTP."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from engine.keys import Ids
 from engine.wire import Sampling
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     """One message as a chat template sees it. `extra` holds what only some roles have, such as tool calls."""
 
     role: str

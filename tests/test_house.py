@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from router import config_load
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("policies", "engine", "router", "loadgen")
 
@@ -46,6 +48,13 @@ def test_a_limit_has_the_default_that_the_page_says(row: list[str]) -> None:
     assert metric == "-" or any(metric in path.read_text() for path in (ROOT / "router").rglob("*.py"))
     path, _, function = test.partition("::")
     assert f"def {function}(" in (ROOT / path).read_text()
+
+
+def test_the_configuration_page_lists_every_key_and_no_other() -> None:
+    written = {row[0].strip("`").replace('"', "") for row in table_rows("docs/configuration.md")}
+    twins = ("classes.background-agent", "classes.data-processor")  # said once, for chatbot+
+    keys = {".".join(key) for key in config_load._schema()}
+    assert written == {key for key in keys if not key.startswith(twins)}
 
 
 def test_nothing_speaks_of_the_machine_it_was_written_on() -> None:

@@ -27,6 +27,7 @@ class Span:
     end: int
     is_decode: bool
     blocks: Tensor  # [2 * sequences * kv_heads * blocks] int64: head-blocks of keys, then of values, in layer 0
+    scratch: Tensor  # [2 * sequences * kv_heads * blocks, tokens * head_dim]: what one layer reads, warm for the next
     mask: Tensor  # decode [sequences * kv_heads, 1, 1, tokens], chunk [rows, tokens]; 0 or -inf
 
 
@@ -55,8 +56,8 @@ class Pages:
         kv_heads, tokens = self.memory.shape[3:5]
         group, sequences = heads // kv_heads, rows if span.is_decode else 1
         head_blocks = self.memory.view(-1, tokens * head_dim)[layer * 2 * kv_heads :]
-        gathered = head_blocks.index_select(0, span.blocks)
-        keys, values = gathered.view(2, sequences * kv_heads, 1, -1, head_dim).unbind()
+        torch.index_select(head_blocks, 0, span.blocks, out=span.scratch)
+        keys, values = span.scratch.view(2, sequences * kv_heads, 1, -1, head_dim).unbind()
         if span.is_decode:  # the query heads of a group are rows against their one key head: nothing is repeated
             asked = queries.reshape(sequences * kv_heads, 1, group, head_dim)
             return _attention(asked, keys, values, attn_mask=span.mask).reshape(rows, heads, head_dim)
@@ -105,13 +106,13 @@ class KVPool:
         tables = self._tables(batch, sequences, int(contexts.max()))
         visible = np.arange(tables.shape[1] * self.block_tokens) < contexts[:, None]
         mask = self._mask(visible).repeat_interleave(self._kv_heads, 0)[:, None, None]
-        return Span(start, start + len(sequences), True, self._head_block_rows(tables), mask)
+        return Span(start, start + len(sequences), True, *self._gathered(tables), mask)
 
     def _chunk_span(self, batch: StepBatch, start: int, sequence: int, rows: Int64) -> Span:
         positions = batch.positions[rows]
         tables = self._tables(batch, np.array([sequence]), int(positions[-1]) + 1)
         visible = np.arange(tables.shape[1] * self.block_tokens) <= positions[:, None]
-        return Span(start, start + len(rows), False, self._head_block_rows(tables), self._mask(visible))
+        return Span(start, start + len(rows), False, *self._gathered(tables), self._mask(visible))
 
     def _tables(self, batch: StepBatch, sequences: Int64, tokens: int) -> Int64:
         """The block tables of these sequences, as wide as the longest; what is not theirs reads the zero block."""
@@ -120,13 +121,14 @@ class KVPool:
         tables = batch.block_tables[sequences, :width].astype(np.int64)
         return np.where(np.arange(width) < own[:, None], tables, self.blocks)
 
-    def _head_block_rows(self, tables: Int64) -> Tensor:
-        """[sequences, blocks] -> flat rows of `_head_blocks`, ordered [2, sequences, kv_heads, blocks]."""
+    def _gathered(self, tables: Int64) -> tuple[Tensor, Tensor]:
+        """[sequences, blocks] -> which head-blocks to read, ordered [2, sequences, kv_heads, blocks], and into what."""
         base = tables[:, None, :] * (self._layers * 2 * self._kv_heads) + np.arange(self._kv_heads)[:, None]
-        return self._tensor(np.stack([base, base + self._kv_heads]).ravel())
+        blocks = self._tensor(np.stack([base, base + self._kv_heads]).ravel())
+        return blocks, self.memory.new_empty((len(blocks), self.block_tokens * self.memory.shape[-1]))
 
     def _write_rows(self, slots: Int64) -> Tensor:
-        """[rows] -> flat rows of `_token_rows`, ordered [rows, 2 * kv_heads]; -1 goes to the last spare block."""
+        """[rows] -> flat token-rows, ordered [rows, 2 * kv_heads]; -1 goes to the last spare block."""
         slots = np.where(slots >= 0, slots, (self.blocks + 1) * self.block_tokens)
         block, offset = np.divmod(slots, self.block_tokens)
         heads = block[:, None] * (self._layers * 2 * self._kv_heads) + np.arange(2 * self._kv_heads)

@@ -9,11 +9,18 @@ from typing import Any
 import msgspec
 
 from router.dialects.common import DONE, event, sampling, stops, wants_usage
-from router.dialects.schema import ChatMessage, ChatRequest, decode, refuse_unsupported, wrong_field
+from router.dialects.schema import ChatMessage, ChatRequest, Part, decode, refuse_unsupported, wrong_field
 from router.errors import ErrorDetail, error_body
 from router.turn import Message, Turn, Usage
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+ROLES = {  # what clients may say, and what templates know it as
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+    "function": "function",
+}
 
 _decoder = msgspec.json.Decoder(ChatRequest)
 _quote = msgspec.json.encode
@@ -38,29 +45,28 @@ def turn(request: ChatRequest) -> Turn:
         stop=stops(request),
         is_stream=request.stream,
         wants_usage=wants_usage(request),
-        messages=tuple(_message(number, message) for number, message in enumerate(request.messages)),
+        messages=tuple([_message(number, message) for number, message in enumerate(request.messages)]),
         tools=tuple(request.tools or ()),
     )
 
 
+# Hot: once per message; agents send hundreds. bench/router.py.
 def _message(number: int, message: ChatMessage) -> Message:
-    if message.role not in ROLES:
+    role, content = ROLES.get(message.role), message.content
+    if role is None:
         raise wrong_field(f"messages[{number}].role", f"must be one of {', '.join(ROLES)}")
-    role = "system" if message.role == "developer" else message.role
-    extra: dict[str, Any] = {"tool_calls": message.tool_calls} if message.tool_calls else {}
-    extra |= {"name": message.name} if message.name else {}
-    return Message(role, _content(number, message), extra or None)
+    extra: dict[str, Any] | None = None
+    if message.tool_calls or message.name:
+        extra = {"tool_calls": message.tool_calls} if message.tool_calls else {}
+        extra |= {"name": message.name} if message.name else {}
+    return Message(role, content if isinstance(content, str) else _joined(number, content or []), extra)
 
 
-def _content(number: int, message: ChatMessage) -> str:
-    if message.content is None:
-        return ""
-    if isinstance(message.content, str):
-        return message.content
-    for at, part in enumerate(message.content):
+def _joined(number: int, parts: list[Part]) -> str:
+    for at, part in enumerate(parts):
         if part.type not in ("text", "input_text", "refusal"):
             raise refuse_unsupported(f"messages[{number}].content[{at}].type", "this model reads text alone")
-    return "".join(part.text for part in message.content)
+    return "".join(part.text for part in parts)
 
 
 class ChatEncoder:

@@ -12,7 +12,8 @@ from engine import keys
 from engine.blocks import BlockTrie
 from engine.fake import FAKE_SPEED, FakeRunner, Fault, token
 from engine.launch import Launch
-from engine.scheduler import Outcome, Scheduler, SchedulerLimits
+from engine.outcome import Outcome
+from engine.scheduler import Scheduler, SchedulerLimits
 from engine.step import ModelFacts
 from engine.wire import End, Sampling, Start, Submit
 from policies.costs import StepModel
@@ -111,8 +112,9 @@ class Rig:
         self.trie.check()
 
     def _note(self, outcome: Outcome) -> None:
-        for sequence, each in outcome.tokens:
-            self.tokens.setdefault(sequence.handle, []).append(each)
-            self.times.setdefault(sequence.handle, []).append(self.now)
+        for link, handles in outcome.handles.items():
+            for handle, each in zip(handles, outcome.ids[link], strict=True):
+                self.tokens.setdefault(handle, []).append(each)
+                self.times.setdefault(handle, []).append(self.now)
         self.starts |= {start.handle: start for _, start in outcome.starts}
         self.ends |= {end.handle: end for _, end in outcome.ends}

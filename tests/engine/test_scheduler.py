@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.fake import Fault
-from engine.scheduler import SchedulerLimits, peak_tokens
+from engine.scheduler import SchedulerLimits
 from engine.wire import Sampling
 from policies.request import RequestClass
 from tests.engine.rig import AGENT, BATCH, CHAT, FACTS, SIZE, VOCAB, Rig, expected, order, prompt
@@ -233,13 +233,6 @@ def test_a_dropped_link_takes_its_sequences_along() -> None:
     rig.run()
 
     assert rig.ends[1].reason == "length"
-
-
-def test_the_coming_peak_counts_those_who_will_have_ended() -> None:
-    known, remaining = np.array([100.0, 50.0]), np.array([10.0, 40.0])
-
-    # After 10 steps both have grown: 110 + 60; after 40 only the second is left with 90.
-    assert peak_tokens(known, remaining) == 170.0
 
 
 @settings(max_examples=60, deadline=None)

@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,7 +29,8 @@ POLL_S = 0.02
 class Stream:
     """One streamed answer as a client sees it."""
 
-    def __init__(self) -> None:
+    def __init__(self, prompt: str) -> None:
+        self.prompt = prompt
         self.status = 0
         self.headers = httpx.Headers()
         self.text = ""
@@ -88,12 +89,13 @@ class Stream:
 
 
 class House:
-    """Two fake workers and a router, unless told otherwise."""
+    """Fake workers and a router."""
 
-    def __init__(self, directory: Path, model: Path, config: Config | None = None, **worker: object) -> None:
+    def __init__(self, directory: Path, model: Path, config: Config, names: Sequence[str], **worker: object) -> None:
         self.directory = directory
         self.model = model
-        self.config = config or Config()
+        self.config = config
+        self.names = names
         self.worker_flags = [f"--{name.replace('_', '-')}={value}" for name, value in worker.items()]
         self.workers: dict[str, subprocess.Popen[bytes]] = {}
         self.router: subprocess.Popen[bytes] | None = None
@@ -105,13 +107,13 @@ class House:
 
     async def __aenter__(self) -> House:
         (self.directory / "config.json").write_bytes(self.config.to_json())
-        for name in ("w0", "w1"):
+        for name in self.names:
             self.start_worker(name)
         self.start_router()
         url = f"http://127.0.0.1:{self._listen.getsockname()[1]}"
         self.client = httpx.AsyncClient(base_url=url, timeout=DEADLINE_S, limits=httpx.Limits(max_connections=256))
         self.admin = httpx.AsyncClient(base_url=f"http://127.0.0.1:{self._admin.getsockname()[1]}", timeout=DEADLINE_S)
-        await self.until_up(2)
+        await self.until_up(len(self.names))
         return self
 
     async def __aexit__(
@@ -132,6 +134,8 @@ class House:
 
     def start_worker(self, name: str, *flags: str) -> None:
         """Start a worker, again if it ran before."""
+        if name in self.workers:
+            self.workers[name].wait(DEADLINE_S)
         command = [sys.executable, "-m", "engine", "fake", "--socket", str(self.directory / f"{name}.sock")]
         command += ["--name", name, "--model-name", "tiny", "--calibrate-s", "0.2", *self.worker_flags, *flags]
         with (self.directory / f"{name}.log").open("ab") as log:
@@ -143,7 +147,7 @@ class House:
         command = [sys.executable, "-m", "router", "--config", str(self.directory / "config.json")]
         command += ["--model", str(self.model), "--listen-fd", str(fds[0]), "--admin-fd", str(fds[1])]
         command += ["--keeper-fd", str(fds[2])]
-        for name in ("w0", "w1"):
+        for name in self.names:
             command += ["--worker", f"{name}={self.directory / name}.sock"]
         with (self.directory / "router.log").open("ab") as log:
             self.router = subprocess.Popen(command, stderr=log, pass_fds=fds)
@@ -178,7 +182,7 @@ class House:
         """Send a request; its answer is read in the background."""
         body = {"model": "tiny", "messages": [{"role": "user", "content": prompt}], "stream": stream}
         body |= {"max_tokens": tokens, "temperature": 0, "ignore_eos": True}
-        answer = Stream()
+        answer = Stream(prompt)
         answer.task = asyncio.create_task(answer.read(self.client, body, headers))
         return answer
 
@@ -202,9 +206,11 @@ def logs(directory: Path) -> str:
 
 
 @contextlib.asynccontextmanager
-async def house(directory: Path, model: Path, config: Config | None = None, **worker: object) -> AsyncIterator[House]:
+async def house(
+    directory: Path, model: Path, config: Config | None = None, names: Sequence[str] = ("w0", "w1"), **worker: object
+) -> AsyncIterator[House]:
     """A house that is ready; what it printed is shown when a test fails in it."""
-    built = House(directory, model, config, **worker)
+    built = House(directory, model, config or Config(), names, **worker)
     try:
         async with built:
             yield built

@@ -82,8 +82,8 @@ def test_a_recorded_run_replays_byte_for_byte(
 def test_serve_answers_survives_a_killed_worker_and_leaves_no_process(tmp_path: Path, model_folder: Path) -> None:
     del model_folder  # converted already, so that the start is quick
     printed = tmp_path / "printed"
-    command = [sys.executable, "-m", "router.cli", "serve", "--port", "0", "--device", "fake"]
-    env = {**os.environ, "HEADWAY_SERVER_ADMIN_PORT": "0", "XDG_RUNTIME_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "router.cli", "serve", "--port", "0", "--admin-port", "0", "--device", "fake"]
+    env = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)}
     with printed.open("w") as file:
         keeper = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env)
     try:
@@ -95,7 +95,7 @@ def test_serve_answers_survives_a_killed_worker_and_leaves_no_process(tmp_path: 
         assert "chatbot+ " in text
 
         with httpx.Client(base_url=base[0], timeout=DEADLINE_S) as client:
-            body = json.loads(re.search(r"-d '(.*)'", text)[1])  # type: ignore[index]
+            body = json.loads(re.search(r"-d '(.*)'", text)[1]) | {"max_tokens": 5}  # type: ignore[index]
             assert client.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
             os.kill(children[0], signal.SIGKILL)
             until(lambda: "w0 is up" in printed.read_text().split("ended (SIGKILL)")[-1], "w0 is back")

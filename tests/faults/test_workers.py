@@ -17,6 +17,14 @@ pytestmark = pytest.mark.model
 LONG = "word " * 1500  # prefill of this takes a fake worker 0.6 s at 20 times its usual slowness
 
 
+CHAT = {"x-headway-class": "chatbot+"}
+
+
+def patient_for(seconds: float) -> Config:
+    """Clients of chatbot+ that leave sooner than usual."""
+    return Config(classes=Classes(chatbot=Promise(patience_s=seconds)))
+
+
 async def healthy_answer(built: House, prompt: str, tokens: int = 20) -> str:
     """What this prompt's answer is when nothing goes wrong."""
     answer = await built.ask(prompt, tokens=tokens).end()
@@ -25,16 +33,12 @@ async def healthy_answer(built: House, prompt: str, tokens: int = 20) -> str:
     return answer.text
 
 
-async def one_on_each(built: House, tokens: int) -> tuple[Stream, Stream]:
-    """Two running streams, the first on w0, the second on w1."""
-    streams: dict[str, Stream] = {}
-    for number in range(50):
-        stream = built.ask(f"story {number}", tokens=tokens)
-        await stream.until(lambda seen: len(seen.text) > 0 or seen.status > 200)
-        streams[stream.headers["x-headway-worker"]] = stream
-        if len(streams) == 2:
-            return streams["w0"], streams["w1"]
-    raise AssertionError("one worker got everything")
+async def running(built: House, count: int, tokens: int) -> list[Stream]:
+    """So many streams after their first token, spread over both workers by their long prompts."""
+    streams = [built.ask(f"{number} {LONG}", tokens=tokens) for number in range(count)]
+    for stream in streams:
+        await stream.until(lambda seen: len(seen.text) > 0)
+    return streams
 
 
 def test_a_worker_killed_in_prefill_costs_the_client_nothing(tmp_path: Path, model_folder: Path) -> None:
@@ -54,30 +58,44 @@ def test_a_worker_killed_in_prefill_costs_the_client_nothing(tmp_path: Path, mod
     asyncio.run(scene())
 
 
-def test_a_stream_that_cannot_go_on_ends_with_an_error_and_its_neighbour_goes_on(
-    tmp_path: Path, model_folder: Path
-) -> None:
+def test_a_worker_killed_in_mid_stream_costs_a_gap_and_no_token(tmp_path: Path, model_folder: Path) -> None:
     async def scene() -> None:
         async with house(tmp_path, model_folder, slower=20) as built:
-            cut, whole = await one_on_each(built, tokens=60)
+            streams = await running(built, 4, tokens=60)
+            assert {stream.headers["x-headway-worker"] for stream in streams} == {"w0", "w1"}
 
             built.hurt("w0", signal.SIGKILL)
 
-            await cut.end()
-            await whole.end()
-            assert cut.status == 200
-            assert len(cut.errors) == 1
-            assert not cut.is_done
-            assert cut.finish_reason is None
-            assert whole.is_done
-            assert whole.finish_reason == "length"
-            assert not whole.errors
+            moved = next(stream for stream in streams if stream.headers["x-headway-worker"] == "w0")
+            for stream in [await stream.end() for stream in streams]:
+                assert stream.is_done
+                assert stream.finish_reason == "length"
+                assert not stream.errors
+            assert moved.text == await healthy_answer(built, moved.prompt, tokens=60)
             assert await built.metric("headway_worker_losses_total") == 1
 
     asyncio.run(scene())
 
 
-def test_a_frozen_worker_is_ejected_and_may_come_back(tmp_path: Path, model_folder: Path) -> None:
+def test_a_stream_that_cannot_go_on_ends_with_an_error(tmp_path: Path, model_folder: Path) -> None:
+    async def scene() -> None:
+        async with house(tmp_path, model_folder, patient_for(3.0), slower=20) as built:
+            stream = await built.ask("a story", tokens=400, **CHAT).until(lambda seen: len(seen.text) > 0)
+
+            for name in ("w0", "w1"):
+                built.hurt(name, signal.SIGKILL)
+
+            await stream.end()
+            assert stream.status == 200
+            assert len(stream.errors) == 1
+            assert stream.errors[0]["message"]
+            assert not stream.is_done
+            assert stream.finish_reason is None
+
+    asyncio.run(scene())
+
+
+def test_a_frozen_worker_is_ejected_named_to_the_keeper_and_may_come_back(tmp_path: Path, model_folder: Path) -> None:
     async def scene() -> None:
         async with house(tmp_path, model_folder, slower=20) as built:
             answers = [built.ask(f"{number} {LONG}") for number in range(4)]
@@ -85,28 +103,14 @@ def test_a_frozen_worker_is_ejected_and_may_come_back(tmp_path: Path, model_fold
 
             built.hurt("w0", signal.SIGSTOP)
             ended = [await answer.end() for answer in answers]
+            async with asyncio.timeout(DEADLINE_S):
+                asked = await asyncio.get_running_loop().run_in_executor(None, os.read, built.asked_read, 100)
             built.hurt("w0", signal.SIGCONT)
             await built.until_up(2)
 
             assert all(answer.is_done and not answer.errors for answer in ended)
-            assert ended[0].text == await healthy_answer(built, f"0 {LONG}")
-
-    asyncio.run(scene())
-
-
-def test_a_worker_that_stays_frozen_is_named_to_the_keeper(tmp_path: Path, model_folder: Path) -> None:
-    async def scene() -> None:
-        async with house(tmp_path, model_folder, slower=20) as built:
-            answers = [built.ask(f"{number} {LONG}") for number in range(4)]
-            await built.until(lambda seen: seen["w0"]["requests"] > 0)
-
-            built.hurt("w0", signal.SIGSTOP)
-
-            async with asyncio.timeout(DEADLINE_S):
-                asked = await asyncio.get_running_loop().run_in_executor(None, os.read, built.asked_read, 100)
             assert asked == b"w0\n"
-            for answer in answers:
-                await answer.end()
+            assert ended[0].text == await healthy_answer(built, f"0 {LONG}")
 
     asyncio.run(scene())
 
@@ -131,15 +135,13 @@ def test_a_request_without_workers_is_held_until_one_is_back(tmp_path: Path, mod
 
 
 def test_a_request_without_workers_is_refused_when_its_patience_ends(tmp_path: Path, model_folder: Path) -> None:
-    impatient = Config(classes=Classes(chatbot=Promise(patience_s=0.5)))
-
     async def scene() -> None:
-        async with house(tmp_path, model_folder, impatient) as built:
+        async with house(tmp_path, model_folder, patient_for(0.5)) as built:
             for name in ("w0", "w1"):
                 built.hurt(name, signal.SIGKILL)
             await built.until(lambda seen: not any(worker["is_up"] for worker in seen.values()))
 
-            refused = await built.ask("hello", **{"x-headway-class": "chatbot+"}).end()
+            refused = await built.ask("hello", **CHAT).end()
 
             assert refused.status == 503
             assert refused.headers["x-headway-class"] == "chatbot+"
@@ -149,21 +151,31 @@ def test_a_request_without_workers_is_refused_when_its_patience_ends(tmp_path: P
     asyncio.run(scene())
 
 
-@pytest.mark.parametrize("fault", ["bad-frame@60", "foreign@60", "nan@60", "die@60"])
-def test_a_worker_that_lies_or_dies_harms_nobody_else(tmp_path: Path, model_folder: Path, fault: str) -> None:
+def test_a_worker_that_sends_garbage_is_ejected_and_nobody_sees_it(tmp_path: Path, model_folder: Path) -> None:
     async def scene() -> None:
-        async with house(tmp_path, model_folder, slower=5) as built:
-            built.hurt("w0", signal.SIGKILL)
-            await built.until_up(1)
-            built.start_worker("w0", "--fault", fault)
-            await built.until_up(2)
+        async with house(tmp_path, model_folder, slower=5, fault="bad-frame@60") as built:
+            answers = [await answer.end() for answer in [built.ask(f"tale {n}", tokens=80) for n in range(8)]]
 
-            answers = [await answer.end() for answer in [built.ask(f"tale {n}", tokens=40) for n in range(12)]]
+            assert await built.metric("headway_worker_losses_total") >= 1
+            for answer in answers:
+                assert answer.is_done
+                assert not answer.errors
+                assert answer.text == await healthy_answer(built, answer.prompt, tokens=80)
 
-            assert all(answer.is_done != bool(answer.errors) for answer in answers)  # whole, or said to be broken
-            whole = [answer for answer in answers if answer.is_done and answer.headers["x-headway-worker"] == "w1"]
-            assert whole
-            assert await healthy_answer(built, "tale 0", tokens=40)
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize("fault", ["nan@60", "foreign@60"])
+def test_a_sequence_that_the_model_fails_on_ends_alone(tmp_path: Path, model_folder: Path, fault: str) -> None:
+    async def scene() -> None:
+        async with house(tmp_path, model_folder, names=["w0"], slower=5, fault=fault) as built:
+            answers = [await answer.end() for answer in [built.ask(f"tale {n}", tokens=80) for n in range(8)]]
+
+            (broken,) = [answer for answer in answers if not answer.is_done]
+            assert len(broken.errors) == 1
+            assert await built.metric("headway_worker_losses_total") == 0
+            whole = next(answer for answer in answers if answer.is_done)
+            assert whole.text == await healthy_answer(built, whole.prompt, tokens=80)
 
     asyncio.run(scene())
 

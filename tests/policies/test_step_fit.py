@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from policies.costs import StepFeatures, StepFit, StepModel
@@ -68,6 +69,33 @@ def test_one_stalled_step_spoils_nothing() -> None:
     assert fit.model.step_s(steps[0]) == pytest.approx(GPU.step_s(steps[0]), rel=0.35)
 
 
+def test_steps_of_one_shape_for_ever_neither_spoil_it_nor_what_comes_after() -> None:
+    fit = StepFit(PRIOR)
+    learn(fit, GPU, random_steps(200))
+    learn(fit, GPU, [StepFeatures(8, 8000, 0, 8)] * 5000)
+    errors = learn(fit, GPU, random_steps(200))
+
+    assert float(np.mean(errors[50:])) < 0.05
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    scale=st.sampled_from([1e-3, 1.0, 1e3]),
+    shapes=st.lists(st.tuples(st.integers(1, 64), st.integers(0, 512), st.integers(0, 9000)), min_size=1, max_size=4),
+    noise=st.sampled_from([0.0, 0.1, 0.7]),
+)
+def test_it_cannot_diverge(scale: float, shapes: list[tuple[int, int, int]], noise: float) -> None:
+    """After a few hundred steps of any few shapes, on a device of any speed, those shapes are predicted."""
+    truth = StepModel(*(scale * each for each in (GPU.floor_s, GPU.row_s, GPU.base_s, 52e-9, 1.3e-9, 20e-6)))
+    steps = [StepFeatures(n + p, n * c, int(p * (c + p / 2)), n + (p > 0)) for n, p, c in shapes] * 150
+    fit = StepFit(PRIOR)
+    learn(fit, truth, steps, noise)
+
+    # Least squares on actual/predicted has its optimum low under heavy noise; the bias takes that back in part.
+    assert all(0.5 < fit.model.step_s(step) / truth.step_s(step) < 2.0 for step in steps[:4])
+    assert all(value >= 0.0 and np.isfinite(value) for value in dataclasses.astuple(fit.model))
+
+
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_time_that_cannot_be_is_ignored(seconds: float) -> None:
     fit = StepFit(PRIOR)
@@ -83,7 +111,7 @@ def test_a_version_is_published_on_change_and_not_at_every_step() -> None:
     published = [model.version for model in versions if model]
     assert published == list(range(1, len(published) + 1))
     assert 1 <= len(published) <= 20
-    assert not any(versions[500:])
+    assert sum(1 for model in versions[500:] if model) <= 2
 
 
 def test_the_same_steps_teach_the_same_model() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from policies.costs import StepModel
 from policies.request import RequestClass
-from policies.step_plan import BatchView, Owed, PlanLimits, owe, plan, victims
+from policies.step_plan import BatchView, Owed, PlanLimits, owe, peak_tokens, plan, victims
 
 CHAT, AGENT, BATCH = RequestClass
 # 18 ms to decode one sequence; 1 ms a prompt token.
@@ -137,6 +137,13 @@ def test_waiting_earns_time_and_a_chunk_spends_it() -> None:
     assert earned[AGENT] > 0.0
     assert spent[AGENT] < 0.0
     assert owe(plan(batch(tight), MODEL, 0.0, LIMITS), batch(tight), MODEL, 1.0, LIMITS) == (0.0, 0.0, 0.0)
+
+
+def test_the_coming_peak_counts_those_who_will_have_ended() -> None:
+    known, remaining = np.array([100.0, 50.0]), np.array([10.0, 40.0])
+
+    # After 10 steps both have grown: 110 + 60; after 40 only the second is left with 90.
+    assert peak_tokens(known, remaining) == 170.0
 
 
 rows = st.builds(

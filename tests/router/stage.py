@@ -22,7 +22,8 @@ class Ready(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         if self.path == "/stall":
             os.write(int(flags["--keeper-fd"]), b"w0\\n")
-        body = json.dumps({"ready": True, "model": "tiny", "budgets": {"chatbot+": {"ttft_s": 1.5}}}).encode()
+        budgets = {"chatbot+": {"ttft_s": 1.5}}
+        body = json.dumps({"ready": True, "workers": 1, "model": "tiny", "budgets": budgets}).encode()
         self.send_response(200)
         self.send_header("content-length", str(len(body)))
         self.end_headers()

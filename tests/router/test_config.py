@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from router.config import Config
-from router.config_load import ConfigError, load
+from router.config_load import FILE_MAX_BYTES, ConfigError, load
 
 
 def written(tmp_path: Path, text: str) -> Path:
@@ -83,6 +83,12 @@ def test_a_missing_file_says_so(tmp_path: Path) -> None:
     path = tmp_path / "none.toml"
 
     assert problems(path) == [f"{path}: cannot be read: No such file or directory"]
+
+
+def test_a_file_that_is_no_configuration_is_not_read(tmp_path: Path) -> None:
+    path = written(tmp_path, "# " + "x" * FILE_MAX_BYTES)
+
+    assert problems(path) == [f"{path}: cannot be read: {FILE_MAX_BYTES + 2} bytes, more than any configuration needs"]
 
 
 def test_only_loopback_is_served_without_keys(tmp_path: Path) -> None:

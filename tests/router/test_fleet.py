@@ -93,7 +93,7 @@ def test_a_lost_worker_takes_no_attempt_and_its_sinks_hear_after_the_mind() -> N
     link.connection_lost(None)
 
     assert heard == ["WorkerLost connection closed by the worker"]
-    assert fleet.models() == {}
+    assert fleet.models()["tiny"].workers == ()
     with pytest.raises(LinkLost):
         fleet.submit(W0, A, submit(), Heard())
 
@@ -116,6 +116,17 @@ def test_a_worker_that_measured_itself_is_ready_at_once() -> None:
     linked(fleet, 0, hello())
 
     assert fleet.is_ready()
+
+
+def test_a_model_whose_workers_are_away_may_come_back_as_another() -> None:
+    fleet, _ = fleet_of_two()
+    link, _ = linked(fleet, 0, hello())
+    link.connection_lost(None)
+
+    linked(fleet, 1, hello(worker="w1", root=b"x" * 16))
+
+    assert fleet.models()["tiny"].root == b"x" * 16
+    assert fleet.models()["tiny"].workers == ("w1",)
 
 
 class Worker:

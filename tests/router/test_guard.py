@@ -13,9 +13,9 @@ from policies.dispatcher import BUILT_IN, Dispatcher
 from policies.events import Offered, PolicyFault
 from policies.request import Budget, Facts, Request, RequestClass, RequestId, Tenant
 from router.config import Config, Policy
-from router.guard import guard
+from router.guard import FAULTS_MAX, guard
 from router.reducer import build, load_policy
-from tests.router.bad_policies import nan_at_order
+from tests.router.bad_policies import nan_at_order, raises_at_learn
 
 
 def offered() -> Offered:
@@ -68,3 +68,13 @@ def test_a_key_that_is_no_number_never_reaches_a_heap() -> None:
 
     assert key == BUILT_IN.order(job, 0.1, 0.0)[0]
     assert [fault.stage for fault in faults] == ["order"]
+
+
+def test_a_policy_that_fails_without_end_fills_no_memory() -> None:
+    faults: deque[PolicyFault] = deque()
+    policy = guard(raises_at_learn({}), BUILT_IN, faults, is_timed=False)
+
+    for _ in range(FAULTS_MAX + 10):
+        policy.learn(offered())
+
+    assert len(faults) == FAULTS_MAX

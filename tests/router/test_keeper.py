@@ -199,6 +199,13 @@ def test_restarts_wait_longer_each_time_up_to_a_bound_and_forget_after_a_healthy
     assert child.start_at - now == 0.25
 
 
+def test_it_needs_nothing_but_the_standard_library() -> None:
+    root = Path(__file__).resolve().parents[2]
+    code = f"import sys; sys.path.insert(0, {str(root)!r}); import router.keeper"
+
+    subprocess.run([sys.executable, "-I", "-S", "-c", code], check=True, timeout=DEADLINE_S)
+
+
 def test_the_banner_shows_address_curl_and_budgets() -> None:
     budgets = {
         "chatbot+": {"ttft_s": 1.0, "ttft_s_per_new_token": 0.0031, "tpot_s": 0.05, "deadline_s": None},

@@ -125,9 +125,22 @@ def test_an_end_that_the_relay_must_judge_is_not_reported_as_finished() -> None:
         step(evicted=b"short"),
         step(load=load(step_s=float("nan"))),
         step(step_model=type(MODEL)(*([float("nan")] * 8), 1)),
+        step({1: [256]}),
+        step({1: [-1]}),
         hello(),
     ],
-    ids=["counts", "ids", "negative", "stored", "evicted", "nan", "model", "second hello"],
+    ids=[
+        "counts",
+        "ids",
+        "negative",
+        "stored",
+        "evicted",
+        "nan",
+        "model",
+        "foreign token",
+        "negative token",
+        "second hello",
+    ],
 )
 def test_a_bad_frame_ejects_the_worker(broken: Message) -> None:
     bench, sink = Bench(), Heard()

@@ -53,6 +53,7 @@ class Caller:
 
     def __init__(self, then: Callable[[], None] = lambda: None) -> None:
         self.heard: list[Action] = []
+        self.is_broken = False
         self._then = then
 
     def hear(self, action: Action) -> None:
@@ -60,6 +61,9 @@ class Caller:
         self._then()
 
     tokenise = dispatch = reject = cancel = hear
+
+    def broke(self) -> None:
+        self.is_broken = True
 
 
 def test_what_a_client_answers_from_within_an_action_waits_its_turn() -> None:
@@ -174,8 +178,8 @@ def test_a_client_that_raises_ends_its_own_request_and_no_other() -> None:
 
     async def scene() -> None:
         script = Script({WorkerReport: [dispatch(A), dispatch(B)]})
-        mind, healthy = Mind(script, deque()), Caller()
-        mind.offer(request(A), Caller(then=fail))
+        mind, healthy, ill = Mind(script, deque()), Caller(), Caller(then=fail)
+        mind.offer(request(A), ill)
         mind.offer(request(B), healthy)
 
         mind.worker_report(WorkerReport(W0, LOAD))
@@ -183,6 +187,7 @@ def test_a_client_that_raises_ends_its_own_request_and_no_other() -> None:
         assert script.asked[-1] == Gone(A)
         assert healthy.heard == [dispatch(B)]
         assert mind.client_faults == 1
+        assert (ill.is_broken, healthy.is_broken) == (True, False)
 
     asyncio.run(scene())
 

@@ -33,22 +33,20 @@ def test_a_router_with_a_proved_worker_is_ready_until_it_drains() -> None:
     ready.is_draining = True
 
     assert not ready.is_ready()
-    assert ready.answer()["ready"] is False
+    assert ready.state()[0] is False
 
 
 def test_a_router_without_workers_promises_nothing() -> None:
-    answer = readiness(Config(), is_up=False).answer()
-
-    assert answer == {"ready": False, "workers": 0, "model": "", "budgets": {}}
+    assert readiness(Config(), is_up=False).state() == (False, {"workers": 0, "model": "", "budgets": {}})
 
 
 def test_budgets_are_what_the_policy_promises_on_this_hardware() -> None:
     config = Config(classes=Classes(chatbot=Promise(ttft_s=2.0, ttft_per_prefill=3.0, tpot_s=0.5)))
 
-    answer = readiness(config).answer()
+    is_ready, state = readiness(config).state()
 
-    assert (answer["ready"], answer["workers"], answer["model"]) == (True, 1, "tiny")
-    budgets = answer["budgets"]
+    assert (is_ready, state["workers"], state["model"]) == (True, 1, "tiny")
+    budgets = state["budgets"]
     assert isinstance(budgets, dict)
     chat = budgets["chatbot+"]
     assert chat["tpot_s"] == 0.5
