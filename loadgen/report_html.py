@@ -34,7 +34,7 @@ margin-left:12px;vertical-align:4px}
 figure{margin:8px 0;padding:12px 14px 4px}figure svg{display:block;width:100%;height:auto}
 .scroll{overflow-x:auto;margin:8px 0}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:12.5px}
-th,td{padding:7px 6px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
+th,td{padding:7px 5px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
 tr:last-child td{border-bottom:0}th{color:var(--soft);font-weight:550}
 th:first-child,td:first-child{text-align:left;padding-left:14px}
 td:last-child,th:last-child{padding-right:14px}
