@@ -1,4 +1,4 @@
-"""The command line: `headway-loadgen compose`, `replay`, `describe`, `report`.
+"""The command line: `headway-loadgen compose`, `describe`, `replay`, `judge`.
 
 Owns the words, the options and the exit codes: 0 done, 1 the run is invalid or failed, 2 misused."""
 
@@ -13,12 +13,12 @@ from loadgen.traces import TraceError
 
 TEACH = """\
 examples:
-  headway-loadgen compose --seed 1 --duration 100 --scale-tokens 1/16 --context 8192 -o mix.jsonl
+  headway-loadgen compose --seed 1 --duration 100 --scale-tokens 1/16 --context 8192 --out mix.jsonl
   headway-loadgen describe mix.jsonl
   headway-loadgen replay mix.jsonl --target http://127.0.0.1:8080 --out out/replay
   headway-loadgen replay mix.jsonl --serve "headway serve --port 9000" --target http://127.0.0.1:9000
-  headway-loadgen compose --weka weka_requests.csv.zst --sessions 8 --scale-tokens 1/16 -o weka.jsonl
-  headway-loadgen report out/replay.jsonl
+  headway-loadgen compose --weka weka_requests.csv.zst --sessions 8 --scale-tokens 1/16 --out weka.jsonl
+  headway-loadgen judge out/replay.jsonl --out out/again
 
 A trace is JSON lines; every Mooncake trace is one as it stands (.zst and .gz too). The true class in it is the
 yardstick and is never sent. `replay` writes OUT.json, OUT.jsonl and OUT.html."""
@@ -51,11 +51,11 @@ def _parser() -> argparse.ArgumentParser:
     described.add_argument("trace", type=Path)
     described.add_argument("--strict", action="store_true", help="stop at the first bad row")
     described.set_defaults(run=_describe)
-    reported = commands.add_parser("report", help="judge recorded requests again, and write the reports")
-    reported.add_argument("records", type=Path, help="the .jsonl that replay wrote")
-    reported.add_argument("--out", type=Path, help="base name of the reports (default: beside the records)")
-    reported.add_argument("--budgets", type=Path, metavar="FILE", help="judge by these budgets instead")
-    reported.set_defaults(run=_report)
+    judged = commands.add_parser("judge", help="judge recorded requests again, and write the reports")
+    judged.add_argument("records", type=Path, help="the .jsonl that replay wrote")
+    judged.add_argument("--out", type=Path, help="base name of the reports (default: beside the records)")
+    judged.add_argument("--budgets", type=Path, metavar="FILE", help="judge by these budgets instead")
+    judged.set_defaults(run=_judge)
     return parser
 
 
@@ -73,9 +73,9 @@ def _add_compose(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     compose.add_argument(
         "--scale-tokens",
         type=_divisor,
-        default=1,
+        default=16,
         metavar="1/N",
-        help="divide tokens and block size: the hit rate holds",
+        help="divide tokens and block size alike, so that the hit rate holds (1/16)",
     )
     compose.add_argument("--context", type=int, default=8192, help="sessions that exceed it go whole, counted (8192)")
     compose.set_defaults(run=_compose)
@@ -91,7 +91,13 @@ def _add_replay(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--duration", type=_positive, default=0.0, metavar="S", help="offer no longer (the trace's span)"
     )
     replay.add_argument("--speed", type=_positive, default=1.0, help="divides times and gaps; it changes reuse (1)")
-    replay.add_argument("--stripped", type=_share, default=0.2, metavar="SHARE", help="sessions without headers (0.2)")
+    replay.add_argument(
+        "--headers",
+        type=_share,
+        default=0.8,
+        metavar="SHARE",
+        help="of the sessions and bursts that wear their client's headers; the others wear none (0.8)",
+    )
     replay.add_argument("--seed", type=int, default=1, help="of prompts and costumes (1)")
     replay.add_argument("--grace", type=_positive, default=30.0, metavar="S", help="wait for open answers (30)")
     replay.add_argument("--budgets", type=Path, metavar="FILE", help="JSON as /readyz has it, instead of the target's")
@@ -169,7 +175,7 @@ def _replay(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
             speed=arguments.speed,
             duration_s=arguments.duration,
-            stripped_share=arguments.stripped,
+            stripped_share=round(1.0 - arguments.headers, 6),
             grace_s=arguments.grace,
             is_strict=arguments.strict,
         )
@@ -177,7 +183,7 @@ def _replay(arguments: argparse.Namespace) -> int:
     return 1 if verdict.invalid else 0
 
 
-def _report(arguments: argparse.Namespace) -> int:
+def _judge(arguments: argparse.Namespace) -> int:
     from loadgen import records
     from loadgen.session import publish, read_budgets
     from loadgen.targets import parse_budgets

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import cast
 from urllib.parse import urlsplit
 
 RETRIES_MAX = 2  # the OpenAI SDK's default
@@ -26,7 +27,9 @@ Clock = Callable[[], float]
 
 @dataclass(slots=True)
 class Answer:
-    """One exchange: status and headers, then body pieces with the time at which each came."""
+    """One exchange: status and headers, then body pieces with the time at which each came.
+
+    The caller makes it and it fills as bytes come, so that a client that leaves still knows what it had been given."""
 
     status: int = 0
     headers: dict[str, str] = field(default_factory=dict)
@@ -34,6 +37,13 @@ class Answer:
     sent_at: float = 0.0
     ended_at: float = 0.0
     error: str = ""  # of the transport: what cut the answer short
+    attempts: int = 0
+
+    def begin(self, now: float) -> None:
+        """Forget what an earlier attempt brought."""
+        self.status, self.error, self.sent_at, self.ended_at = 0, "", now, 0.0
+        self.headers.clear()
+        self.pieces.clear()
 
     def body(self) -> bytes:
         """All pieces as one."""
@@ -83,8 +93,8 @@ class Connection(asyncio.Protocol):
         self.is_open = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport, self.is_open = transport, True
+        # A TCP transport can write; uvloop's does not inherit asyncio's class, hence no isinstance.
+        self._transport, self.is_open = cast(asyncio.Transport, transport), True
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.is_open = False
@@ -93,21 +103,20 @@ class Connection(asyncio.Protocol):
         else:
             self._finish(f"the connection was lost: {exc}" if exc else "the server closed the connection early")
 
-    async def exchange(self, request: bytes) -> Answer:
-        """Send, and wait for the whole answer. Cancelling it closes the connection."""
+    async def exchange(self, request: bytes, answer: Answer) -> None:
+        """Send, and wait until `answer` is whole or broken. Cancelling it closes the connection."""
         assert self._transport is not None
         assert self._answer is None
-        answer = self._answer = Answer(sent_at=self._clock())
+        self._answer = answer
         self._done = asyncio.get_running_loop().create_future()
         self._framing, self._buffer, self._body_bytes = "head", b"", 0
         self._transport.write(request)
         try:
             await self._done
         except asyncio.CancelledError:
-            self._answer = None
+            self._finish("the client left")
             self.close()
             raise
-        return answer
 
     def close(self) -> None:
         """Hang up at once: what a client does that leaves."""
@@ -209,23 +218,26 @@ class Client:
     clock: Clock = time.monotonic
     _idle: list[Connection] = field(default_factory=list)
 
-    async def post(self, path: str, headers: Mapping[str, str], body: bytes) -> Answer:
-        """One exchange. A transport error is in the answer, not raised."""
+    async def post(self, path: str, headers: Mapping[str, str], body: bytes, answer: Answer) -> None:
+        """One exchange, into `answer`. A transport error is in the answer, not raised."""
         request = self._head(path, headers, len(body)) + body
-        began = self.clock()
+        answer.attempts += 1
+        answer.begin(self.clock())
         while (kept := self._kept()) is not None:
-            answer = await self._exchange(kept, request)
+            await self._exchange(kept, request, answer)
             if answer.status or not answer.error:
-                return replace(answer, sent_at=began)
+                return
             # The server closed an idle connection just as it was used: every HTTP client tries again.
+            answer.begin(answer.sent_at)
         try:
             loop = asyncio.get_running_loop()
             _, connection = await loop.create_connection(
                 lambda: Connection(self.clock), self.target.host, self.target.port
             )
         except OSError as error:
-            return Answer(sent_at=began, ended_at=self.clock(), error=f"cannot connect: {error}")
-        return await self._exchange(connection, request)
+            answer.ended_at, answer.error = self.clock(), f"cannot connect: {error}"
+            return
+        await self._exchange(connection, request, answer)
 
     def _kept(self) -> Connection | None:
         while self._idle:
@@ -234,13 +246,12 @@ class Client:
                 return connection
         return None
 
-    async def _exchange(self, connection: Connection, request: bytes) -> Answer:
-        answer = await connection.exchange(request)
+    async def _exchange(self, connection: Connection, request: bytes, answer: Answer) -> None:
+        await connection.exchange(request, answer)
         if connection.is_open and len(self._idle) < IDLE_MAX:
             self._idle.append(connection)
         else:
             connection.close()
-        return answer
 
     def _head(self, path: str, headers: Mapping[str, str], length: int) -> bytes:
         lines = [f"POST {self.target.prefix}{path} HTTP/1.1", f"host: {self.target.host}:{self.target.port}"]
@@ -268,12 +279,12 @@ def retry_after_s(answer: Answer) -> float | None:
     return RETRY_DEFAULT_S
 
 
-async def post_obediently(client: Client, path: str, headers: Mapping[str, str], body: bytes) -> tuple[Answer, int]:
-    """`post`, with the retries that refusals ask for. Returns the last answer and how many attempts it took."""
-    for attempt in range(1, RETRIES_MAX + 1):
-        answer = await client.post(path, headers, body)
+async def post_obediently(client: Client, path: str, headers: Mapping[str, str], body: bytes, answer: Answer) -> None:
+    """`post`, and again when a refusal asks for it: `answer` is the last one, and counts its attempts."""
+    for _ in range(RETRIES_MAX):
+        await client.post(path, headers, body, answer)
         wait_s = retry_after_s(answer)
         if wait_s is None:
-            return answer, attempt
+            return
         await asyncio.sleep(wait_s)
-    return await client.post(path, headers, body), RETRIES_MAX + 1
+    await client.post(path, headers, body, answer)

@@ -234,6 +234,8 @@ def drop_over_context(trace: Trace, context: int) -> Trace:
         if row.input_length + row.output_length > context
     }
     rows = tuple(row for index, row in enumerate(trace.rows) if (row.session_id or f"row {index}") not in over)
+    if not rows:
+        raise ValueError(f"no session fits {context} tokens of context: try a smaller --scale-tokens")
     header = _with_notes(trace.header, trace.header.block_size, context=context, dropped_over_context=len(over))
     return replace(trace, header=header, rows=rows)
 

@@ -114,6 +114,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     classes: dict[ClassName, ClassVerdict]
     workers: dict[ClassName, dict[str, Cell]]  # only answered or refused requests have a worker
     users: list[UserVerdict]  # worst first
+    worst_user: UserVerdict | None  # of those with FAIR_OFFERED_MIN requests: one miss of one is chance
     users_p5: float | None
     jain: float | None
     confusion: dict[ClassName, dict[str, int]]
@@ -138,7 +139,8 @@ def judge(run: Run, records: Sequence[Record], budgets: Budgets) -> Verdict:
     span_s = max(run.duration_s, 1e-9)
     lag_ms, bound_ms = _lag_ms(judged), _lag_bound_ms(judged)
     users = _users(judged)
-    shares = [user.met / user.offered for user in users if user.offered >= FAIR_OFFERED_MIN]
+    fair = [user for user in users if user.offered >= FAIR_OFFERED_MIN]
+    shares = [user.met / user.offered for user in fair]
     chat = _of_class(judged, "chatbot+")
     return Verdict(
         run=run,
@@ -150,6 +152,7 @@ def judge(run: Run, records: Sequence[Record], budgets: Budgets) -> Verdict:
         classes={name: _class_verdict(name, found) for name in CLASSES if (found := _of_class(judged, name))},
         workers={name: _by_worker(found) for name in CLASSES if (found := _of_class(judged, name))},
         users=users,
+        worst_user=fair[0] if fair else None,
         users_p5=_rank(sorted(shares), 0.05),
         jain=_jain(shares),
         confusion={name: _confusion(found) for name in CLASSES if (found := _of_class(judged, name))},

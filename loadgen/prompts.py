@@ -31,7 +31,6 @@ class Costume:
 
     headers: dict[str, str]
     is_stream: bool = True
-    service_tier: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +46,14 @@ class Dresser:
         return _uniform(f"{self.seed}/stripped/{name}") < self.stripped_share
 
     def costume(self, row: Row) -> Costume:
-        """A coding agent names its session, a headless one its nature, a script its tier; a stripped one nothing.
+        """A coding agent names its session, a headless one its nature, a script only its SDK; a stripped one nothing.
 
-        A stripped script does not stream, as scripts do: it is timed by its end alone."""
+        A script does not stream, so it is timed by its end alone."""
         is_job = row.request_class == "data-processor"
         if self.is_stripped(row):
             return Costume(STRIPPED, is_stream=not is_job)
         if is_job:
-            return Costume(OPENAI_SDK, service_tier="flex")
+            return Costume(OPENAI_SDK, is_stream=False)
         session = str(uuid.uuid5(uuid.NAMESPACE_OID, f"{self.seed}/{row.session_id}"))
         if row.request_class == "background-agent":
             return Costume(CODEX | {"session-id": session})
@@ -86,8 +85,6 @@ def body(row: Row, ids: list[int], costume: Costume, model: str) -> bytes:
     }
     if costume.is_stream:
         fields["stream_options"] = {"include_usage": True}
-    if costume.service_tier:
-        fields["service_tier"] = costume.service_tier
     return msgspec.json.encode(fields)
 
 

@@ -68,27 +68,37 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     version: str
     client_cpu_s: float
     is_interrupted: bool = False
-    not_reached: int = 0  # later turns whose time came after the offered time
+    not_reached: int = 0  # rows that were never offered: their time came after the offered time
     budgets: dict[str, dict[str, float | None]] = {}
     budgets_from: str = ""
 
 
-def fill(record: Record, answer: Answer, attempts: int, origin: float) -> None:
-    """Write an answer into its record."""
+def fill(record: Record, answer: Answer, origin: float) -> None:
+    """Write an answer, whole or broken, into its record."""
     headers = answer.headers
-    record.status, record.attempts = answer.status, attempts
+    record.status, record.attempts = answer.status, answer.attempts
     record.end_s = round(answer.ended_at - origin, 6)
     record.assigned_class = headers.get("x-headway-class", "")
     record.class_reason = headers.get("x-headway-class-reason", "")
     record.worker = headers.get("x-headway-worker", "")
     if answer.status in (429, 503):
         record.outcome, record.reason = "refused", _reason(answer.body(), f"status {answer.status}")
-    elif answer.error or answer.status != 200:
+    elif answer.status != 200:
         record.outcome, record.reason = "failed", answer.error or _reason(answer.body(), f"status {answer.status}")
     elif headers.get("content-type", "").startswith("text/event-stream"):
         _read_stream(record, answer, origin)
     else:
         _read_whole(record, answer)
+    if answer.error:  # what had come before is kept: those tokens were made, and wasted
+        record.outcome, record.reason = "failed", answer.error
+
+
+def cut(record: Record, answer: Answer, now: float, origin: float, outcome: Outcome) -> None:
+    """Write what had come before the client hung up. One that was waiting to come back as told stays refused."""
+    answer.ended_at = now
+    fill(record, answer, origin)
+    if record.outcome != "refused":
+        record.outcome, record.reason = outcome, ""
 
 
 def _read_stream(record: Record, answer: Answer, origin: float) -> None:
@@ -125,9 +135,14 @@ def _read_usage(record: Record, body: dict[str, Any]) -> None:
     if not isinstance(usage, dict):
         return
     details = usage.get("prompt_tokens_details")
-    record.prompt_tokens = usage.get("prompt_tokens")
-    record.completion_tokens = usage.get("completion_tokens")
-    record.cached_tokens = details.get("cached_tokens") if isinstance(details, dict) else None
+    record.prompt_tokens = _count(usage.get("prompt_tokens"))
+    record.completion_tokens = _count(usage.get("completion_tokens"))
+    record.cached_tokens = _count(details.get("cached_tokens")) if isinstance(details, dict) else None
+
+
+def _count(value: object) -> int | None:
+    """A server may say anything; only a count is one."""
+    return value if type(value) is int and value >= 0 else None
 
 
 def _text(event: dict[str, Any]) -> str:

@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from loadgen.client import Client, post_obediently
-from loadgen.prompts import PATH, Costume, Dresser, body, prompt_ids
-from loadgen.records import Record, fill
+from loadgen.client import Answer, Client, post_obediently
+from loadgen.prompts import PATH, Dresser, body, prompt_ids
+from loadgen.records import Record, cut, fill
 from loadgen.traces import ClassName, Row, Slo, Trace, ideal_cached
 
 GRACE_S = 30.0  # after the offered time, for answers under way; what is open then is unfinished
+PREPARE_S = 0.02  # before its time a prompt is made: 8,000 ids take about 1 ms
 # Client patience by class, as in the published budgets; a row's own timeout_s wins.
 PATIENCE_S: dict[ClassName, float] = {"chatbot+": 30.0, "background-agent": 600.0, "data-processor": 900.0}
 
@@ -54,8 +55,7 @@ class Replay:
     options: Options
     clock: Clock = time.monotonic
     records: list[Record] = field(default_factory=list)
-    not_reached: int = 0
-    _origin: float = 0.0
+    origin: float = 0.0
     _dresser: Dresser = field(init=False)
     _ideal: list[int] = field(init=False)
 
@@ -65,19 +65,19 @@ class Replay:
 
     async def run(self) -> None:
         """Offer everything, and wait for what is open. When cancelled, what is open is unfinished."""
-        self._origin = self.clock()
+        self.origin = self.clock()
         limit_s = self.options.duration_s + self.options.grace_s
         tasks: list[asyncio.Task[None]] = []
         try:
             async with asyncio.timeout(limit_s):
                 for session in self._sessions():
-                    await self._sleep_until(self._first_s(session) - 0.02)  # the prompt is made before its time
                     if self._first_s(session) > self.options.duration_s:
                         break
+                    await self._sleep_until(self._first_s(session) - PREPARE_S)
                     tasks.append(asyncio.create_task(self._session(session)))
                 await asyncio.gather(*tasks)
         except TimeoutError:
-            pass  # its open requests are recorded as unfinished by their own cancellation
+            self.client.close()  # what is open is recorded as unfinished by its own cancellation, below
         finally:
             for task in tasks:
                 task.cancel()
@@ -87,9 +87,12 @@ class Replay:
 
     def _forget_unsent(self) -> None:
         """What an interrupted run had prepared but not sent was never offered."""
-        sent = [record for record in self.records if record.sent_s is not None or record.intended_s is None]
-        self.not_reached += len(self.records) - len(sent)
-        self.records = sent
+        self.records = [one for one in self.records if one.sent_s is not None or one.intended_s is None]
+
+    @property
+    def not_reached(self) -> int:
+        """Rows that were not offered: their time came after the offered time, or the run was interrupted."""
+        return len(self.trace.rows) - len(self.records)
 
     def progress(self) -> Progress:
         """For the progress line."""
@@ -114,7 +117,6 @@ class Replay:
         intended_s = self._first_s(session)
         for turn, index in enumerate(session):
             if intended_s > self.options.duration_s:
-                self.not_reached += len(session) - turn
                 return
             record = self._record(index, turn, intended_s)
             await self._request(index, record)
@@ -123,7 +125,7 @@ class Replay:
                 return
             if turn + 1 < len(session):
                 delay_ms = self.trace.rows[session[turn + 1]].delay or 0.0
-                intended_s = self._now() + delay_ms / 1e3 / self.options.speed
+                intended_s = (record.end_s or 0.0) + delay_ms / 1e3 / self.options.speed
 
     def _record(self, index: int, turn: int, intended_s: float | None) -> Record:
         row = self.trace.rows[index]
@@ -154,7 +156,6 @@ class Replay:
         for later in range(turn, len(session)):
             at_s += (self.trace.rows[session[later]].delay or 0.0) / 1e3 / self.options.speed
             if at_s > self.options.duration_s:
-                self.not_reached += len(session) - later
                 return
             self._record(session[later], later, None)
 
@@ -165,19 +166,20 @@ class Replay:
         await self._sleep_until(record.intended_s or 0.0)
         record.sent_s = round(self._now(), 6)
         patience_s = row.timeout_s or PATIENCE_S[row.request_class]
+        answer = Answer()
         try:
             async with asyncio.timeout(patience_s - (record.sent_s - (record.intended_s or 0.0))):
-                await self._send(payload, costume, record)
+                await post_obediently(self.client, PATH, costume.headers, payload, answer)
         except TimeoutError:
-            record.outcome, record.end_s = "left", round(self._now(), 6)
-            record.reason = f"no end within {patience_s:g} s"
-
-    async def _send(self, payload: bytes, costume: Costume, record: Record) -> None:
-        answer, attempts = await post_obediently(self.client, PATH, costume.headers, payload)
-        fill(record, answer, attempts, self._origin)
+            cut(record, answer, self.clock(), self.origin, "left")
+        except asyncio.CancelledError:
+            cut(record, answer, self.clock(), self.origin, "unfinished")
+            raise
+        else:
+            fill(record, answer, self.origin)
 
     async def _sleep_until(self, at_s: float) -> None:
         await asyncio.sleep(max(0.0, at_s - self._now()))
 
     def _now(self) -> float:
-        return self.clock() - self._origin
+        return self.clock() - self.origin

@@ -6,11 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from loadgen.judge import PASS_SHARE, Cell, Quantiles, Verdict
+from loadgen.judge import FAIR_OFFERED_MIN, PASS_SHARE, Cell, Quantiles, Verdict
 from loadgen.traces import CLASSES
 
 HEADS = (
-    *("", "offered", "met", "refused", "failed", "left"),
+    *("", "offered", "met", "refused", "lost", "left"),
     *("TTFT p50", "p90", "p99", "TPOT p50", "p90", "p99"),
     *("met %", "line %", "smooth %", "cached: ideal", "real %"),
 )
@@ -42,7 +42,7 @@ def _legend() -> str:
         "times in ms from the intended moment, by true class; every refused, failed, left, abandoned or unfinished "
         "request is a miss\n"
         "met: chatbot+ by TTFT and mean TPOT, others by their end | line: every token by its due time | "
-        "smooth: no pause over 200 ms"
+        "smooth: no pause over 200 ms | lost: failed, abandoned or unfinished"
     )
 
 
@@ -87,13 +87,14 @@ def _agents(verdict: Verdict) -> str:
 
 
 def _users(verdict: Verdict) -> str:
-    if not verdict.users:
+    worst = verdict.worst_user
+    if worst is None or verdict.users_p5 is None:
         return ""
-    worst = verdict.users[0]
-    line = f"worst user of {len(verdict.users)}: {worst.name}, {worst.met} of {worst.offered} chat requests met"
-    if verdict.users_p5 is not None and verdict.jain is not None:
-        line += f"; of users with 5 or more: p5 {verdict.users_p5:.1%}, Jain index {verdict.jain:.3f}"
-    return line
+    jain = "" if verdict.jain is None else f", Jain index {verdict.jain:.3f}"
+    return (
+        f"worst user of {len(verdict.users)}: {worst.name}, {worst.met} of {worst.offered} chat requests met; "
+        f"of users with {FAIR_OFFERED_MIN} or more: p5 {verdict.users_p5:.1%}{jain}"
+    )
 
 
 def _classifier(verdict: Verdict) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from html import escape
 
 from loadgen.charts import Bar, Dot, gauge, scatter, strip, timeline
-from loadgen.judge import PASS_SHARE, Cell, Second, Verdict, points
+from loadgen.judge import FAIR_OFFERED_MIN, PASS_SHARE, Cell, Second, Verdict, points
 from loadgen.records import Record
 from loadgen.report import HEADS, columns, honesty
 from loadgen.targets import BudgetLine, Budgets
@@ -16,12 +16,12 @@ from loadgen.traces import CLASSES
 
 STYLE = """
 :root{--bg:#faf9f6;--card:#fff;--ink:#1d2430;--soft:#5d6675;--line:#e3e1da;--met:#11866b;--missed:#d07c00;
---refused:#7457c4;--lost:#c43a3a;--good:#11866b14;--shade:17,134,107}
+--refused:#7457c4;--lost:#c43a3a;--good:#11866b14}
 @media(prefers-color-scheme:dark){:root{--bg:#14171d;--card:#1c2129;--ink:#e8eaee;--soft:#9aa4b2;--line:#323944;
---met:#3fc29f;--missed:#f0a83c;--refused:#a68df0;--lost:#f07575;--good:#3fc29f14;--shade:63,194,159}}
+--met:#3fc29f;--missed:#f0a83c;--refused:#a68df0;--lost:#f07575;--good:#3fc29f14}}
 *{box-sizing:border-box}body{margin:0;background:var(--bg);color:var(--ink);
 font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
-main{max-width:1080px;margin:0 auto;padding:36px 28px 60px}
+main{max-width:1240px;margin:0 auto;padding:36px 28px 60px}
 h1{font-size:26px;margin:0 0 2px;letter-spacing:-.01em}h2{font-size:17px;margin:38px 0 4px}
 p{margin:0 0 12px;color:var(--soft);max-width:80ch}
 .badge{display:inline-block;padding:3px 12px;border-radius:99px;color:var(--card);font-weight:650;font-size:14px;
@@ -33,13 +33,15 @@ margin-left:12px;vertical-align:4px}
 .card span{color:var(--soft);font-size:13px}.card h3{margin:0;font-size:14px;font-weight:600}
 figure{margin:8px 0;padding:12px 14px 4px}figure svg{display:block;width:100%;height:auto}
 .scroll{overflow-x:auto;margin:8px 0}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:13px}
-th,td{padding:7px 9px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
-tr:last-child td{border-bottom:0}th{color:var(--soft);font-weight:550}th:first-child,td:first-child{text-align:left}
+table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:12.5px}
+th,td{padding:7px 5px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
+tr:last-child td{border-bottom:0}th{color:var(--soft);font-weight:550}
+th:first-child,td:first-child{text-align:left;padding-left:14px}
+td:last-child,th:last-child{padding-right:14px}
 tr.class td{font-weight:620}tr.worker td:first-child{padding-left:26px;color:var(--soft)}
-.heat td{text-align:center}.heat small,.users small{color:var(--soft)}.heat td:first-child{text-align:left}
+.heat td,.heat th{text-align:center}.heat small,.users small{color:var(--soft)}.heat td:first-child{text-align:left}
 .grid{stroke:var(--line);stroke-width:1}.tick,.axis{fill:var(--soft);font-size:12px}.axis{font-weight:600}
-circle.met,rect.met{fill:var(--met)}circle.met{fill-opacity:.62}rect.missed,circle.missed{fill:var(--missed)}
+circle.met,rect.met{fill:var(--met)}circle.plain{fill:var(--ink);fill-opacity:.55}circle.met{fill-opacity:.62}rect.missed,circle.missed{fill:var(--missed)}
 rect.refused{fill:var(--refused)}rect.lost{fill:var(--lost)}
 .cross{stroke-width:2;fill:none}.cross.missed{stroke:var(--missed)}.cross.lost{stroke:var(--lost)}
 .target{fill:none;stroke:var(--ink);stroke-width:1.6;stroke-dasharray:6 4}.good{fill:var(--good)}
@@ -128,7 +130,7 @@ def _ttft(records: Sequence[Record], budgets: Budgets) -> str:
         Dot(
             new,
             one.ttft_s or 0.0,
-            "met" if one.is_met else "missed",
+            "met" if one.is_met else "missed" if one.record.outcome == "done" else "lost",
             not one.is_met,
             f"{one.record.user} {one.record.session} turn {one.record.turn}: {new} new tokens, "
             f"TTFT {(one.ttft_s or 0) * 1e3:.0f} ms, worker {one.record.worker or '?'}",
@@ -138,9 +140,12 @@ def _ttft(records: Sequence[Record], budgets: Budgets) -> str:
     if not dots:
         return ""
     line = _target_line(budgets.get("chatbot+", BudgetLine()), min(dot.x for dot in dots), max(dot.x for dot in dots))
+    unseen = sum(record.request_class == "chatbot+" for record in records) - len(dots)
+    silent = f" {unseen} that never had a first token are not drawn." if unseen else ""
     return (
         "<h2>Chatbot+: first token against new tokens</h2><p>New tokens are the prompt less what an ideal cache holds: "
-        "a server's own misses never loosen its target. A cross under the line missed its pace, or its end.</p>"
+        "a server's own misses never loosen its target. Dots met it. A cross under the line missed its pace, or its "
+        f"end.{silent}</p>"
         f"<figure>{scatter(dots, line, 'new tokens', 'TTFT, seconds')}</figure>"
     )
 
@@ -157,7 +162,7 @@ def _target_line(line: BudgetLine, low: float, high: float) -> list[tuple[float,
 def _time(verdict: Verdict) -> str:
     bars = [Bar(second.at_s, _parts(second), _title(second)) for second in verdict.seconds]
     dots = [
-        Dot(second.at_s + 0.5, second.ttft_max_s, "met", False, f"{second.at_s} s: {second.ttft_max_s * 1e3:.0f} ms")
+        Dot(second.at_s + 0.5, second.ttft_max_s, "plain", False, f"{second.at_s} s: {second.ttft_max_s * 1e3:.0f} ms")
         for second in verdict.seconds
         if second.ttft_max_s is not None
     ]
@@ -188,8 +193,9 @@ def _heat(verdict: Verdict) -> str:
         for name, cells in verdict.workers.items()
     ]
     return (
-        "<h2>Class by worker</h2><p>Attainment by depth of colour; below it TTFT p99, TPOT p99, and tokens cached of "
-        f'those that an ideal cache would hold.</p><div class="scroll"><table class="heat"><tr><th></th>{heads}</tr>'
+        "<h2>Class by worker</h2><p>Attainment, from amber at none to green at all; below it TTFT p99, TPOT p99, and "
+        f'tokens cached of those that an ideal cache would hold.</p><div class="scroll"><table class="heat">'
+        f"<tr><th></th>{heads}</tr>"
         f"{''.join(rows)}</table></div>"
     )
 
@@ -203,18 +209,18 @@ def _heat_cell(cell: Cell | None) -> str:
         if value is not None
     )
     held = f"{cell.cached_real / cell.cached_ideal:.0%} of ideal cache" if cell.cached_ideal else "nothing to cache"
-    shade = 0.06 + 0.5 * cell.attainment
+    mixed = f"color-mix(in srgb,var(--met) {100 * cell.attainment:.0f}%,var(--missed))"
     return (
-        f'<td style="background:rgba(var(--shade),{shade:.2f})"><b>{cell.attainment:.1%}</b> of {cell.offered}'
-        f"<br><small>{times or 'not streamed'}<br>{held}</small></td>"
+        f'<td style="background:color-mix(in srgb,{mixed} 32%,transparent)">'
+        f"<b>{cell.attainment:.1%}</b> of {cell.offered}<br><small>{times or 'not streamed'}<br>{held}</small></td>"
     )
 
 
 def _users(verdict: Verdict) -> str:
-    if not verdict.users:
+    worst = verdict.worst_user
+    if worst is None:
         return ""
-    worst = verdict.users[0]
-    fair = "" if verdict.users_p5 is None else f" Of users with 5 or more: p5 {verdict.users_p5:.1%}"
+    fair = "" if verdict.users_p5 is None else f" Of users with {FAIR_OFFERED_MIN} or more: p5 {verdict.users_p5:.1%}"
     fair += "" if verdict.jain is None else f", Jain index {verdict.jain:.3f}."
     rows = "".join(
         f"<tr><td>{escape(user.name)}</td><td>{user.met} of {user.offered}</td>"

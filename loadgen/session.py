@@ -95,17 +95,18 @@ def carry_out(plan: Plan) -> Verdict:
         budgets=targets.to_plain(budgets),
         budgets_from=budgets_from,
     )
+    records.write(run, replay.records, plan.out.with_suffix(".jsonl"))  # first: what was measured outlives a bug below
     return publish(run, replay.records, budgets, plan.out)
 
 
 def publish(run: Run, found: Sequence[Record], budgets: Budgets, out: Path) -> Verdict:
-    """Judge, print, and write OUT.json, OUT.jsonl and OUT.html."""
+    """Judge, print, and write OUT.json and OUT.html."""
     verdict = judge(run, found, budgets)
-    records.write(run, found, out.with_suffix(".jsonl"))
+    out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".json").write_bytes(msgspec.json.format(msgspec.json.encode(verdict), indent=1))
     out.with_suffix(".html").write_text(page(verdict, found, budgets), encoding="utf-8")
     print(text(verdict))
-    print(f"\nwrote {out.with_suffix('.html')}, .json and .jsonl")
+    print(f"\nwrote {out.with_suffix('.html')} and .json")
     return verdict
 
 

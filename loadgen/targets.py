@@ -83,10 +83,11 @@ def target_of(record: Record, budgets: Budgets) -> Target:
     if record.slo is None:
         return Target(ttft_s, tpot_s, deadline_s)
     own = record.slo
+    ends = [seconds for seconds in (own.e2e_s, own.deadline_s) if seconds is not None]
     return Target(
         ttft_s if own.ttft_ms is None else own.ttft_ms / 1e3,
         tpot_s if own.tpot_ms is None else own.tpot_ms / 1e3,
-        deadline_s if own.deadline_s is None else own.deadline_s,
+        min(ends, default=deadline_s),
     )
 
 

@@ -41,6 +41,7 @@ class Slo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
 
     ttft_ms: float | None = None
     tpot_ms: float | None = None
+    e2e_s: float | None = None  # the other name of deadline_s; the tighter of the two holds
     deadline_s: float | None = None
 
 

@@ -1,0 +1,220 @@
+"""The command line: its examples run as pasted, its errors are one line, and a run leaves three reports."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from loadgen import records
+from loadgen.cli import TEACH, _parser, main
+from loadgen.targets import to_plain
+from tests.loadgen.fixture import BUDGETS, RUN, TWENTY
+from tests.loadgen.server import Asked, answer_all, scripted
+
+WAIT_S = 30.0
+EXAMPLES = [line.strip() for line in TEACH.splitlines() if line.strip().startswith("headway-loadgen ")]
+
+
+async def judged_server(asked: Asked) -> None:
+    if asked.path == "/readyz":
+        asked.json(200, {"ready": True, "model": "m", "budgets": to_plain(BUDGETS)}, connection="close")
+        asked.transport.close()
+    else:
+        await answer_all(asked)
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    """A scripted server on a thread of its own, since the command runs its own loop."""
+    started: list[str] = []
+    is_up, loop = threading.Event(), asyncio.new_event_loop()
+    stop = asyncio.Event()
+
+    async def serve() -> None:
+        async with scripted(judged_server) as server:
+            started.append(server.url)
+            is_up.set()
+            await stop.wait()
+
+    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
+    thread.start()
+    assert is_up.wait(WAIT_S)
+    yield started[0]
+    loop.call_soon_threadsafe(stop.set)
+    thread.join(WAIT_S)
+    loop.close()
+
+
+def test_ctrl_c_ends_the_offering_and_the_report_is_written_all_the_same(url: str, tmp_path: Path) -> None:
+    trace, out = tmp_path / "t.jsonl", tmp_path / "r"
+    lines = [{"timestamp": at, "input_length": 9, "output_length": 1} for at in (0, 3_600_000)]
+    trace.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ["-m", "loadgen.cli", "replay", str(trace), "--target", url, "--out", str(out)]
+    with subprocess.Popen(
+        [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        assert "done 1" in process.stderr.readline()  # the progress line: the first is answered, an hour remains
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 1
+    assert "INVALID: the run was interrupted" in said
+    run, found = records.read(out.with_suffix(".jsonl"))
+    assert (run.is_interrupted, run.not_reached, len(found)) == (True, 1, 1)
+    assert out.with_suffix(".html").exists()
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_an_example_of_the_help_is_a_command(example: str) -> None:
+    assert callable(_parser().parse_args(shlex.split(example)[1:]).run)
+
+
+def test_the_examples_that_need_no_server_run_as_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    records.write(RUN, TWENTY, tmp_path / "out" / "replay.jsonl")
+    offline = [line for line in EXAMPLES if " replay " not in line and "--weka" not in line]
+    assert [main(shlex.split(line)[1:]) for line in offline] == [0] * 3
+
+
+def test_composing_says_what_it_made_and_the_same_seed_makes_the_same_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    assert main(["compose", "--seed", "5", "--out", str(first)]) == 0
+    assert main(["compose", "--seed", "5", "--out", str(second)]) == 0
+    assert first.read_bytes() == second.read_bytes()
+    said = capsys.readouterr().out
+    assert "blocks of 16 tokens, ids global" in said
+    assert "dropped_over_context" in said
+
+
+def test_a_replay_prints_the_verdict_and_leaves_three_files(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace, out = tmp_path / "t.jsonl", tmp_path / "deep" / "run"
+    row = {"timestamp": 5, "input_length": 30, "output_length": 3, "class": "chatbot+", "user": "u"}
+    trace.write_text(json.dumps(row) + "\n")
+    assert main(["replay", str(trace), "--target", url, "--duration", "0.2", "--out", str(out)]) == 0
+    assert capsys.readouterr().out.startswith("met 1 of 1 offered requests (100.0%)")
+    run, (record,) = records.read(out.with_suffix(".jsonl"))
+    assert (run.model, run.budgets_from, record.outcome) == ("m", "the target's /readyz", "done")
+    assert json.loads(out.with_suffix(".json").read_text())["met"] == 1
+    assert "</html>" in out.with_suffix(".html").read_text()
+
+
+def test_judging_again_gives_the_same_verdict_and_other_budgets_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept, again, strict = tmp_path / "kept.jsonl", tmp_path / "again", tmp_path / "strict.json"
+    records.write(RUN, TWENTY, kept)
+    before = kept.read_bytes()
+    assert main(["judge", str(kept), "--out", str(again)]) == 0
+    assert "met 10 of 20" in capsys.readouterr().out
+    strict.write_text(json.dumps({"budgets": to_plain(BUDGETS) | {"chatbot+": {"ttft_s": 0.01}}}))
+    assert main(["judge", str(kept), "--out", str(again), "--budgets", str(strict)]) == 0
+    assert "met 5 of 20" in capsys.readouterr().out
+    assert kept.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["describe", "missing.jsonl"], "No such file"),
+        (["describe", "bad.jsonl"], "bad.jsonl: no row can be used; line 1"),
+        (["judge", "bad.jsonl"], "bad.jsonl: line 1"),
+        (["replay", "good.jsonl", "--target", "http://127.0.0.1:9"], "does not answer"),
+        (["replay", "good.jsonl", "--target", "https://host"], "not an http:// address"),
+        (["compose", "--scale-tokens", "1/3", "--out", "x.jsonl"], "cannot be cut"),
+        (["compose", "--scale-tokens", "1", "--context", "100", "--out", "x.jsonl"], "no session fits 100 tokens"),
+        (["compose", "--weka", "bad.jsonl", "--out", "x.jsonl"], "is this weka_requests.csv?"),
+    ],
+)
+def test_an_error_is_one_line_and_exit_code_1(
+    arguments: list[str], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.jsonl").write_text("{}\n")
+    (tmp_path / "good.jsonl").write_text('{"timestamp": 0, "input_length": 3, "output_length": 1}\n')
+    assert main(arguments) == 1
+    said = capsys.readouterr().err
+    assert why in said
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", ["", "replay", "replay t --headers 2", "replay t --speed 0", "compose --out x --scale-tokens 2"]
+)
+def test_misuse_is_exit_code_2(arguments: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments.split())
+
+
+SERVER = """
+    import http.server, json, signal, sys
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        def do_GET(self): self.answer({"model": "m", "budgets": json.loads(sys.argv[2])})
+        def do_POST(self):
+            asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            self.answer({"choices": [{"text": "a"}], "usage": {"prompt_tokens": len(asked["prompt"])}})
+        def answer(self, body):
+            data = json.dumps(body).encode()
+            self.send_response(200)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+        def log_message(self, *_): pass
+    http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def test_a_server_is_started_awaited_and_stopped_around_the_replay(tmp_path: Path, free_port: int) -> None:
+    script, trace = tmp_path / "server.py", tmp_path / "t.jsonl"
+    script.write_text(textwrap.dedent(SERVER))
+    trace.write_text('{"timestamp": 0, "input_length": 3, "output_length": 1, "class": "data-processor"}\n')
+    serve = shlex.join([sys.executable, str(script), str(free_port), json.dumps(to_plain(BUDGETS))])
+    target = f"http://127.0.0.1:{free_port}"
+    command = [
+        "replay",
+        str(trace),
+        "--serve",
+        serve,
+        "--target",
+        target,
+        "--duration",
+        "0.1",
+        "--out",
+        str(tmp_path / "r"),
+    ]
+    assert main(command) == 0
+    assert main([*command[:2], *command[4:]]) == 1  # without --serve nobody answers there any more
+
+
+def test_a_server_that_ends_before_it_is_ready_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "t.jsonl"
+    trace.write_text('{"timestamp": 0, "input_length": 3, "output_length": 1}\n')
+    serve = shlex.join([sys.executable, "-c", "raise SystemExit(3)"])
+    assert main(["replay", str(trace), "--serve", serve, "--target", "http://127.0.0.1:9"]) == 1
+    assert "the server ended with code 3 before it was ready" in capsys.readouterr().err
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,135 @@
+"""Reports say what the verdict says: a table for a terminal, a page that needs nothing but itself."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import msgspec
+
+from loadgen.judge import judge
+from loadgen.report import text
+from loadgen.report_html import page
+from tests.loadgen.fixture import BUDGETS, RUN, TWENTY
+
+VOID = {"meta", "br"}
+
+
+class Shape(HTMLParser):
+    """Which elements a page has, and whether each is closed in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def shape(html: str) -> Shape:
+    parser = Shape()
+    parser.feed(html)
+    parser.close()
+    return parser
+
+
+def html() -> str:
+    return page(judge(RUN, TWENTY, BUDGETS), TWENTY, BUDGETS)
+
+
+def test_the_terminal_report_begins_with_the_verdict() -> None:
+    lines = text(judge(RUN, TWENTY, BUDGETS)).splitlines()
+    assert lines[0] == "met 10 of 20 offered requests (50.0%): 0.10 requests/s and 1.0 tokens/s of goodput"
+    assert re.match(r"  FAIL  chatbot\+ +41.7% of 99% wanted", lines[1])
+    assert lines[4] == "  INVALID: 1 of 12 chatbot+ requests were refused; over 1 % no run counts"
+
+
+def test_the_table_has_a_row_a_class_and_below_it_a_row_a_worker() -> None:
+    rows = [line.split() for line in text(judge(RUN, TWENTY, BUDGETS)).splitlines()]
+    #                    offered met refused lost left
+    assert ["chatbot+", "12", "5", "1", "3", "1"] in [row[:6] for row in rows]
+    assert ["worker", "w0", "5", "4", "1", "0", "0"] in [row[:7] for row in rows]
+    chat = next(row for row in rows if row[:2] == ["chatbot+", "12"])
+    # TTFT p50 p90 p99 in ms; then three of TPOT; met, line and smooth of 12; ideal and real hit of 3,500 tokens
+    assert chat[6:9] == ["600", "1200", "1200"]
+    assert chat[12:] == ["41.7", "41.7", "50.0", "80.0", "43.9"]
+
+
+def test_the_report_names_the_worst_user_and_what_to_repeat_the_run_with() -> None:
+    said = text(judge(RUN, TWENTY, BUDGETS))
+    assert "worst user of 3: u2, 2 of 5 chat requests met" in said
+    assert "trace twenty.jsonl (0123456789ab)" in said
+    assert "seed 1, speed 1, stripped 20%" in said
+    assert "tokens wasted on misses 56" in said
+
+
+def test_a_run_of_nothing_is_reported_without_an_error() -> None:
+    verdict = judge(RUN, [], BUDGETS)
+    assert text(verdict).startswith("met 0 of 0")
+    assert "</html>" in page(verdict, [], BUDGETS)
+
+
+def test_the_page_is_well_formed_and_needs_nothing_but_itself() -> None:
+    found = shape(html())
+    assert found.open == []
+    assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in found.seen}
+    assert not [value for _, attrs in found.seen for name, value in attrs.items() if name in ("src", "href")]
+    assert "url(" not in html()
+    assert "@import" not in html()
+
+
+def test_every_picture_is_well_formed_and_named_and_has_no_number_that_is_none() -> None:
+    pictures = re.findall(r"<svg.*?</svg>", html(), re.DOTALL)
+    assert len(pictures) >= 6  # three gauges, first tokens, seconds, slowest seconds
+    for picture in pictures:
+        assert ElementTree.fromstring(picture).get("aria-label")
+        assert not re.search(r"\b(nan|inf)\b", picture)
+
+
+def test_each_timed_chat_request_is_one_mark_and_the_silent_ones_are_counted() -> None:
+    found = html()
+    timed = [record for record in TWENTY[:12] if record.token_s]
+    assert len(re.findall(r'<circle class="met"', found)) == 5
+    assert len(re.findall(r'class="(?:missed|lost) cross"', found)) == len(timed) - 5
+    assert "3 that never had a first token are not drawn" in found
+
+
+def test_the_page_carries_the_verdict_the_worst_user_and_the_classifiers_table() -> None:
+    words = " ".join(shape(html()).words)
+    assert "10 of 20 offered requests met their own target" in words
+    assert "1 of 12 chatbot+ requests were refused" in words
+    assert "Classifier" in words
+    assert re.search(r"Worst: *u2", words)
+
+
+def test_names_from_a_trace_or_a_server_are_text_and_nothing_else() -> None:
+    bad = "<script>alert(1)</script>"
+    records = [
+        msgspec.structs.replace(one, user=bad, worker=bad, session=bad, assigned_class=bad, class_reason=bad)
+        for one in TWENTY
+    ]
+    run = msgspec.structs.replace(RUN, trace_name=bad, model=bad, machine=bad)
+    assert "<script" not in page(judge(run, records, BUDGETS), records, BUDGETS)
+
+
+def test_the_page_has_colours_for_light_and_dark() -> None:
+    defaults, dark = (re.findall(r"--[a-z]+(?=:)", part) for part in html().split("prefers-color-scheme:dark")[:2])
+    assert set(dark) == set(defaults)
+
+
+def test_the_same_records_give_the_same_page() -> None:
+    assert html() == html()
