@@ -14,8 +14,8 @@ from policies.costs import StepModel
 from policies.request import CLASS_NAMES, Budget, Request, RequestClass
 
 HEADROOM = 1.5  # never tighter than this multiple of what an idle worker needs
-# Of an idle worker's own step, for the pace: a step that serves others too is longer. On CPU eight streams take 1.5 times
-# one, a chunk of somebody's prompt adds 0.4, a busy neighbour on the same memory 0.3 and more. GPUs have 40 ms instead.
+# Of an idle worker's own step, for the pace: a step that serves others too is longer. On CPU eight streams take 1.5
+# times one, a chunk of somebody's prompt adds 0.4, a busy neighbour on the same memory 0.3 and more.
 PACE_HEADROOM = 2.5
 TIMEOUT_MARGIN = 0.05  # of a declared timeout: the answer must still travel
 FLEX_S = 900.0
