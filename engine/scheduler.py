@@ -119,8 +119,10 @@ class Scheduler:
         closed: set[RequestClass] = set()
         for chunk in chosen.chunks:
             sequence = step.sequence(chunk.row)
-            if sequence.request_class not in closed and not self._launch_chunk(chunk, sequence, step):
-                closed.add(sequence.request_class)  # the first that finds no room is not overtaken by its own class
+            if sequence.row == WAITING and sequence.request_class in closed:
+                continue  # the first that finds no room is not overtaken by its own class; residents go on
+            if not self._launch_chunk(chunk, sequence, step):
+                closed.add(sequence.request_class)
         self._launch_decodes(step)
         if step.build(self._table, self._block_tokens):
             return step

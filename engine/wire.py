@@ -187,7 +187,7 @@ def decode_from_worker(frame: bytes | memoryview) -> FromWorker:
     """A worker's message. Raises WireError on anything else."""
     try:
         return _from_worker.decode(frame)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise WireError(f"undecodable frame from a worker: {error}") from error
 
 
@@ -195,7 +195,7 @@ def decode_from_router(frame: bytes | memoryview) -> FromRouter:
     """A router's message. Raises WireError on anything else."""
     try:
         return _from_router.decode(frame)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise WireError(f"undecodable frame from a router: {error}") from error
 
 

@@ -235,6 +235,19 @@ def test_a_dropped_link_takes_its_sequences_along() -> None:
     assert rig.ends[1].reason == "length"
 
 
+def test_a_resident_goes_on_where_a_newcomer_of_its_class_finds_no_row() -> None:
+    rig = Rig(blocks=20, limits=SchedulerLimits(sequences_max=1, preempt_cooldown_s=0.0))
+    rig.submit(order(1, prompt(0, 144), cls=AGENT, max_tokens=2))
+    rig.step()
+    rig.submit(order(2, prompt(0, 175), cls=CHAT, max_tokens=3, salt=b"a"))  # preempts the first
+    for _ in range(4):
+        rig.step()
+    rig.submit(order(3, prompt(0, 1), cls=AGENT, max_tokens=1))  # its line is earlier than the first's next one
+    rig.run()
+
+    assert [rig.ends[handle].reason for handle in (1, 2, 3)] == ["length"] * 3
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     work=st.lists(
