@@ -1,4 +1,4 @@
-"""Property tests search anew on every run at home and by night; CI repeats one fixed search, so that red means changed."""
+"""Property tests search anew at home and by night; CI repeats one fixed search, so that red means changed."""
 
 from __future__ import annotations
 
