@@ -59,11 +59,12 @@ class Link(asyncio.Protocol):
                 continue
             for handle in message.handles:
                 client, is_stream = self._sinks[handle]
-                if is_stream:
+                if is_stream and not client.is_closing():
                     client.write(CHUNK)
             for end in message.ends:
                 client, is_stream = self._sinks.pop(end.handle)
-                client.write(DONE if is_stream else WHOLE)
+                if not client.is_closing():
+                    client.write(DONE if is_stream else WHOLE)
 
 
 class Front(asyncio.Protocol):

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from router.config import Config, Limits, Workers
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "router.json"
-HTTP_TWIN = HERE.parent / "../shared/router-bench/worker.c"  # speaks HTTP, for rows of other proxies, where it is there
 READY_S = 60.0
 VOCABULARY = 49_152
 
@@ -157,32 +156,39 @@ class Bench:
         return self._ready(target, "/readyz")
 
     def nginx(self) -> Target | None:
-        """A plain relay of the HTTP twin's stream by nginx, or None with the reason printed."""
+        """A plain relay of bytes, or None with the reason printed."""
         binary = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
-        if binary is None or not HTTP_TWIN.is_file():
-            print(f"no nginx row: {'nginx is not installed' if binary is None else f'no {HTTP_TWIN}'}")
+        if binary is None:
+            print("no nginx row: it is not installed")
             return None
-        twin = self._directory / "http_twin"
-        subprocess.run(["cc", "-O2", "-w", "-o", twin, HTTP_TWIN], check=True)
-        ports = [free_port() for _ in range(3)]
-        for port in ports[1:]:
-            self._start([str(twin), str(port), "0", "0"])
-        config = self._directory / "nginx.conf"
-        config.write_text(nginx_config(self._directory, *ports))
-        process = self._start([binary, "-c", str(config)])
-        target = self._ready(Target("nginx", ports[0], process.pid), "/health")
-        self._http_twins = ports[1:]
-        return target
+        port, config = free_port(), self._directory / "nginx.conf"
+        config.write_text(nginx_config(self._directory, port, self._http_twins()))
+        return self._ready(Target("nginx", port, self._start([binary, "-c", str(config)]).pid), "/health")
 
-    def pace_http(self, case: Case) -> None:
-        """The same pace for the twins behind nginx."""
-        for port in self._http_twins:
-            get(port, f"/ctl/{case.ttft_us}/{case.itl_us}")
+    def vllm_router(self) -> Target | None:
+        """The Rust peer with its own cache-aware policy, or None with the reason printed."""
+        binary = os.environ.get("VLLM_ROUTER") or shutil.which("vllm-router")
+        if binary is None:
+            print("no vllm-router row: it is not installed (pip install vllm-router; VLLM_ROUTER= names the command)")
+            return None
+        port, workers = free_port(), [f"http://127.0.0.1:{twin}" for twin in self._http_twins()]
+        command = [binary, "--host", "127.0.0.1", "--port", str(port), "--worker-urls", *workers]
+        command += ["--policy", "cache_aware", "--log-level", "error", "--prometheus-port", str(free_port())]
+        process = self._start(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return self._ready(Target("vllm-router", port, process.pid), "/health")
+
+    def _http_twins(self) -> list[int]:
+        """Ports of two twins that speak HTTP: the baseline in front of a wire twin each."""
+        ports = [free_port() for _ in self.sockets]
+        for port, path in zip(ports, self.sockets, strict=True):
+            command = [sys.executable, "-m", "bench.bare_router", str(port), path]
+            self._ready(Target("twin", port, self._start(command).pid), "/")
+        return ports
 
     def _start(self, command: list[str], **how: Any) -> subprocess.Popen[bytes]:
         env = {**os.environ, "HOME": str(self._directory), "PYTHONPATH": str(HERE.parent)}
         process = subprocess.Popen(command, env=env, **how)
-        self._stack.callback(end, process)
+        self._stack.callback(stop, process)
         return process
 
     def _ready(self, target: Target, path: str) -> Target:
@@ -195,14 +201,14 @@ class Bench:
         return target
 
 
-def nginx_config(directory: Path, port: int, *workers: int) -> str:
+def nginx_config(directory: Path, port: int, workers: Sequence[int]) -> str:
     """One process, keep-alive on both sides, nothing buffered."""
     servers = " ".join(f"server 127.0.0.1:{worker};" for worker in workers)
     temporary = " ".join(
         f"{kind}_temp_path {directory}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
     return f"""
-worker_processes 1; daemon off; pid {directory}/nginx.pid; error_log stderr error;
+master_process off; daemon off; pid {directory}/nginx.pid; error_log stderr error;
 events {{ worker_connections 2048; }}
 http {{
     access_log off; client_max_body_size 8m; client_body_buffer_size 1m; keepalive_requests 1000000; {temporary}
@@ -226,7 +232,7 @@ def until(is_so: Any) -> None:
         time.sleep(0.05)
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
+def stop(process: subprocess.Popen[bytes]) -> None:
     process.kill()
     process.wait()
 
@@ -256,10 +262,9 @@ def measure(bench: Bench, target: Target, rounds: int) -> list[Measured]:
     for _ in range(rounds):
         request_us = 0.0
         for row, case in zip(rows, (*REQUESTS, *TOKENS), strict=True):
-            pace = bench.pace_http if target.name == "nginx" else bench.pace
-            pace(FLAT_OUT)
+            bench.pace(FLAT_OUT)
             bench.load(warm_up(case), target.port)
-            pace(case)
+            bench.pace(case)
             before = cpu_s(target.pid)
             seen = bench.load(case, target.port)
             spent_us = (cpu_s(target.pid) - before) * 1e6
@@ -331,7 +336,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows: list[Measured] = []
     with tempfile.TemporaryDirectory() as directory:
-        for start in (Bench.bare, Bench.headway, Bench.nginx):
+        for start in (Bench.bare, Bench.headway, Bench.nginx, Bench.vllm_router):
             with Bench(Path(directory), arguments.model or embedded_model()) as bench:
                 target = start(bench)
                 if target is not None:
