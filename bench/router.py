@@ -335,12 +335,12 @@ def main() -> None:
     parser.add_argument("--no-save", action="store_true", help="leave bench/results alone")
     arguments = parser.parse_args()
     rows: list[Measured] = []
-    with tempfile.TemporaryDirectory() as directory:
-        for start in (Bench.bare, Bench.headway, Bench.nginx, Bench.vllm_router):
-            with Bench(Path(directory), arguments.model or embedded_model()) as bench:
-                target = start(bench)
-                if target is not None:
-                    rows += measure(bench, target, arguments.rounds)
+    model = arguments.model or embedded_model()
+    for start in (Bench.bare, Bench.headway, Bench.nginx, Bench.vllm_router):
+        with tempfile.TemporaryDirectory() as directory, Bench(Path(directory), model) as bench:
+            target = start(bench)
+            if target is not None:
+                rows += measure(bench, target, arguments.rounds)
     if not arguments.no_save:
         save(rows, arguments.rounds)
     print(f"\n{cpu_name()}, {os.cpu_count()} cores, Python {platform.python_version()}, {arguments.rounds} rounds")

@@ -71,7 +71,10 @@ class Flusher:
     def _flush(self) -> None:
         due, self._due = self._due, []
         for relay in due:
-            relay.flush()
+            try:
+                relay.flush()
+            except Exception as error:  # noqa: BLE001 -- border: one relay's fault must not hold up the others
+                relay.fault(error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +174,12 @@ class Relay:
     def cancel(self, action: Cancel) -> None:
         self._drop_attempt(action.reason)
 
+    def fault(self, error: Exception) -> None:
+        """Our own fault outside of the mind's and the link's calls: end this request alone."""
+        log.error("request %s: its relay failed", self._order.request.id, exc_info=error)
+        self._services.mind.gone(self._order.request.id)
+        self.broke()
+
     def broke(self) -> None:
         self._drop_attempt("router fault")
         if not self.over.done():
@@ -224,10 +233,8 @@ class Relay:
             self._arrived(self._order.text.assemble(rendered, tokenised))
         except RequestError as error:
             self._refuse(error)
-        except Exception as error:  # border: nobody else awaits this task
-            log.error("request %s: it cannot be tokenised", self._order.request.id, exc_info=error)
-            self._services.mind.gone(self._order.request.id)
-            self.broke()
+        except Exception as error:  # noqa: BLE001 -- border: nobody else awaits this task
+            self.fault(error)
 
     def _arrived(self, prompt: Prompt) -> None:
         room = self._order.context_max - len(prompt.ids)

@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from policies.request import RequestClass
+from router.dialects.chat import ChatEncoder
 from router.relay import RelayLimits
 from router.server import ListenerLimits
 from router.text import Text, TextLimits
@@ -157,6 +158,32 @@ def test_a_fault_of_the_router_is_an_answer_and_an_end(monkeypatch: pytest.Monke
             assert answer.json()["error"]["code"] == "internal_error"
             assert d.receipts[0].outcome == "failed"
             assert not d.mind.clients
+
+    run(work())
+
+
+def test_a_fault_at_the_flush_ends_its_own_stream_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    delta = ChatEncoder.delta
+
+    def fragile(encoder: ChatEncoder, text: str) -> bytes:
+        assert text != "bad"
+        return delta(encoder, text)
+
+    async def work() -> None:
+        monkeypatch.setattr(ChatEncoder, "delta", fragile)
+        async with desk() as d:
+            asking = [asyncio.create_task(d.client.post("/v1/chat/completions", json=chat(stream=True))) for _ in "ab"]
+            ill, well = await d.fleet.next(), await d.fleet.next()
+            for attempt, text in ((ill, "bad"), (well, "good")):
+                attempt.start()
+                for token in ids_of(text):
+                    attempt.say([token])
+            await d.until(lambda: bool(d.receipts))
+            well.end()
+            answers = sorted([await answer for answer in asking], key=lambda answer: answer.status_code)
+            assert content(answers[0].text) == "good"
+            assert answers[1].status_code == 500
+            assert ill.aborted == "router fault"
 
     run(work())
 

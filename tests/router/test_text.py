@@ -13,7 +13,7 @@ from engine import keys
 from engine.wire import Sampling
 from router.errors import RequestError
 from router.stops import StopScanner
-from router.template import FRAMES_MAX, ChatTemplate
+from router.template import FRAME_PARTS_MAX, FRAMES_MAX, ChatTemplate
 from router.text import Identity, Prompt, Text, TextLimits
 from router.turn import Message, Turn
 from router.vocabulary import Detokeniser, Vocabulary
@@ -157,6 +157,12 @@ def test_frames_are_kept_within_their_bound() -> None:
     for length in range(1, FRAMES_MAX + 10):
         template.render([Message("user", "x")] * length, ())
     assert len(template._frames) == FRAMES_MAX
+
+
+def test_a_frame_of_too_many_parts_is_not_kept() -> None:
+    template = ChatTemplate("{% for m in messages %}{{ m.content }},{% endfor %}", {})
+    template.render([Message("user", "x")] * (FRAME_PARTS_MAX // 2 + 1), ())
+    assert not template._frames
 
 
 @pytest.mark.parametrize("source", ["{{ raise_exception('roles must alternate') }}", "{{ nothing.there.at.all }}"])
