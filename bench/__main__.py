@@ -10,9 +10,9 @@ import sys
 RESULTS = "bench/results"
 BENCHES: dict[str, tuple[str, ...]] = {
     "engine_cpu": (),
-    "step_host": (),
+    "step_host": ("--out", f"{RESULTS}/step_host.json"),
     "dispatcher": ("--out", f"{RESULTS}/dispatcher.json"),
-    "link": (),
+    "link": ("--out", f"{RESULTS}/link.json"),
     "router": (),
 }
 

@@ -4,12 +4,14 @@ Prints CPU microseconds, best of 5 runs of 2,000 frames. Run: python -m bench.li
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import platform
 import time
 from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -103,14 +105,19 @@ def measure(streams: int) -> float:
     return taken_s / FRAMES
 
 
-async def main() -> None:
+async def main() -> dict[int, float]:
     best = {streams: min(measure(streams) for _ in range(RUNS)) * 1e6 for streams in (0, 1, 8, 32, 128)}
     print(f"link and mind, {platform.processor() or platform.machine()}, Python {platform.python_version()}")
     for streams, us in best.items():
         each = f"{(us - best[0]) / streams:6.2f} us a token beyond the empty frame" if streams else ""
         print(f"  frame with {streams:3} tokens: {us:7.1f} us  {each}")
-    print(json.dumps({"frame_us": best}))
+    return best
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    parser = argparse.ArgumentParser("python -m bench.link", description=__doc__)
+    parser.add_argument("--out", type=Path, help="write JSON here")
+    out = parser.parse_args().out
+    frame_us = asyncio.run(main())
+    if out is not None:
+        out.write_text(json.dumps({"frame_us": frame_us}, indent=1) + "\n")

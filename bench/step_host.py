@@ -5,6 +5,7 @@ busy machine does not count. Run: python -m bench.step_host"""
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import platform
@@ -115,6 +116,9 @@ def walk(tokens: int = 142_000, block_tokens: int = 64) -> tuple[float, float]:
 
 def main() -> int:
     """Print the table; write it to the file named, if any."""
+    parser = argparse.ArgumentParser("python -m bench.step_host", description=__doc__)
+    parser.add_argument("--out", type=Path, help="write JSON here")
+    out = parser.parse_args().out
     rows = [turns(sequences) for sequences in BUDGETS_MS]
     walk_ms, chain_ms = walk()
     print(f"host cost of a step, CPU ms (Python {platform.python_version()} on {platform.machine()})")
@@ -123,7 +127,7 @@ def main() -> int:
         share = row.best_ms / row.budget_ms
         print(f"{row.sequences:9d} {row.best_ms:6.3f} {row.median_ms:7.3f} {row.budget_ms:7.1f} {share:13.2f}")
     print(f"142k-token prompt: trie walk {walk_ms:.2f} ms, chain keys {chain_ms:.2f} ms: {walk_ms / chain_ms:.1f} x")
-    if len(sys.argv) > 1:
+    if out is not None:
         result = {
             "best_ms": {str(row.sequences): round(row.best_ms, 4) for row in rows},
             "median_ms": {str(row.sequences): round(row.median_ms, 4) for row in rows},
@@ -131,7 +135,7 @@ def main() -> int:
             "chain_142k_ms": round(chain_ms, 3),
             "machine": platform.platform(),
         }
-        Path(sys.argv[1]).write_text(json.dumps(result, indent=1) + "\n")
+        out.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 
