@@ -334,6 +334,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a folder with tokenizer.json; the embedded model if not given")
     parser.add_argument("--no-save", action="store_true", help="leave bench/results alone")
     arguments = parser.parse_args()
+    if shutil.which("cc") is None or not Path("/proc/self/schedstat").exists():
+        raise SystemExit("this benchmark needs a C compiler named cc, and Linux, whose /proc counts CPU time")
     rows: list[Measured] = []
     model = arguments.model or embedded_model()
     for start in (Bench.bare, Bench.headway, Bench.nginx, Bench.vllm_router):
