@@ -8,6 +8,7 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check
 TORCH   := torch==2.13.0
+TRITON  := triton==3.7.1  # for its interpreter; where a card is, torch brings its own
 
 # Without an NVIDIA card the CPU build (about 200 MB) is enough; the default build for Linux brings gigabytes of CUDA.
 HAS_CUDA    := $(shell command -v nvidia-smi 2>/dev/null)
@@ -15,7 +16,7 @@ TORCH_INDEX ?= $(if $(HAS_CUDA),,https://download.pytorch.org/whl/cpu)
 TORCH_FROM  := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX),)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve replay replay-weka test check bench nightly dist clean
+.PHONY: help serve replay replay-weka test check bench kernels nightly dist clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -41,6 +42,7 @@ $(VENV)/.serve: $(VENV)/.torch pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.serve
 	@echo "==> installing the tools of make check and make test"
+	@$(if $(HAS_CUDA),:,$(PIP) install -q $(TRITON))
 	@$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[engine,dev]'
 	@touch $@
 
@@ -73,6 +75,9 @@ check: $(VENV)/.dev  ## lint, format, types, floors
 
 bench: $(VENV)/.dev  ## the benchmarks of docs/performance.md; results in bench/results/
 	@$(BIN)/python -m bench
+
+kernels: $(VENV)/.dev  ## compile every GPU kernel for an H100 (no GPU needed): registers, spills, shared memory
+	@$(BIN)/python bench/compile_kernels.py
 
 nightly: $(VENV)/.dev  ## the long tests: soaks, many kills, long prompts
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m nightly

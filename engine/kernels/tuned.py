@@ -1,0 +1,114 @@
+"""Which kernel computes a matrix product: tables measured per device, and a rule for shapes nobody has measured.
+
+Owns Choice and the reading of tuned/<device>.json. Never imports torch or triton, never measures."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+Kernel = Literal["gemv", "dot", "tma", "cublas"]
+Role = Literal["norm", "gated", "residual", "plain"]  # the epilogue; "gated" has the norm too
+
+GEMV_ROWS_MAX = 2  # row-dot loses to tensor cores from 4 rows on, except on the smallest shapes (1.6-2.3x at 8)
+OWN_ROWS_MAX = 64  # beyond, a shape nobody has measured goes to cuBLAS
+GEMV_BYTES_AHEAD = 16384  # weight bytes a GEMV program holds in registers before its input is ready
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A kernel and its tile. `cublas` uses none of the numbers."""
+
+    kernel: Kernel
+    block_n: int = 64
+    block_k: int = 128
+    head_k: int = 0  # gemv: columns read ahead of the input
+    stages: int = 3
+    warps: int = 4
+    splits: int = 1
+    is_swapped: bool = True
+    rows_max: int = 256  # rows of one tile; more rows are more tiles
+    is_norm_apart: bool = False  # a norm kernel before; inside the product it costs more from about 100 rows on
+    pdl: int = 0  # programmatic launch: 0 off, 1 signal at once, 2 signal after the loop
+
+
+CUBLAS = Choice("cublas")
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Measured choices of one device: (role, outputs, columns) -> rows -> choice."""
+
+    device: str
+    linear: dict[tuple[str, int, int], dict[int, Choice]]
+
+    @classmethod
+    def empty(cls, device: str) -> Table:
+        """A table that knows nothing: every choice is the rule's."""
+        return cls(device, {})
+
+
+def slug(device: str) -> str:
+    """The file name of a device: `NVIDIA H100 80GB HBM3` -> `nvidia-h100-80gb-hbm3`."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+@cache
+def load(device: str, folder: Path = Path(__file__).parent / "tuned") -> Table:
+    """The shipped table of a device, or an empty one."""
+    path = folder / f"{slug(device)}.json"
+    return parse(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else Table.empty(device)
+
+
+def parse(raw: dict[str, Any]) -> Table:
+    """A table from its JSON: {"device", "linear": [{"role", "outputs", "columns", "rows": {"16": {...}}}]}."""
+    linear = {
+        (shape["role"], shape["outputs"], shape["columns"]): {
+            int(rows): Choice(**choice) for rows, choice in shape["rows"].items()
+        }
+        for shape in raw["linear"]
+    }
+    return Table(raw["device"], linear)
+
+
+def choose(table: Table, role: Role, rows: int, outputs: int, columns: int) -> Choice:
+    """The measured choice of the next larger row count, else the rule's. `outputs` counts what is stored."""
+    measured = table.linear.get((role, outputs, columns), {})
+    at_least = [count for count in measured if count >= rows]
+    return measured[min(at_least)] if at_least else rule(role, rows, outputs, columns)
+
+
+def rule(role: Role, rows: int, outputs: int, columns: int) -> Choice:
+    """For shapes nobody has measured: the tiles that did well on ten shapes of an H100, where they divide evenly."""
+    if rows > OWN_ROWS_MAX:
+        return CUBLAS
+    choice = _gemv(role, outputs, columns) if rows <= GEMV_ROWS_MAX else None
+    return choice or _dot(role, outputs, columns) or CUBLAS
+
+
+def _gemv(role: Role, outputs: int, columns: int) -> Choice | None:
+    head = max((size for size in (4096, 2048, 1024, 512) if size <= columns), default=0)
+    block_k = min(head, 1024)
+    if not head or (columns - head) % block_k:
+        return None
+    weights_a_row = 2 * head * (2 if role == "gated" else 1)
+    block_n = max(1, min(4, GEMV_BYTES_AHEAD // weights_a_row))
+    warps = max(1, min(4, block_k // 256))  # fewer columns a warp and x goes through shared memory in every iteration
+    return Choice("gemv", block_n, block_k, head, warps=warps) if outputs % block_n == 0 else None
+
+
+def _dot(role: Role, outputs: int, columns: int) -> Choice | None:
+    block_k = max((size for size in (128, 64, 32) if columns % size == 0), default=0)
+    block_n = max((size for size in (64, 32) if outputs % size == 0 and outputs // size >= 64), default=32)
+    if not block_k or outputs % block_n:
+        return None
+    programs = outputs // block_n
+    splits = 1
+    if role in ("residual", "plain"):  # a norm needs whole rows of x in one program
+        while programs * splits < 128 and splits < 4 and columns % (2 * splits * block_k) == 0:
+            splits *= 2
+    return Choice("dot", block_n, block_k, stages=4, splits=splits, is_swapped=block_n >= 64)

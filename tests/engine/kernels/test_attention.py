@@ -1,0 +1,87 @@
+"""Attention over work lists and over tiles agrees with the oracle, whoever splits, shares or merges."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from engine.kernels.paged import Launch, Shape
+from engine.kernels.plan import WHOLE, part_tokens
+from tests.engine.kernels import attention_case
+
+RAGGED = [(1, 1), (37, 1), (16, 1), (100, 1), (17, 1)]
+
+
+def shape(group: int, head_dim: int, few_rows: int = 1, has_qk_norm: bool = True) -> Shape:
+    return Shape(group * 2, 2, head_dim, 2, 16, 1e-6, has_qk_norm, few_rows)
+
+
+@pytest.mark.parametrize(("group", "head_dim"), [(1, 64), (3, 64), (4, 96), (7, 32), (8, 128)])
+@pytest.mark.parametrize("size", [16, 32, WHOLE])
+def test_decode_agrees_with_the_oracle(
+    group: int, head_dim: int, size: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    case = attention_case.make(shape(group, head_dim), RAGGED, dtype, device)
+
+    got = attention_case.few(case, Launch(5), size)
+
+    assert attention_case.error(got, case.wanted) < 5e-3
+    torch.testing.assert_close(case.pool, case.wanted_pool, equal_nan=True, rtol=1e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("size", [16, WHOLE])
+def test_reading_ahead_changes_nothing(size: int, dtype: torch.dtype, device: torch.device) -> None:
+    plain, ahead = (attention_case.make(shape(4, 64), RAGGED, dtype, device) for _ in range(2))
+
+    first = attention_case.few(plain, Launch(3), size)
+    second = attention_case.few(ahead, Launch(3, is_ahead=True), size)
+
+    assert attention_case.error(second, first) < 1e-4
+
+
+def test_drafted_rows_see_their_own_past_only(dtype: torch.dtype, device: torch.device) -> None:
+    case = attention_case.make(shape(3, 64, few_rows=5), [(40, 5), (5, 5), (64, 1), (33, 3)], dtype, device)
+
+    got = attention_case.few(case, Launch(4), 16)
+
+    assert attention_case.error(got, case.wanted) < 5e-3
+
+
+@pytest.mark.parametrize("members", [2, 19])
+def test_a_shared_prefix_is_read_for_the_whole_group(members: int, dtype: torch.dtype, device: torch.device) -> None:
+    lengths = [(48 + 5 * number + 1, 1) for number in range(members)]
+    case = attention_case.make(shape(4, 64), lengths, dtype, device, shared=48)
+
+    got = attention_case.few(case, Launch(6), 16, is_shared=True)
+
+    assert attention_case.error(got, case.wanted) < 5e-3
+
+
+@pytest.mark.parametrize("group", [1, 3, 4])
+def test_chunks_agree_with_the_oracle_at_any_offset(group: int, dtype: torch.dtype, device: torch.device) -> None:
+    case = attention_case.make(shape(group, 64), [(40, 40), (70, 33), (50, 2), (150, 150)], dtype, device)
+
+    got = attention_case.chunks(case)
+
+    assert attention_case.error(got, case.wanted) < 5e-3
+
+
+def test_a_row_does_not_depend_on_its_neighbours_when_parts_are_fixed(dtype: torch.dtype, device: torch.device) -> None:
+    case = attention_case.make(shape(4, 64, has_qk_norm=False), [(100, 1)], dtype, device)
+    crowd = attention_case.make(shape(4, 64, has_qk_norm=False), [(100, 1), (3, 1), (80, 1)], dtype, device)
+    crowd.pool[crowd.step.table[0, :7].long()] = case.pool[case.step.table[0, :7].long()]
+    crowd.qkv[0] = case.qkv[0]
+
+    alone = attention_case.few(case, Launch(2), 32)
+    together = attention_case.few(crowd, Launch(7), 32)
+
+    assert torch.equal(alone[0], together[0])
+
+
+@pytest.mark.parametrize(
+    ("batch", "context", "wanted"),
+    [(1, 576, 64), (8, 576, WHOLE), (64, 576, WHOLE), (256, 2048, WHOLE), (1, 32768, 1024), (8, 32768, 1024)],
+)
+def test_contexts_are_cut_only_when_programs_would_idle(batch: int, context: int, wanted: int) -> None:
+    assert part_tokens(np.full(batch, context), 8) == wanted
