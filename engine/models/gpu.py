@@ -1,0 +1,231 @@
+"""The one decoder on a GPU: five kernels a layer for few rows, cuBLAS and row kernels between them for many.
+
+Owns the order of launches and the buffers of a step. Never sees sequences or sampling, never allocates in a step and
+never waits, so that a step can be captured. Norm weights are folded into the products they feed (decision 33)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from engine.kernels import paged, plan, rows, tuned
+from engine.kernels.linear import Epilogue, Scratch, linear
+from engine.kernels.paged import Launch, Shape, Step
+from engine.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from engine.models.decoder import Decoder
+
+
+@dataclass(frozen=True, slots=True)
+class GpuLayer:
+    """One layer's weights. Rows of q and k are in rope order (engine/weights.py)."""
+
+    qkv: Tensor  # [q_width + 2 * kv_width, hidden], attention norm folded in
+    qkv_bias: Tensor | None
+    q_norm: Tensor | None  # [head_dim]
+    k_norm: Tensor | None
+    out: Tensor  # [hidden, q_width]
+    gate_up: Tensor  # [2 * ffn, hidden], mlp norm folded in
+    down: Tensor  # [hidden, ffn]
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A model on the device."""
+
+    config: ModelConfig
+    embedding: Tensor  # [vocab, hidden]
+    layers: tuple[GpuLayer, ...]
+    norm: Tensor  # [hidden]; not folded: a tied head is the embedding
+    head: Tensor  # [vocab, hidden]
+    frequencies: Tensor  # [head_dim / 2] float32
+
+
+def from_decoder(decoder: Decoder) -> Weights:
+    """The same model with folded norms; the projections must lie unpacked (Linear.is_packed False)."""
+
+    def folded(weight: Tensor, norm: Tensor) -> Tensor:
+        return (weight.float() * norm.float()).to(weight.dtype)
+
+    layers = tuple(
+        GpuLayer(
+            folded(layer.qkv.weight, layer.attention_norm), layer.qkv.bias, layer.q_norm, layer.k_norm,
+            layer.out.weight, folded(layer.gate_up.weight, layer.mlp_norm), layer.down.weight,
+        )
+        for layer in decoder.layers
+    )  # fmt: skip
+    return Weights(decoder.config, decoder.embedding, layers, decoder.norm, decoder.head.weight, decoder.frequencies)
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a step is told, on the device. Sequences of few rows come first."""
+
+    ids: Tensor  # [rows] int32
+    positions: Tensor  # [rows] int32
+    sample_rows: Tensor  # [sampled] int32
+    step: Step
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What of a step is fixed when it is captured."""
+
+    first_chunk_row: int  # rows before it belong to sequences of few rows
+    chunk_tiles_max: int = 0
+    has_shared: bool = False
+    has_parts: bool = True  # False: no context exceeds the step's part size
+
+
+@dataclass(frozen=True, slots=True)
+class Buffers:
+    """Memory of one step at a time, for up to as many rows."""
+
+    x: Tensor  # [rows, hidden]: the residual stream
+    normed: Tensor  # [rows, hidden]
+    qkv: Tensor
+    attended: Tensor  # [rows, q_width]
+    gate_up: Tensor  # [rows, 2 * ffn]
+    mid: Tensor  # [rows, ffn]
+    logits: Tensor  # [sampled, vocab] float32
+    scratch: Scratch
+    lists: plan.WorkLists
+
+    @classmethod
+    def make(cls, weights: Weights, shape: Shape, row_count: int, sampled: int, sequences: int, parts: int) -> Buffers:
+        """Room for `row_count` rows of `sequences` sequences, `sampled` with logits, and `parts` parts of KV."""
+        config, like = weights.config, weights.embedding
+
+        def room(width: int, count: int = row_count) -> Tensor:
+            return torch.empty(count, width, device=like.device, dtype=like.dtype)
+
+        return cls(
+            room(config.hidden), room(config.hidden), room(config.q_width + 2 * config.kv_width), room(config.q_width),
+            room(2 * config.ffn), room(config.ffn),
+            torch.empty(sampled, config.vocab_size, device=like.device), Scratch.make(like.device),
+            paged.work_lists(shape, sequences, row_count, parts, like.device),
+        )  # fmt: skip
+
+    def first(self, row_count: int) -> Buffers:
+        """The same for a step of fewer rows."""
+        names = ("x", "normed", "qkv", "attended", "gate_up", "mid")
+        return replace(self, **{name: getattr(self, name)[:row_count] for name in names})
+
+
+@dataclass(frozen=True, slots=True)
+class GpuDecoder:
+    """A model, its KV memory and how its kernels are launched."""
+
+    weights: Weights
+    shape: Shape
+    pool: Tensor  # [blocks, layers, 2, kv_heads, tokens, head_dim], finite everywhere
+    table: tuned.Table
+    launch: Launch
+
+    # Hot: captured once per bucket, so Python's share is paid at start. Budget: the floor of gpu floors in bench.
+    def forward(self, inputs: Inputs, kind: Kind, room: Buffers) -> Tensor:
+        """Write the rows' KV; [sampled, vocab] float32 logits, a view of the room's."""
+        room = room.first(len(inputs.ids))
+        weights = self.weights
+        rows.embed_into(inputs.ids, inputs.positions, weights.embedding, weights.frequencies, room.x, inputs.step.turns)
+        has_chunks = kind.chunk_tiles_max > 0
+        paged.run_plan(self.shape, inputs.step, room.lists, kind.has_shared, has_chunks)
+        pool_map = paged.pool_map(self.shape, self.pool) if has_chunks else None
+        for number, layer in enumerate(weights.layers):
+            self._attention(number, layer, inputs.step, kind, room, pool_map)
+            self._product("gated", room.x, layer.gate_up, room.mid, room)
+            self._product("residual", room.mid, layer.down, room.x, room)
+        sampled = len(inputs.sample_rows)
+        normed = rows.rms_norm(room.x, room.normed[:sampled], weights.config.norm_eps, weights.norm, inputs.sample_rows)
+        logits = room.logits[:sampled]
+        self._product("plain", normed, weights.head, logits, room, is_first=True)
+        return logits
+
+    def _attention(self, number: int, layer: GpuLayer, step: Step, kind: Kind, room: Buffers, pool_map: Any) -> None:
+        kv, shape = self.pool[:, number], self.shape
+        # The first product after the plan waits for all of it: later kernels read the plan before their own wait.
+        self._product("norm", room.x, layer.qkv, room.qkv, room, layer.qkv_bias, is_first=number == 0)
+        norms = (layer.q_norm, layer.k_norm)
+        if kind.chunk_tiles_max:
+            paged.run_rope_write(shape, step, kind.first_chunk_row, room.qkv, kv, *norms)
+            paged.run_prefill(shape, step, room.lists, kind.chunk_tiles_max, room.qkv, pool_map, number, room.attended)
+        if kind.has_shared:
+            paged.run_attend(shape, step, room.lists, self.launch, room.qkv, kv, room.attended, *norms, is_shared=True)
+        if kind.first_chunk_row:
+            paged.run_attend(shape, step, room.lists, self.launch, room.qkv, kv, room.attended, *norms)
+        if kind.has_parts or kind.has_shared:
+            paged.run_merge(shape, step, room.lists, self.launch, room.attended)
+        self._product("residual", room.attended, layer.out, room.x, room)
+
+    def _product(
+        self, role: tuned.Role, x: Tensor, weight: Tensor, out: Tensor, room: Buffers, bias: Tensor | None = None,
+        *, is_first: bool = False,
+    ) -> None:  # fmt: skip
+        """out = epilogue(x @ weight.T); `residual` adds to what out holds."""
+        eps = self.weights.config.norm_eps
+        choice = tuned.choose(self.table, role, len(x), out.shape[1], x.shape[1])
+        if choice.kernel == "cublas":
+            library_product(role, x, weight, out, room, eps, bias)
+            return
+        if choice.is_norm_apart:
+            x, role = rows.rms_norm(x, room.normed, eps), "gated" if role == "gated" else "plain"
+        has_norm = role in ("norm", "gated") and not choice.is_norm_apart
+        epilogue = Epilogue(eps if has_norm else None, role == "gated")
+        residual = out if role == "residual" else None
+        choice = replace(choice, pdl=0) if is_first else choice
+        linear(x, weight, out, choice, room.scratch, epilogue, bias, residual)
+
+
+def library_product(
+    role: tuned.Role, x: Tensor, weight: Tensor, out: Tensor, room: Buffers, eps: float, bias: Tensor | None
+) -> None:
+    """The same by cuBLAS, with the row kernels that an epilogue of ours replaces."""
+    if role == "residual":
+        torch.addmm(out, x, weight.t(), out=out)
+    elif role == "plain":
+        if x.is_cuda:
+            torch.mm(x, weight.t(), out_dtype=torch.float32, out=out)
+        else:
+            out.copy_(torch.mm(x, weight.t()))
+    elif role == "gated":
+        torch.mm(rows.rms_norm(x, room.normed, eps), weight.t(), out=room.gate_up)
+        rows.gated(room.gate_up, out)
+    else:
+        torch.mm(rows.rms_norm(x, room.normed, eps), weight.t(), out=out)
+        if bias is not None:
+            out += bias
+
+
+def shape_of(config: ModelConfig, block_tokens: int, few_rows: int = 1) -> Shape:
+    """What the attention kernels are compiled for."""
+    return Shape(
+        config.heads, config.kv_heads, config.head_dim, config.layers, block_tokens, config.norm_eps,
+        config.has_qk_norm, few_rows,
+    )  # fmt: skip
+
+
+def random_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Weights:
+    """Normal weights of transformers' own initial scale, made on the device: for figures where no text is read."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.empty(shape, device=device, dtype=dtype).normal_(0.0, 0.02, generator=generator)
+
+    ones = torch.ones(config.head_dim, device=device, dtype=dtype) if config.has_qk_norm else None
+    layers = tuple(
+        GpuLayer(
+            normal(config.q_width + 2 * config.kv_width, config.hidden), None, ones, ones,
+            normal(config.hidden, config.q_width), normal(2 * config.ffn, config.hidden),
+            normal(config.hidden, config.ffn),
+        )
+        for _ in range(config.layers)
+    )  # fmt: skip
+    embedding = normal(config.vocab_size, config.hidden)
+    head = embedding if config.is_head_tied else normal(config.vocab_size, config.hidden)
+    exponents = torch.arange(0, config.head_dim, 2, device=device) / config.head_dim
+    norm = torch.ones(config.hidden, device=device, dtype=dtype)
+    return Weights(config, embedding, layers, norm, head, config.rope_theta**-exponents)
