@@ -1,0 +1,74 @@
+"""How the GPU benchmarks time: a captured graph over operands rotated past the L2 cache, device events, medians.
+
+Owns the method alone. Never decides what is measured."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+CUDA = torch.device("cuda")
+BF16 = torch.bfloat16
+READ_GB_S = 3180.0  # measured on an H100: one-block Triton sum over 4 GiB
+PAST_L2_BYTES = 240e6
+
+
+def captured(launches: list[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """One graph of all launches, warmed."""
+    for launch in launches[:2]:
+        launch()
+    torch.cuda.synchronize()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            for launch in launches:
+                launch()
+        finally:
+            graph.capture_end()
+    torch.cuda.synchronize()
+    return graph
+
+
+def microseconds(launches: list[Callable[[], object]], repeats: int = 3) -> float:
+    """Median time of one launch in a graph of all."""
+    graph = captured(launches)
+    graph.replay()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    graph.replay()
+    torch.cuda.synchronize()
+    inner = max(1, min(20, int(2e-3 / max(time.perf_counter() - started, 1e-6))))
+    times = []
+    for _ in range(repeats):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for _ in range(inner):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / inner / len(launches))
+    return statistics.median(times)
+
+
+def error(got: Tensor, wanted: Tensor) -> float:
+    """Relative in the 2-norm; NaN counts as 9."""
+    value = ((got.float() - wanted.float()).norm() / wanted.float().norm()).item()
+    return 9.0 if math.isnan(value) else value
+
+
+def precompile(script: str, workers: int) -> float:
+    """Seconds to fill the disk cache by `script --compile i/n` in parallel processes."""
+    started = time.time()
+    command = [sys.executable, script, "--compile"]
+    running = [subprocess.Popen([*command, f"{number}/{workers}"]) for number in range(workers)]
+    for process in running:
+        process.wait(timeout=240)
+    return time.time() - started
