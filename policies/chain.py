@@ -5,6 +5,7 @@ are kept. Knows no worker and no token."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,8 +44,14 @@ def sample(keys: bytes, every: int) -> Chain:
         return Chain(keys, range(count))
     if count <= FEW:
         return Chain(keys, [at for at in range(count) if not keys[at * KEY_BYTES + KEY_BYTES - 1] % every])
-    last_bytes = np.frombuffer(keys[KEY_BYTES - 1 :: KEY_BYTES], dtype=np.uint8)
-    return Chain(keys, (last_bytes % every == 0).nonzero()[0].tolist())
+    is_kept = np.frombuffer(keys[KEY_BYTES - 1 :: KEY_BYTES].translate(_kept(every)), dtype=np.bool_)
+    return Chain(keys, is_kept.nonzero()[0].tolist())
+
+
+@functools.cache
+def _kept(every: int) -> bytes:
+    """For each value of a key's last byte, whether the key is sampled: one table look-up a key, half of a modulo."""
+    return bytes(not value % every for value in range(256))
 
 
 NO_CHAIN = Chain(b"", ())

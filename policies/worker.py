@@ -58,6 +58,7 @@ class Fleet:
         self.worker: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
         self.is_calibrated = False
         self._context_min = 0
+        self._context_limits: dict[str, int] = {}
         self._silent_from = math.inf  # nobody is silent before: a bound, so that most decisions need not look
         self.dispatched = 0
         self.index = PrefixIndex(limits.index_nodes_per_worker)
@@ -157,8 +158,7 @@ class Fleet:
 
     def context_limit(self, model: str) -> int:
         """The longest prompt that any live worker of `model` takes; 0 without one."""
-        serving = self._serving.get(model)
-        return int(self.context_max[serving].max()) if serving is not None else 0
+        return self._context_limits.get(model, 0)
 
     def serves(self, model: str, tokens: int, avoid: WorkerId | None) -> Bools:
         serving = self._serving.get(model)
@@ -190,11 +190,13 @@ class Fleet:
         alive = [ledger for ledger in self._slots if ledger is not None]
         self.is_calibrated = all(ledger.model.version > 0 for ledger in alive)
         self._context_min = min((ledger.context_max for ledger in alive), default=0)
-        self._serving = {}
+        self._serving, self._context_limits = {}, {}
         for ledger in alive:
             mask = self._serving.setdefault(ledger.model_name, np.zeros(len(self._slots), dtype=np.bool_))
             mask[ledger.slot] = True
             self._blocks[ledger.model_name] = ledger.block_tokens
+            longest = self._context_limits.get(ledger.model_name, 0)
+            self._context_limits[ledger.model_name] = max(longest, ledger.context_max)
         for name in self._serving:
             models = [ledger.model for ledger in alive if ledger.model_name == name]
             self._profiles[name] = min(models, key=lambda model: model.unloaded_ttft_s(1024))
