@@ -13,11 +13,9 @@ from typing import Any
 import numpy as np
 
 from policies.actions import Action, Cancel, Dispatch, Reject, Tokenise, WakeAt
-from policies.admission import QueueFlow, admit, retry_after_s, room_is_full, too_long
+from policies.admission import QueueFlow, retry_after_s, room_is_full, too_long
 from policies.api import Admit, Forecast, Job, Key, Output, Prompt, Refuse, RouterPolicy, Verdict
-from policies.budget import Promises
 from policies.chain import NO_CHAIN, sample
-from policies.classify import classify
 from policies.events import (
     Arrived,
     Event,
@@ -35,12 +33,13 @@ from policies.intake import Intake, Place
 from policies.lengths import Lengths
 from policies.limits import Limits
 from policies.lives import Finished, FirstToken, Live, OutOfPatience, Patience, State
-from policies.ordering import WaitingRoom, least_laxity
-from policies.placement import lmetric_place
+from policies.ordering import WaitingRoom
 from policies.prefix_index import SeenIndex
+from policies.pump import Pump
 from policies.request import Request, RequestClass, RequestId
 from policies.retry import RetryBudget
 from policies.sessions import Sessions
+from policies.trust import Trust
 from policies.worker import Fleet
 
 # What becomes of a request. What is not listed is late news of something settled, and is ignored.
@@ -61,12 +60,7 @@ TRANSITIONS: dict[tuple[State, type], str] = {
     (State.STREAMING, Gone): "_abort",
 }
 
-BUILT_IN = RouterPolicy(classify, Promises(), admit, least_laxity, lmetric_place)
 NO_OUTPUT = Output(0.0, 0.0, 0.0)
-STAGES = ("classify", "promise", "admit", "order", "place")
-DISTRUST_S = 10.0  # how long the built-in stage stands in for a faulty one
-# Who may pass first: classes that are owed their reserve, then all by urgency.
-TURNS = (*((cls, True) for cls in RequestClass), *((cls, False) for cls in RequestClass))
 
 Step = Callable[[Live, Any, float, list[Action]], None]
 
@@ -75,7 +69,7 @@ class Dispatcher:
     """Feed it events in order, carry out what it says. `rng` only spreads Retry-After."""
 
     def __init__(self, policy: RouterPolicy, limits: Limits, rng: np.random.Generator) -> None:
-        self._policy = policy
+        self._trust = Trust(policy)
         self._limits = limits
         self._rng = rng
         self._live: dict[RequestId, Live] = {}
@@ -87,10 +81,8 @@ class Dispatcher:
         self._seen = SeenIndex(limits.seen_keys_max)
         self.fleet = Fleet(limits)
         self._patience = Patience(self._live)
-        self._distrusted_until: dict[str, float] = {}
         self._wake_at = math.inf
-        self._pump_after = -math.inf
-        self._pump_wanted_at = math.inf
+        self._pump = Pump(self._room, self._try_head, limits)
         self._steps: dict[tuple[State, type], Step] = {on: getattr(self, name) for on, name in TRANSITIONS.items()}
         self._handlers: dict[type, Callable[[Any, float, list[Action]], None]] = {
             Offered: self._on_offered,
@@ -123,7 +115,7 @@ class Dispatcher:
     def handle(self, event: Event, now: float) -> list[Action]:
         """What to do because of `event`. `now` never goes back."""
         actions: list[Action] = []
-        self._policy.learn(event)
+        self._trust.learn(event)
         self._handlers[type(event)](event, now, actions)
         self._expire(now, actions)
         self._schedule(actions)
@@ -134,7 +126,7 @@ class Dispatcher:
     def _on_offered(self, event: Offered, now: float, actions: list[Action]) -> None:
         request = event.request
         assert request.id not in self._live, "request ids are the router's and unique"
-        classified = self._trusted("classify", now).classify(request, self._sessions.view(request, now), now)
+        classified = self._trust.policy("classify", now).classify(request, self._sessions.view(request, now), now)
         self._sessions.note(request, classified, now)
         cls = classified.request_class
         live = Live(request, classified, State.QUEUED, leaves_at=math.inf)
@@ -157,11 +149,11 @@ class Dispatcher:
         if live is not None:
             self._step(live, event, now, actions)
             if not isinstance(event, Arrived):  # who arrives frees nothing
-                self._pump(now, actions)
+                self._pump.run(now, actions)
 
     def _on_worker_up(self, event: WorkerUp, now: float, actions: list[Action]) -> None:
         self.fleet.up(event, now)
-        self._pump(now, actions)
+        self._pump.run(now, actions)
 
     def _on_report(self, event: WorkerReport, now: float, actions: list[Action]) -> None:
         # Hot: once per engine step of every worker. Budget 15 us; bench/dispatcher.py.
@@ -181,7 +173,7 @@ class Dispatcher:
         if event.evicted:
             self.fleet.evicted(event.worker, sample(event.evicted, self._limits.index_every_block).sampled())
         self.fleet.publish(event.worker)
-        self._pump(now, actions)
+        self._pump.run(now, actions)
 
     def _on_worker_lost(self, event: WorkerLost, now: float, actions: list[Action]) -> None:
         del now, actions  # its requests come as Failed or Gone, each by the router's judgement
@@ -189,8 +181,7 @@ class Dispatcher:
 
     def _on_fault(self, event: PolicyFault, now: float, actions: list[Action]) -> None:
         del actions
-        if event.stage in STAGES:
-            self._distrusted_until[event.stage] = now + DISTRUST_S
+        self._trust.fault(event.stage, now)
 
     def _on_nothing(self, event: Event, now: float, actions: list[Action]) -> None:
         del event, now, actions
@@ -198,7 +189,7 @@ class Dispatcher:
     def _on_tick(self, event: Tick, now: float, actions: list[Action]) -> None:
         del event
         self._wake_at = math.inf
-        self._pump(now, actions)
+        self._pump.run(now, actions)
 
     # Steps of one request, named in TRANSITIONS -----------------------------------------------------------------------
 
@@ -225,7 +216,7 @@ class Dispatcher:
             reason=live.classified.reason,
             prompt=prompt,
             output=output,
-            promise=self._trusted("promise", now).promise(
+            promise=self._trust.policy("promise", now).promise(
                 request, cls, prompt, output, self.fleet.profile(request.model)
             ),
             is_continuing=self._sessions.is_continuing(request, now),
@@ -305,37 +296,9 @@ class Dispatcher:
             self._room.push(job, forecast.cost_s if forecast is not None else 0.0, now)
 
     def _ask(self, job: Job, now: float, *, is_next: bool) -> tuple[Verdict, Forecast | None]:
-        forecasts = self._trusted("place", now).place(job, self.fleet, now)
+        forecasts = self._trust.policy("place", now).place(job, self.fleet, now)
         flow = QueueFlow(self._limits, self._room, self.fleet, is_next)
-        return self._trusted("admit", now).admit(job, forecasts, flow, now), forecasts[0] if forecasts else None
-
-    def _pump(self, now: float, actions: list[Action]) -> None:
-        """Ask the heads again: something may have changed. A head that stays keeps less urgent classes back."""
-        self._pump_wanted_at = math.inf
-        if not len(self._room):
-            return
-        if now < self._pump_after:
-            self._pump_wanted_at = self._pump_after
-            return
-        self._pump_after = now + self._limits.reexamine_s
-        left = self._limits.pump_max
-        for model in self._room.models():
-            left = self._pump_model(model, left, now, actions)
-        if left <= 0:
-            self._pump_wanted_at = self._pump_after
-
-    def _pump_model(self, model: str, left: int, now: float, actions: list[Action]) -> int:
-        """First who is owed a reserve, as long as it is; then by class. Returns how many may still be asked."""
-        for cls, is_owed in TURNS:
-            while left > 0 and self._room.class_count(model, cls):
-                if is_owed and not self._room.is_reserve_due(cls):
-                    break
-                left -= 1
-                if not self._try_head(model, cls, now, actions):
-                    if is_owed:
-                        break
-                    return left
-        return left
+        return self._trust.policy("admit", now).admit(job, forecasts, flow, now), forecasts[0] if forecasts else None
 
     def _try_head(self, model: str, request_class: RequestClass, now: float, actions: list[Action]) -> bool:
         """Ask the head of a lane where somebody waits. Whether it went."""
@@ -401,18 +364,14 @@ class Dispatcher:
 
     # Bookkeeping ------------------------------------------------------------------------------------------------------
 
-    def _trusted(self, stage: str, now: float) -> RouterPolicy:
-        """The policy, or the built-in one while the router's guard has just seen this stage fail."""
-        return BUILT_IN if now < self._distrusted_until.get(stage, now) else self._policy
-
     def _patience_s(self, request: Request, request_class: RequestClass, now: float) -> float:
         """How long its client waits, known before there are tokens."""
         tokens = request.estimated_tokens
         unknown = Prompt(tokens, tokens, NO_CHAIN)
-        return self._trusted("promise", now).promise(request, request_class, unknown, NO_OUTPUT, None).patience_s
+        return self._trust.policy("promise", now).promise(request, request_class, unknown, NO_OUTPUT, None).patience_s
 
     def _order_key(self, job: Job, work_s: float, now: float) -> tuple[Key, float]:
-        return self._trusted("order", now).order(job, work_s, now)
+        return self._trust.policy("order", now).order(job, work_s, now)
 
     def _tokenise(self, live: Live, actions: list[Action]) -> None:
         live.state = State.TOKENISING
@@ -447,7 +406,7 @@ class Dispatcher:
 
     def _schedule(self, actions: list[Action]) -> None:
         """Ask for a Tick at the next moment when something is due by itself."""
-        due_at = min(self._pump_wanted_at, self._patience.next_at())
+        due_at = min(self._pump.wanted_at, self._patience.next_at())
         if due_at < self._wake_at:
             self._wake_at = due_at
             actions.append(WakeAt(due_at))

@@ -21,6 +21,7 @@ from policies.request import WorkerId
 Z90 = 1.2816
 MIN_SHARE = 0.15  # of each step is left for prefill however many decode: the step planner sees to it
 FAR = 1e9  # seconds: dearer than any feasible worker
+GOLDEN, ODD = -0x61C8864680B583EB, -0x40A7B892E31B1A47  # multipliers of splitmix64, as signed 64-bit numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +162,9 @@ def in_time(predicted_s: float, q90: float, left_s: float) -> float:
 
 def _rendezvous(job: Job, workers: npt.NDArray[np.int64], slots: npt.NDArray[np.intp]) -> int:
     """Highest hash of (session, worker): spreads, yet sends a session to the same place from every router."""
-    name = job.request.session or job.request.id
-    seed = np.uint64(zlib.crc32(name.encode()))
-    mixed = (workers.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) ^ seed
-    mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-    return int(slots[int((mixed >> np.uint64(32)).argmax())])
+    mixed = workers + 1  # 64-bit integers wrap around; int64 saves the cast to unsigned
+    mixed *= GOLDEN
+    mixed ^= zlib.crc32((job.request.session or job.request.id).encode())
+    mixed ^= mixed >> 29
+    mixed *= ODD
+    return int(slots[int(mixed.argmax())])

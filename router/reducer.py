@@ -13,9 +13,10 @@ import numpy as np
 from policies import plugins
 from policies.api import PolicySpec, RouterPolicy
 from policies.builtin import BUILTINS
-from policies.dispatcher import BUILT_IN, Dispatcher
+from policies.dispatcher import Dispatcher
 from policies.events import PolicyFault
 from policies.limits import Limits
+from policies.trust import BUILT_IN
 from router.config import Config
 from router.guard import guard
 

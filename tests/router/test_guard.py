@@ -9,9 +9,10 @@ import pytest
 from policies.actions import Tokenise
 from policies.api import Job, Output, Promise, Prompt
 from policies.chain import NO_CHAIN
-from policies.dispatcher import BUILT_IN, Dispatcher
+from policies.dispatcher import Dispatcher
 from policies.events import Offered, PolicyFault
 from policies.request import Budget, Facts, Request, RequestClass, RequestId, Tenant
+from policies.trust import BUILT_IN
 from router.config import Config, Policy
 from router.guard import FAULTS_MAX, guard
 from router.reducer import build, load_policy

@@ -1,0 +1,38 @@
+"""Which policy answers: the one that was chosen, or the built-in one for a stage that has just failed.
+
+Owns until when each stage is distrusted. Never notices a fault itself: the router's guard does, and sends an event."""
+
+from __future__ import annotations
+
+from policies.admission import admit
+from policies.api import RouterPolicy
+from policies.budget import Promises
+from policies.classify import classify
+from policies.events import Event
+from policies.ordering import least_laxity
+from policies.placement import lmetric_place
+
+BUILT_IN = RouterPolicy(classify, Promises(), admit, least_laxity, lmetric_place)
+STAGES = ("classify", "promise", "admit", "order", "place")
+DISTRUST_S = 10.0  # how long the built-in stage stands in for a faulty one
+
+
+class Trust:
+    """A policy, and its faults so far."""
+
+    def __init__(self, policy: RouterPolicy) -> None:
+        self._policy = policy
+        self._distrusted_until: dict[str, float] = {}
+
+    def policy(self, stage: str, now: float) -> RouterPolicy:
+        """Who answers for `stage`."""
+        return BUILT_IN if now < self._distrusted_until.get(stage, now) else self._policy
+
+    def fault(self, stage: str, now: float) -> None:
+        """The guard has just seen `stage` fail."""
+        if stage in STAGES:
+            self._distrusted_until[stage] = now + DISTRUST_S
+
+    def learn(self, event: Event) -> None:
+        """The chosen policy learns, trusted or not."""
+        self._policy.learn(event)
