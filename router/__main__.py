@@ -32,13 +32,13 @@ from router.config import Config
 from router.fleet import Fleet
 from router.metrics import GcPauses, Metrics
 from router.mind import Mind
+from router.order import RelayLimits, Services
 from router.plan import served_name, state_folder
 from router.ports import Observer
 from router.readiness import Readiness
 from router.receipts import Receipt, Receipts
 from router.record import FORMAT, Header, Recorder, set_aside
 from router.reducer import build, load_policy, policy_spec
-from router.relay import RelayLimits, Services
 from router.salts import Salts
 from router.server import Listener
 from router.template import ChatTemplate
@@ -165,6 +165,7 @@ def _build(config: Config, place: Place, stack: contextlib.ExitStack) -> Parts:
         salt=Salts.load(state_folder(config, os.environ) / "salt.key").of(tenant.organisation),
         tenant=tenant,
         readiness=readiness.state,
+        aliases=config.models.aliases,
     )
     return Parts(mind, fleet, readiness, App(house), admin.Admin(metrics, fleet, receipts))
 

@@ -35,6 +35,13 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True):
     served_as: str = ""  # the name that clients use; empty: the model's own
 
 
+class Models(Struct, frozen=True, forbid_unknown_fields=True):
+    """The names that clients may use."""
+
+    # Pattern to model; empty: the one that is served. Agents ask for their vendor's models unless told otherwise.
+    aliases: dict[str, str] = field(default_factory=lambda: {"claude-*": "", "gpt-*": ""})
+
+
 class Workers(Struct, frozen=True, forbid_unknown_fields=True):
     """The engine processes of this host."""
 
@@ -112,6 +119,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
 
     server: Server = field(default_factory=Server)
     model: Model = field(default_factory=Model)
+    models: Models = field(default_factory=Models)
     workers: Workers = field(default_factory=Workers)
     classes: Classes = field(default_factory=Classes)
     policy: Policy = field(default_factory=Policy)

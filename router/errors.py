@@ -59,14 +59,6 @@ def error_body(detail: ErrorDetail) -> bytes:
     return msgspec.json.encode({"error": detail})
 
 
-def context_overflow(tokens: int, limit: int) -> RequestError:
-    """Worded as OpenAI's, because agents look for these words and compact their history."""
-    message = (
-        f"This model's maximum context length is {limit} tokens. However, your messages resulted in {tokens} tokens."
-    )
-    return RequestError(400, message, param="messages", code="context_length_exceeded")
-
-
 def retry_headers(retry_after_s: float | None) -> Headers:
     """When to come back: SDKs read the milliseconds, everybody else the seconds. None: a retry cannot succeed."""
     if retry_after_s is None:

@@ -13,6 +13,7 @@ from typing import Protocol
 from router.errors import Headers
 
 _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
+_STATUS_LINES[529] = b"HTTP/1.1 529 Overloaded\r\n"  # Anthropic's own
 
 
 @dataclass(frozen=True, slots=True)

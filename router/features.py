@@ -10,7 +10,7 @@ from typing import Any
 import xxhash
 
 from policies.request import CLASS_LABELS, CLASS_NAMES, Facts, Request, RequestClass, RequestId, Tenant
-from router.dialects.schema import ChatRequest, Common, CompletionRequest
+from router.dialects.schema import Common, CompletionRequest
 from router.errors import RequestError
 from router.exchange import Exchange, Head
 from router.turn import Turn
@@ -61,7 +61,7 @@ def facts(head: Head, body: Common, turn: Turn, *, has_session: bool) -> Facts:
     return Facts(
         declared_class=_declared_class(head),
         service_tier=(body.service_tier or "").lower(),
-        background=isinstance(body, ChatRequest) and body.background,
+        background=body.background,
         user_agent=(head.header(b"user-agent") or "").lower(),
         originator=(head.header(b"originator") or "").lower(),
         turn_trigger=str(codex.get("turn_trigger", "")),
@@ -73,7 +73,7 @@ def facts(head: Head, body: Common, turn: Turn, *, has_session: bool) -> Facts:
         last_role="tool" if last_role == "function" else last_role,
         tool_count=len(turn.tools),
         has_interactive_tools=not INTERACTIVE_TOOLS.isdisjoint(_tool_names(turn)),
-        has_json_schema=isinstance(body, ChatRequest) and body.response_format is not None,
+        has_json_schema=turn.has_schema,
         has_session=has_session,
         template_hash=xxhash.xxh3_64_intdigest(_beginning(turn)),
     )

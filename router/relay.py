@@ -12,99 +12,29 @@ import logging
 import math
 import time
 from array import array
-from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import msgspec
 
 from engine.wire import End, Start, Submit
 from policies.actions import Cancel, Dispatch, Reject, Tokenise
-from policies.request import Request, RequestClass
-from router.errors import (
-    JSON,
-    ErrorDetail,
-    Headers,
-    RequestError,
-    context_overflow,
-    error_body,
-    error_type,
-    retry_headers,
-)
+from policies.request import RequestClass
+from router.answer import Answer
+from router.errors import ErrorDetail, Headers, RequestError, error_type, retry_headers
 from router.exchange import Exchange
 from router.link import LinkLost
-from router.ports import Attempt, FleetPort, MindPort, Observer
+from router.order import Order, Services
+from router.ports import Attempt
 from router.receipts import Receipt
-from router.stops import StopScanner
-from router.text import Identity, Prompt, Rendered, Text
-from router.turn import Encoder, Turn, Usage
+from router.text import Prompt, Rendered
+from router.turn import Usage
 
 log = logging.getLogger(__name__)
 
-SSE: Headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-HEARTBEAT = b": the request waits for its first token\n\n"
 BROKEN = ErrorDetail("The router failed on this request.", "server_error", None, "internal_error")
 
 
-@dataclass(frozen=True, slots=True)
-class RelayLimits:
-    """When bytes are sent."""
-
-    commit_after_s: float = 10.0  # a stream that waits longer commits early, so that no proxy between cuts it
-    heartbeat_s: float = 10.0  # and says so again this often
-    coalesce_tokens: int = 8  # classes that nobody watches are flushed every so many tokens ...
-    coalesce_s: float = 0.25  # ... or at the first token after this
-
-
-class Flusher:
-    """Flushes relays once all that came in one go is handled: steps that a busy router reads together leave together,
-    in one event and one write. A write costs as much as all else that is done for a token."""
-
-    def __init__(self) -> None:
-        self._due: list[Relay] = []
-
-    def soon(self, relay: Relay) -> None:
-        """Flush it behind the callbacks that are running now."""
-        if not self._due:
-            asyncio.get_running_loop().call_soon(self._flush)
-        self._due.append(relay)
-
-    def _flush(self) -> None:
-        due, self._due = self._due, []
-        for relay in due:
-            try:
-                relay.flush()
-            except Exception as error:  # noqa: BLE001 -- border: one relay's fault must not hold up the others
-                relay.fault(error)
-
-
-@dataclass(frozen=True, slots=True)
-class Services:
-    """What every relay works with."""
-
-    mind: MindPort
-    fleet: FleetPort
-    observer: Observer
-    limits: RelayLimits
-    clock: Callable[[], float]
-    flusher: Flusher = field(default_factory=Flusher)
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """One request as the door made it: who, what, in which model's tokens, answered in which dialect."""
-
-    request: Request
-    turn: Turn
-    text: Text
-    identity: Identity
-    context_max: int
-    encoder: Encoder
-    operation: str  # gen_ai.operation.name
-    traceparent: str
-
-
 class Relay:
-    """Implements router.ports.Client and Sink for one request. `begin` it, then await `over`."""
+    """Implements router.ports.Client and Sink, and router.answer.Teller. `begin` it, then await `over`."""
 
     def __init__(self, order: Order, exchange: Exchange, services: Services) -> None:
         self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -117,26 +47,17 @@ class Relay:
         self._attempt: Attempt | None = None
         self._attempts = 0
         self._emitted = array("i")
-        self._detokeniser = order.text.detokeniser()
-        self._stops = StopScanner(order.turn.stop) if order.turn.stop else None
-        self._unsent: list[str] = []
-        self._unsent_tokens = 0
-        self._is_flush_soon = False
-        self._flushed_at = 0.0
-        self._has_opened = False  # the encoder's first bytes are out
+        self._answer = Answer(order, exchange, services, self)
         self._cached_tokens = 0
         self._queue_s: float | None = None
         self._prefill_s: float | None = None
         self._ttft_s: float | None = None
-        self._timer: asyncio.TimerHandle | None = None
         self._tokenising: asyncio.Task[None] | None = None
 
     def begin(self) -> None:
         """Offer the request. It may be answered before this returns."""
         self._exchange.on_gone = self._client_gone
-        self._exchange.on_writable = self.flush
-        if self._order.turn.is_stream:
-            self._arm(self._services.limits.commit_after_s)
+        self._exchange.on_writable = self._answer.flush
         self._services.mind.offer(self._order.request, self)
 
     # router.ports.Client ----------------------------------------------------------------------------------------------
@@ -197,18 +118,9 @@ class Relay:
     def tokens(self, ids: memoryview) -> None:
         numbers = ids.cast("i").tolist()
         self._emitted.extend(numbers)
-        text = self._detokeniser.feed(numbers)
-        if self._stops is not None:
-            text = self._stops.feed(text)
-        if text:
-            self._unsent.append(text)
-        if self._stops is not None and self._stops.has_stopped:
+        self._answer.say(numbers)
+        if self._answer.speech.has_stopped:
             self._stop_here()
-        elif self._order.turn.is_stream:
-            self._unsent_tokens += len(numbers)
-            if not self._is_flush_soon and self._is_flush_due():
-                self._is_flush_soon = True
-                self._services.flusher.soon(self)
 
     def ended(self, end: End) -> None:
         self._attempt = None
@@ -225,6 +137,28 @@ class Relay:
         self._attempt = None
         self._failed(reason)
 
+    # router.answer.Teller ---------------------------------------------------------------------------------------------
+
+    @property
+    def is_watched(self) -> bool:
+        return self._request_class is RequestClass.CHATBOT
+
+    def headers(self) -> Headers:
+        headers = [
+            (b"x-headway-request", self._order.request.id.encode()),
+            (b"x-headway-class", self._request_class.label.encode()),
+            (b"x-headway-class-reason", self._class_reason.encode("ascii", "replace")),
+        ]
+        if self._placed is not None:
+            headers.append((b"x-headway-worker", self._worker_name().encode("ascii", "replace")))
+        if self._order.turn.notices:
+            headers.append((b"x-headway-notice", "; ".join(self._order.turn.notices).encode("ascii", "replace")))
+        return headers
+
+    def usage(self) -> Usage:
+        prompt_tokens = len(self._prompt.ids) if self._prompt is not None else 0
+        return Usage(prompt_tokens, self._cached_tokens, len(self._emitted), self._answer.speech.reasoning_tokens)
+
     # Placing ----------------------------------------------------------------------------------------------------------
 
     async def _tokenise_in_thread(self, rendered: Rendered) -> None:
@@ -239,7 +173,8 @@ class Relay:
     def _arrived(self, prompt: Prompt) -> None:
         room = self._order.context_max - len(prompt.ids)
         if room < 1:
-            raise context_overflow(len(prompt.ids), self._order.context_max)
+            words = self._order.errors.overflow(len(prompt.ids), self._order.context_max)
+            raise RequestError(400, words, param="messages", code="context_length_exceeded")
         self._prompt = prompt
         wanted = self._order.turn.max_tokens
         self._max_tokens = room if wanted is None else min(wanted, room)  # clamped, never refused: agents ask for 64k
@@ -276,39 +211,7 @@ class Relay:
             self._attempt.abort(reason)
             self._attempt = None
 
-    # Sending ----------------------------------------------------------------------------------------------------------
-
-    def _is_flush_due(self) -> bool:
-        if self._request_class is RequestClass.CHATBOT or not self._has_opened:
-            return True
-        limits = self._services.limits
-        is_late = self._services.clock() - self._flushed_at > limits.coalesce_s
-        return self._unsent_tokens >= limits.coalesce_tokens or is_late
-
-    def flush(self) -> None:
-        """Send what is there, unless the client is behind: then it stays text, and `on_writable` comes back here."""
-        self._is_flush_soon = False
-        if not self._unsent or not self._order.turn.is_stream or not self._exchange.is_writable or self.over.done():
-            return
-        data = self._order.encoder.delta("".join(self._unsent))
-        self._unsent.clear()
-        self._unsent_tokens = 0
-        if self._has_opened:
-            self._exchange.write(data)
-        else:
-            self._open(data)
-        if self._request_class is not RequestClass.CHATBOT:
-            self._flushed_at = self._services.clock()
-
-    def _open(self, data: bytes) -> None:
-        """The first bytes of the answer; with them the status, unless it stands already."""
-        self._disarm()
-        self._has_opened = True
-        first = self._order.encoder.open() + data
-        if self._exchange.has_started:
-            self._exchange.write(first)
-        else:
-            self._exchange.start(200, SSE + self._headers(), first)
+    # Ending -----------------------------------------------------------------------------------------------------------
 
     def _stop_here(self) -> None:
         """A stop string came: the rest is not wanted."""
@@ -317,24 +220,10 @@ class Relay:
         self._finish("stop")
 
     def _finish(self, reason: str) -> None:
-        tail = self._detokeniser.flush()
-        if self._stops is not None:
-            tail = self._stops.feed(tail) + self._stops.flush()
-        self._unsent.append(tail)
-        text = "".join(self._unsent)
-        self._unsent.clear()
-        usage = self._usage()
-        encoder = self._order.encoder
-        if not self._order.turn.is_stream:
-            self._exchange.respond(200, JSON + self._headers(), encoder.whole(text, reason, usage))
-        else:
-            last = (encoder.delta(text) if text else b"") + encoder.close(reason, usage)
-            if self._has_opened:
-                self._exchange.end(last)
-            else:
-                self._open(last)
-                self._exchange.end()
-        self._settle("finished", 200, reason)
+        self._answer.hear_the_end()
+        ending = self._answer.speech.ending(reason)
+        self._answer.finish(ending, self.usage())
+        self._settle("finished", 200, ending.reason)
 
     def _refuse(self, error: RequestError) -> None:
         """The client's fault, found before anything was placed."""
@@ -342,53 +231,20 @@ class Relay:
         self._end_with_error(error.status, error.detail, "refused", [])
 
     def _end_with_error(self, status: int, detail: ErrorDetail, outcome: str, headers: Headers) -> None:
-        if self._exchange.has_started:
-            self._exchange.end(self._order.encoder.fail(detail.message, detail.code or outcome))
-        else:
-            self._exchange.respond(status, JSON + self._headers() + headers, error_body(detail))
+        self._answer.fail(status, detail, headers)
         self._settle(outcome, status, detail.code or outcome)
-
-    def _headers(self) -> Headers:
-        headers = [
-            (b"x-headway-request", self._order.request.id.encode()),
-            (b"x-headway-class", self._request_class.label.encode()),
-            (b"x-headway-class-reason", self._class_reason.encode("ascii", "replace")),
-        ]
-        if self._placed is not None:
-            headers.append((b"x-headway-worker", self._worker_name().encode("ascii", "replace")))
-        return headers
 
     def _worker_name(self) -> str:
         return self._services.fleet.name(self._placed.worker) if self._placed is not None else ""
 
-    # Waiting ----------------------------------------------------------------------------------------------------------
-
-    def _arm(self, seconds: float) -> None:
-        self._timer = asyncio.get_running_loop().call_later(seconds, self._commit_early)
-
-    def _disarm(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _commit_early(self) -> None:
-        """Nothing came for long: say that we live. From here on errors go in-stream."""
-        if self._exchange.has_started:
-            self._exchange.write(HEARTBEAT)
-        else:
-            self._exchange.start(200, SSE + self._headers(), HEARTBEAT)
-        self._arm(self._services.limits.heartbeat_s)
-
     def _client_gone(self) -> None:
         self._drop_attempt("client gone")
+        self._answer.drop()
         self._services.mind.gone(self._order.request.id)
         self._settle("cancelled", 499, "client-gone")
 
-    # The end ----------------------------------------------------------------------------------------------------------
-
     def _settle(self, outcome: str, status: int, reason: str) -> None:
         assert not self.over.done(), "a request ends exactly once"
-        self._disarm()
         if self._tokenising is not None:
             self._tokenising.cancel()
         self._services.observer.ended(self._receipt(outcome, status, reason))
@@ -397,7 +253,7 @@ class Relay:
     def _receipt(self, outcome: str, status: int, reason: str) -> Receipt:
         order, placed = self._order, self._placed
         duration_s = self._since_arrival_s()
-        usage = self._usage()
+        usage = self.usage()
         return Receipt(
             request=order.request.id,
             operation=order.operation,
@@ -425,10 +281,6 @@ class Relay:
             predicted_cached_tokens=placed.predicted_hit_tokens if placed is not None else 0,
             traceparent=order.traceparent,
         )
-
-    def _usage(self) -> Usage:
-        prompt_tokens = len(self._prompt.ids) if self._prompt is not None else 0
-        return Usage(prompt_tokens, self._cached_tokens, len(self._emitted))
 
     def _since_arrival_s(self) -> float:
         return self._services.clock() - self._order.request.arrived

@@ -14,17 +14,19 @@ class StopScanner:
         self._stops = stops
         self._held = ""
         self.has_stopped = False
+        self.met: str | None = None  # the stop string that ended the answer
 
     def feed(self, text: str) -> str:
         """What may go to the client now. After the first stop string nothing does."""
         if self.has_stopped:
             return ""
         text = self._held + text
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
+            at, self.met = min(found)
             self.has_stopped = True
             self._held = ""
-            return text[: min(found)]
+            return text[:at]
         keep = self._beginning_at_end(text)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -16,6 +16,7 @@ import xxhash
 from engine import keys
 from engine.keys import KEY_BYTES, ChainKey, Ids
 from router.errors import RequestError
+from router.speech import Speech
 from router.template import ChatTemplate, Piece, Rendering
 from router.turn import Turn
 from router.vocabulary import Detokeniser, Vocabulary
@@ -104,9 +105,9 @@ class Text:
         self._segments = ByteCache(self.limits.segment_bytes_max)
         self._prefixes = ByteCache(self.limits.prefix_bytes_max)
 
-    def detokeniser(self) -> Detokeniser:
-        """For one answer."""
-        return Detokeniser(self._vocabulary)
+    def speech(self, turn: Turn) -> Speech:
+        """For the answer to one turn."""
+        return Speech(Detokeniser(self._vocabulary), turn.stop)
 
     # Hot: once per request. Budget 2 us a message when its conversation is known; bench/router.py.
     def render(self, turn: Turn, identity: Identity) -> Rendered:

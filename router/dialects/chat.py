@@ -4,14 +4,27 @@ Owns the shapes of this dialect. Never touches sockets, tokens or policy."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
-from router.dialects.common import DONE, event, sampling, stops, wants_usage
-from router.dialects.schema import ChatMessage, ChatRequest, Part, decode, refuse_unsupported, wrong_field
-from router.errors import ErrorDetail, error_body
-from router.turn import Message, Turn, Usage
+from router.dialects.common import (
+    COMMENT,
+    DONE,
+    OPENAI_ERRORS,
+    Dialect,
+    event,
+    failure,
+    json_or_none,
+    sampling,
+    stop_strings,
+    wants_usage,
+)
+from router.dialects.media import Media
+from router.dialects.schema import ChatMessage, ChatRequest, ContentPart, decode, refuse_unsupported, wrong_field
+from router.errors import ErrorDetail
+from router.turn import Ending, Message, Part, PartKind, PartStart, Turn, Usage
 
 ROLES = {  # what clients may say, and what templates know it as
     "system": "system",
@@ -22,6 +35,15 @@ ROLES = {  # what clients may say, and what templates know it as
     "function": "function",
 }
 
+MEDIA = {
+    "image_url": "image",
+    "input_image": "image",
+    "input_audio": "audio",
+    "file": "document",
+    "input_file": "document",
+}
+FINISH = {"stop": "stop", "length": "length", "calls": "tool_calls"}
+
 _decoder = msgspec.json.Decoder(ChatRequest)
 _quote = msgspec.json.encode
 
@@ -31,6 +53,8 @@ def read(body: bytes) -> ChatRequest:
     request = decode(_decoder, body)
     if request.response_format is not None and request.response_format.type != "text":
         raise refuse_unsupported("response_format", "only text is served")
+    if request.tool_choice not in (None, "auto", "none"):
+        raise refuse_unsupported("tool_choice", "a call cannot be forced here; auto and none are served")
     if request.logprobs:
         raise refuse_unsupported("logprobs", "this server returns none")
     return request
@@ -38,79 +62,162 @@ def read(body: bytes) -> ChatRequest:
 
 def turn(request: ChatRequest) -> Turn:
     """The Turn that a body asks for. Raises RequestError 400."""
+    media = Media(request.model)
+    messages = tuple([_message(number, message, media) for number, message in enumerate(request.messages)])
+    tools = tuple(request.tools or ()) if request.tool_choice != "none" else ()
     return Turn(
         model=request.model,
         sampling=sampling(request),
         max_tokens=request.max_completion_tokens or request.max_tokens,
-        stop=stops(request),
+        stop=stop_strings(request.stop),
         is_stream=request.stream,
-        wants_usage=wants_usage(request),
-        messages=tuple([_message(number, message) for number, message in enumerate(request.messages)]),
-        tools=tuple(request.tools or ()),
+        messages=messages,
+        tools=tools,
+        may_call=bool(tools),
+        is_thinking=_is_thinking(request),
+        has_schema=request.response_format is not None,
+        notices=media.notices(),
     )
 
 
+def _is_thinking(request: ChatRequest) -> bool | None:
+    wanted = (request.chat_template_kwargs or {}).get("enable_thinking")
+    if isinstance(wanted, bool):
+        return wanted
+    return None if request.reasoning_effort is None else request.reasoning_effort != "none"
+
+
 # Hot: once per message; agents send hundreds. bench/router.py.
-def _message(number: int, message: ChatMessage) -> Message:
+def _message(number: int, message: ChatMessage, media: Media) -> Message:
     role, content = ROLES.get(message.role), message.content
     if role is None:
         raise wrong_field(f"messages[{number}].role", f"must be one of {', '.join(ROLES)}")
-    extra: dict[str, Any] | None = None
-    if message.tool_calls or message.name:
-        extra = {"tool_calls": message.tool_calls} if message.tool_calls else {}
-        extra |= {"name": message.name} if message.name else {}
-    return Message(role, content if isinstance(content, str) else _joined(number, content or []), extra)
+    text = content if isinstance(content, str) else "".join([_text(part, media) for part in content or ()])
+    if message.tool_calls or message.name or message.tool_call_id or message.reasoning_content:
+        return Message(role, text, _extra(message))
+    return Message(role, text)
 
 
-def _joined(number: int, parts: list[Part]) -> str:
-    for at, part in enumerate(parts):
-        if part.type not in ("text", "input_text", "refusal"):
-            raise refuse_unsupported(f"messages[{number}].content[{at}].type", "this model reads text alone")
-    return "".join(part.text for part in parts)
+def _extra(message: ChatMessage) -> dict[str, Any]:
+    extra: dict[str, Any] = {"tool_calls": [_call(call) for call in message.tool_calls]} if message.tool_calls else {}
+    for name in ("name", "tool_call_id", "reasoning_content"):
+        if value := getattr(message, name):
+            extra[name] = value
+    return extra
+
+
+def _call(call: dict[str, Any]) -> dict[str, Any]:
+    """Arguments as the object that they spell: templates of Hugging Face write it as JSON themselves."""
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(text := function.get("arguments"), str):
+        return call
+    value = json_or_none(text)
+    return call | {"function": function | {"arguments": value if isinstance(value, dict) else text}}
+
+
+def _text(part: ContentPart, media: Media) -> str:
+    if part.type in ("text", "input_text", "output_text"):
+        return part.text
+    return part.refusal if part.type == "refusal" else media.omitted(MEDIA.get(part.type, "part"))
 
 
 class ChatEncoder:
     """router.turn.Encoder for chat completions."""
 
-    def __init__(self, request_id: str, model: str, created: int, *, wants_usage: bool) -> None:
+    def __init__(self, request_id: str, model: str, created: int, body: ChatRequest) -> None:
         self._identity = b'{"id":%b,"created":%d,"model":%b,"object":' % (
             _quote(f"chatcmpl-{request_id}"),
             created,
             _quote(model),
         )
-        self._wants_usage = wants_usage
-        usage = b',"usage":null' if wants_usage else b""
-        chunk = b"data: " + self._identity + b'"chat.completion.chunk"' + usage + b',"choices":[{"index":0,"delta":'
-        self._before = chunk + b'{"content":'
-        self._after = b'},"logprobs":null,"finish_reason":null}]}\n\n'
-        self._chunk = chunk
+        self._request_id = request_id
+        self._wants_usage = wants_usage(body)
+        usage = b',"usage":null' if self._wants_usage else b""
+        self._chunk = b"data: " + self._identity + b'"chat.completion.chunk"' + usage
+        self._chunk += b',"choices":[{"index":0,"delta":'
+        self._unfinished = b'},"logprobs":null,"finish_reason":null}]}\n\n'
+        self._calls = 0
+        self._before, self._after = b"", b""  # around a delta of the open part
 
-    def open(self) -> bytes:
-        return self._chunk + b'{"role":"assistant","content":""' + self._after
+    def open(self, usage: Usage) -> bytes:
+        del usage
+        return self._chunk + b'{"role":"assistant","content":""' + self._unfinished
+
+    def start(self, part: PartStart) -> bytes:
+        self._after = self._unfinished
+        if part.kind is PartKind.TEXT:
+            self._before = self._chunk + b'{"content":'
+        elif part.kind is PartKind.REASONING:
+            self._before = self._chunk + b'{"reasoning_content":'
+        else:
+            return self._start_call(part.name)
+        return b""
+
+    def _start_call(self, name: str) -> bytes:
+        index, self._calls = self._calls, self._calls + 1
+        called = b'{"index":%d,"id":%b,"type":"function","function":{"name":%b,"arguments":""}}' % (
+            index,
+            _quote(self._call_id(index)),
+            _quote(name),
+        )
+        self._before = self._chunk + b'{"tool_calls":[{"index":%d,"function":{"arguments":' % index
+        self._after = b"}}]" + self._unfinished
+        return self._chunk + b'{"tool_calls":[%b]' % called + self._unfinished
 
     # Hot: once per flush of a stream.
     def delta(self, text: str) -> bytes:
         return b"%b%b%b" % (self._before, _quote(text), self._after)
 
-    def close(self, reason: str, usage: Usage) -> bytes:
-        last = self._chunk + b'{},"logprobs":null,"finish_reason":%b}]}\n\n' % _quote(reason)
+    def end(self) -> bytes:
+        return b""
+
+    def heartbeat(self) -> bytes:
+        return COMMENT
+
+    def close(self, ending: Ending, usage: Usage) -> bytes:
+        last = self._chunk + b'{},"logprobs":null,"finish_reason":%b}]}\n\n' % _quote(FINISH[ending.reason])
         if not self._wants_usage:
             return last + DONE
         spent = self._identity + b'"chat.completion.chunk","choices":[],"usage":%b}' % usage_json(usage)
         return last + event(spent) + DONE
 
-    def fail(self, message: str, code: str) -> bytes:
-        return event(error_body(ErrorDetail(message, "server_error", None, code)))
+    def fail(self, status: int, detail: ErrorDetail) -> bytes:
+        del status
+        return failure(detail)
 
-    def whole(self, text: str, reason: str, usage: Usage) -> bytes:
-        message = b'{"role":"assistant","content":%b,"refusal":null}' % _quote(text)
-        choice = b'{"index":0,"message":%b,"logprobs":null,"finish_reason":%b}' % (message, _quote(reason))
+    def whole(self, parts: Sequence[Part], ending: Ending, usage: Usage) -> bytes:
+        calls = [part for part in parts if part.kind is PartKind.CALL]
+        text = "".join([part.text for part in parts if part.kind is PartKind.TEXT])
+        message: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
+        if reasoning := "".join([part.text for part in parts if part.kind is PartKind.REASONING]):
+            message["reasoning_content"] = reasoning
+        if calls:
+            message["tool_calls"] = [self._whole_call(number, call) for number, call in enumerate(calls)]
+        choice = b'{"index":0,"message":%b,"logprobs":null,"finish_reason":%b}' % (
+            _quote(message),
+            _quote(FINISH[ending.reason]),
+        )
         return b'%b"chat.completion","choices":[%b],"usage":%b}' % (self._identity, choice, usage_json(usage))
+
+    def _whole_call(self, index: int, call: Part) -> dict[str, Any]:
+        function = {"name": call.name, "arguments": call.text}
+        return {"id": self._call_id(index), "type": "function", "function": function}
+
+    def _call_id(self, index: int) -> str:
+        return f"call_{self._request_id}{index:02}"
 
 
 def usage_json(usage: Usage) -> bytes:
     """OpenAI's usage object: prompt_tokens includes the cached ones."""
-    return (
-        b'{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d,"prompt_tokens_details":{"cached_tokens":%d}}'
-        % (usage.prompt, usage.output, usage.prompt + usage.output, usage.cached)
+    return _quote(
+        {
+            "prompt_tokens": usage.prompt,
+            "completion_tokens": usage.output,
+            "total_tokens": usage.prompt + usage.output,
+            "prompt_tokens_details": {"cached_tokens": usage.cached},
+            "completion_tokens_details": {"reasoning_tokens": usage.reasoning},
+        }
     )
+
+
+CHAT = Dialect(read, turn, ChatEncoder, OPENAI_ERRORS, "chat")

@@ -4,6 +4,7 @@ Owns the shapes of this dialect. Never touches sockets, tokens or policy."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -11,10 +12,20 @@ import numpy as np
 
 from engine.keys import Ids
 from router.dialects.chat import usage_json
-from router.dialects.common import DONE, event, sampling, stops, wants_usage
+from router.dialects.common import (
+    COMMENT,
+    DONE,
+    OPENAI_ERRORS,
+    Dialect,
+    event,
+    failure,
+    sampling,
+    stop_strings,
+    wants_usage,
+)
 from router.dialects.schema import CompletionRequest, decode, refuse_unsupported, wrong_field
-from router.errors import ErrorDetail, error_body
-from router.turn import Turn, Usage
+from router.errors import ErrorDetail
+from router.turn import Ending, Part, PartStart, Turn, Usage
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 ID_MAX = 2**31 - 1
@@ -44,9 +55,8 @@ def turn(request: CompletionRequest) -> Turn:
         model=request.model,
         sampling=sampling(request),
         max_tokens=request.max_tokens or DEFAULT_MAX_TOKENS,
-        stop=stops(request),
+        stop=stop_strings(request.stop),
         is_stream=request.stream,
-        wants_usage=wants_usage(request),
         text=prompt if isinstance(prompt, str) else None,
         ids=None if isinstance(prompt, str) else prompt,
     )
@@ -68,35 +78,51 @@ def _single(prompt: str | list[Any]) -> str | Ids:
 
 
 class CompletionEncoder:
-    """router.turn.Encoder for completions."""
+    """router.turn.Encoder for completions: one text, whatever it holds."""
 
-    def __init__(self, request_id: str, model: str, created: int, *, wants_usage: bool) -> None:
+    def __init__(self, request_id: str, model: str, created: int, body: CompletionRequest) -> None:
         self._identity = b'{"id":%b,"created":%d,"model":%b,"object":"text_completion"' % (
             _quote(f"cmpl-{request_id}"),
             created,
             _quote(model),
         )
-        self._wants_usage = wants_usage
-        usage = b',"usage":null' if wants_usage else b""
+        self._wants_usage = wants_usage(body)
+        usage = b',"usage":null' if self._wants_usage else b""
         self._before = b"data: " + self._identity + usage + b',"choices":[{"index":0,"text":'
         self._after = b',"logprobs":null,"finish_reason":null}]}\n\n'
 
-    def open(self) -> bytes:
+    def open(self, usage: Usage) -> bytes:
+        del usage
+        return b""
+
+    def start(self, part: PartStart) -> bytes:
+        del part
         return b""
 
     # Hot: once per flush of a stream.
     def delta(self, text: str) -> bytes:
         return b"%b%b%b" % (self._before, _quote(text), self._after)
 
-    def close(self, reason: str, usage: Usage) -> bytes:
-        last = self._before + b'"","logprobs":null,"finish_reason":%b}]}\n\n' % _quote(reason)
+    def end(self) -> bytes:
+        return b""
+
+    def heartbeat(self) -> bytes:
+        return COMMENT
+
+    def close(self, ending: Ending, usage: Usage) -> bytes:
+        last = self._before + b'"","logprobs":null,"finish_reason":%b}]}\n\n' % _quote(ending.reason)
         if not self._wants_usage:
             return last + DONE
         return last + event(self._identity + b',"choices":[],"usage":%b}' % usage_json(usage)) + DONE
 
-    def fail(self, message: str, code: str) -> bytes:
-        return event(error_body(ErrorDetail(message, "server_error", None, code)))
+    def fail(self, status: int, detail: ErrorDetail) -> bytes:
+        del status
+        return failure(detail)
 
-    def whole(self, text: str, reason: str, usage: Usage) -> bytes:
-        choice = b'{"index":0,"text":%b,"logprobs":null,"finish_reason":%b}' % (_quote(text), _quote(reason))
+    def whole(self, parts: Sequence[Part], ending: Ending, usage: Usage) -> bytes:
+        text = "".join([part.text for part in parts])
+        choice = b'{"index":0,"text":%b,"logprobs":null,"finish_reason":%b}' % (_quote(text), _quote(ending.reason))
         return b'%b,"choices":[%b],"usage":%b}' % (self._identity, choice, usage_json(usage))
+
+
+COMPLETIONS = Dialect(read, turn, CompletionEncoder, OPENAI_ERRORS, "text_completion")

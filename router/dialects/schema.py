@@ -1,4 +1,4 @@
-"""OpenAI's request bodies, typed: wrong types, ranges and JSON are refused here with the field's name.
+"""Request bodies, typed: wrong types, ranges and JSON are refused here with the field's name.
 
 Owns the shapes and their bounds. Unknown fields pass unread: clients send what their vendor invented last week."""
 
@@ -35,25 +35,27 @@ class ResponseFormat(Struct):
     type: str
 
 
-class Part(Struct):
+class ContentPart(Struct):
     """A piece of a message's content. Only text is read."""
 
     type: str
     text: str = ""
+    refusal: str = ""
 
 
 class ChatMessage(Struct):
     """One message of a chat."""
 
     role: Annotated[str, Meta(max_length=32)]
-    content: str | list[Part] | None = None
+    content: str | list[ContentPart] | None = None
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
+    reasoning_content: str | None = None
 
 
 class Common(Struct, kw_only=True):
-    """What chat and completions share."""
+    """What several dialects share."""
 
     model: Annotated[str, Meta(max_length=256)] = ""
     stream: bool = False
@@ -67,6 +69,7 @@ class Common(Struct, kw_only=True):
     user: Annotated[str, Meta(max_length=512)] | None = None
     service_tier: Annotated[str, Meta(max_length=32)] | None = None
     prompt_cache_key: Annotated[str, Meta(max_length=256)] | None = None
+    background: bool = False
     metadata: dict[str, Any] | None = None
     # Beyond OpenAI, named as in vLLM and SGLang.
     top_k: Annotated[int, Meta(ge=-1, le=10_000_000)] | None = None
@@ -84,7 +87,9 @@ class ChatRequest(Common, kw_only=True):
     tools: list[dict[str, Any]] | None = None
     response_format: ResponseFormat | None = None
     logprobs: bool | None = None
-    background: bool = False
+    tool_choice: str | dict[str, Any] | None = None
+    reasoning_effort: Annotated[str, Meta(max_length=32)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None  # vLLM's name; `enable_thinking` alone is read
 
 
 class CompletionRequest(Common, kw_only=True):

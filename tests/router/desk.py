@@ -23,9 +23,9 @@ from policies.request import Budget, Request, RequestClass, RequestId, Tenant, W
 from router.app import App, House
 from router.fleet import ModelView
 from router.link import LinkLost
+from router.order import RelayLimits, Services
 from router.ports import Client, Sink
 from router.receipts import Receipt
-from router.relay import RelayLimits, Services
 from router.server import Listener, ListenerLimits
 from router.template import ChatTemplate
 from router.text import Text, TextLimits
@@ -235,6 +235,7 @@ async def desk(
             salt=b"s" * 16,
             tenant=Tenant(),
             readiness=lambda: (True, {"workers": 1}),
+            aliases={"claude-*": "", "gpt-*": "", "other": "no-such-model"},
         )
     )
     listener = Listener(app.gate, app.handle, listener_limits)

@@ -30,7 +30,6 @@ BAD_BODIES: list[tuple[str, bytes, int, str | None]] = [
     ("no messages", b"{}", 400, None),
     ("empty messages", b'{"messages": []}', 400, "messages"),
     ("bad role", b'{"messages": [{"role": "king", "content": "x"}]}', 400, "messages[0].role"),
-    ("image", b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', 400, None),
     ("NaN", b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}', 400, None),
     ("infinity", b'{"messages": [{"role": "user", "content": "x"}], "temperature": 1e999}', 400, None),
     ("hot", b'{"messages": [{"role": "user", "content": "x"}], "temperature": 3}', 400, "temperature"),
@@ -156,6 +155,8 @@ def test_a_body_over_the_routes_limit_is_refused_before_it_is_sent() -> None:
     async def work() -> None:
         async with desk() as d:
             head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 99999999\r\n\r\n"
+            assert (await d.raw(head)).startswith(b"HTTP/1.1 413 ")
+            head = head.replace(b"chat/completions", b"messages")
             assert (await d.raw(head)).startswith(b"HTTP/1.1 413 ")
 
     run(work())

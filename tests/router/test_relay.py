@@ -11,7 +11,7 @@ import pytest
 
 from policies.request import RequestClass
 from router.dialects.chat import ChatEncoder
-from router.relay import RelayLimits
+from router.order import RelayLimits
 from router.server import ListenerLimits
 from router.text import Text, TextLimits
 from tests.router.desk import Desk, chat, desk, ids_of, refusal, run, speak

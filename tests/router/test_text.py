@@ -29,7 +29,7 @@ def text_layer(limits: TextLimits | None = None) -> Text:
 def turn(*contents: str) -> Turn:
     roles = ("user", "assistant")
     messages = tuple(Message(roles[number % 2], content) for number, content in enumerate(contents))
-    return Turn("tiny", Sampling(), None, (), False, False, messages=messages)
+    return Turn("tiny", Sampling(), None, (), False, messages=messages)
 
 
 def prompt_of(text: Text, wanted: Turn, identity: Identity = IDENTITY) -> Prompt:
@@ -99,11 +99,11 @@ def test_the_caches_hold_no_more_than_their_bounds() -> None:
 
 def test_an_empty_prompt_is_refused() -> None:
     with pytest.raises(RequestError, match="empty"):
-        text_layer().render(Turn("tiny", Sampling(), None, (), False, False, text=""), IDENTITY)
+        text_layer().render(Turn("tiny", Sampling(), None, (), False, text=""), IDENTITY)
 
 
 def test_ids_beyond_the_vocabulary_are_refused() -> None:
-    wanted = Turn("tiny", Sampling(), None, (), False, False, ids=np.array([1, 99_999], dtype=np.int32))
+    wanted = Turn("tiny", Sampling(), None, (), False, ids=np.array([1, 99_999], dtype=np.int32))
     with pytest.raises(RequestError, match="vocabulary"):
         text_layer().render(wanted, IDENTITY)
 

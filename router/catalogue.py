@@ -1,0 +1,88 @@
+"""The models that clients may name: what workers serve, aliases for it, and the pages that list it.
+
+Owns the way from a client's name to a model. Never starts one."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from router.errors import RequestError
+from router.fleet import ModelView
+
+PAGE_MAX = 1000  # models of one page, whatever `limit` says
+
+
+class Catalogue:
+    """Names to models."""
+
+    def __init__(
+        self, models: Callable[[], Mapping[str, ModelView]], default: str, aliases: Mapping[str, str], created: int
+    ) -> None:
+        self._models = models
+        self._default = default  # for clients that name none
+        self._aliases = aliases  # pattern to name; an empty name means the default
+        self._created = created  # second of the router's start
+
+    # Hot: once per request.
+    def find(self, name: str) -> ModelView:
+        """The model as its workers describe it, or did before they went away: the mind holds what waits for them."""
+        models = self._models()
+        if not models:
+            message = "No worker has started yet; try again in a moment."
+            raise RequestError(503, message, code="no-worker", retry_after_s=2.0)
+        view = models.get(name or self._default) or models.get(self._alias(name))
+        if view is None:
+            raise self._unknown(models)
+        return view
+
+    def _alias(self, name: str) -> str:
+        """What the first alias that fits stands for; empty when none does."""
+        for pattern, model in self._aliases.items():
+            if fnmatch.fnmatchcase(name, pattern):
+                return model or self._default
+        return ""
+
+    def _unknown(self, models: Mapping[str, ModelView]) -> RequestError:
+        names = ", ".join([*models, *self._aliases])
+        return RequestError(
+            404, f"There is no such model here. Served: {names}.", param="model", code="model_not_found"
+        )
+
+    def page(self, query: Mapping[str, str]) -> dict[str, Any]:
+        """The list, as OpenAI's and Anthropic's SDKs read it; `limit`, `after_id` and `before_id` are Anthropic's."""
+        models = [self._entry(view) for view in self._models().values()]
+        ids = [model["id"] for model in models]
+        begin = ids.index(query["after_id"]) + 1 if query.get("after_id") in ids else 0
+        end = ids.index(query["before_id"]) if query.get("before_id") in ids else len(ids)
+        limit = int(query["limit"]) if query.get("limit", "").isdecimal() else PAGE_MAX
+        shown = models[begin:end][: max(1, min(limit, PAGE_MAX))]
+        names = [model["id"] for model in shown]
+        edges = {"first_id": names[0] if names else None, "last_id": names[-1] if names else None}
+        return {"object": "list", "data": shown, **edges, "has_more": len(shown) < end - begin}
+
+    def entry(self, name: str) -> dict[str, Any]:
+        """One model. Raises RequestError 404."""
+        models = self._models()
+        view = (models.get(name) or models.get(self._alias(name))) if name else None
+        if view is None:
+            raise self._unknown(models)
+        return self._entry(view)
+
+    def _entry(self, view: ModelView) -> dict[str, Any]:
+        return {
+            "id": view.name,
+            "object": "model",
+            "type": "model",
+            "created": self._created,
+            "created_at": _iso(self._created),
+            "owned_by": "headway",
+            "display_name": view.name,
+            "max_model_len": view.context_max,
+        }
+
+
+def _iso(unix_s: int) -> str:
+    return datetime.fromtimestamp(unix_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

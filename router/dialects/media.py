@@ -1,0 +1,22 @@
+"""What a text-only model gets to read where a client sent an image or a document.
+
+Owns the words. A refused image would stay in the history of its session and end it; these words let it go on."""
+
+from __future__ import annotations
+
+
+class Media:
+    """Counts what was left out of one request."""
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self._omitted: dict[str, int] = {}
+
+    def omitted(self, kind: str) -> str:
+        """The words that stand for one image, document, ..."""
+        self._omitted[kind] = self._omitted.get(kind, 0) + 1
+        return f"[{kind} omitted: {self._model or 'this model'} cannot see]"
+
+    def notices(self) -> tuple[str, ...]:
+        """For x-headway-notice."""
+        return tuple(f"{kind} omitted: {count}" for kind, count in self._omitted.items())
