@@ -39,6 +39,7 @@ def _worker(arguments: argparse.Namespace) -> int:
     import torch  # takes a second: not before the arguments are known to be good
 
     from engine import build, manifest
+    from engine.grammar import GrammarCompiler
     from engine.runner import RunnerConfig, TorchRunner
     from engine.step import ModelFacts
 
@@ -55,7 +56,11 @@ def _worker(arguments: argparse.Namespace) -> int:
         context_max=runner.model.context_max,
         eos_ids=tuple(runner.model.eos_ids),
     )
-    return build.serve(runner, facts, config)
+    tokenizer = folder / "tokenizer.json"
+    if not tokenizer.is_file():
+        return build.serve(runner, facts, config)
+    grammars = GrammarCompiler(tokenizer.read_text(encoding="utf-8"), facts.vocab_size, facts.eos_ids)
+    return build.serve(runner, facts, config, compile=grammars.compile)
 
 
 def _convert_command(arguments: argparse.Namespace) -> int:

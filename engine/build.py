@@ -14,6 +14,7 @@ from engine import keys
 from engine.blocks import BlockTrie
 from engine.config import PRIOR, EngineConfig
 from engine.core import Core, Inbox, parts
+from engine.grammar_gate import Compile, no_grammars
 from engine.scheduler import Scheduler, SchedulerLimits
 from engine.step import ModelFacts, Runner
 from engine.wire import PROTOCOL_VERSION, Hello, Message, encode
@@ -54,7 +55,12 @@ def build(
 
 
 def serve(
-    runner: Runner, facts: ModelFacts, config: EngineConfig, *, encode: Callable[[Message], bytes] = encode
+    runner: Runner,
+    facts: ModelFacts,
+    config: EngineConfig,
+    *,
+    encode: Callable[[Message], bytes] = encode,
+    compile: Compile = no_grammars,  # noqa: A002
 ) -> int:
     """Calibrate, listen, serve until drained; the exit code."""
     inbox = Inbox()
@@ -72,4 +78,4 @@ def serve(
     )
     gc.collect()
     gc.freeze()  # decision 18: what was made at start lives for ever; no collection walks it again
-    return asyncio.run(Worker(core, inbox, config, encode=encode).serve())
+    return asyncio.run(Worker(core, inbox, config, encode=encode, compile=compile).serve())

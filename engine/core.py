@@ -9,12 +9,14 @@ import queue
 from array import array
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, field
+from dataclasses import replace as replaced
 
 from msgspec.structs import replace
 
 from engine.blocks import BlockTrie
 from engine.calibrate import calibrate
 from engine.keys import KEY_BYTES
+from engine.masks import Grammar, MaskMaker
 from engine.outbox import Outbox
 from engine.outcome import Outcome
 from engine.scheduler import Scheduler
@@ -51,6 +53,8 @@ class Order:
     link: int
     message: Submit | Abort | Drain
     read_at: float
+    grammar: Grammar | None = None  # of a submit that asks for one, compiled where it was read
+    refused: End | None = None  # or why it could not be
 
 
 Command = Attach | Detach | Order
@@ -118,6 +122,7 @@ class Core:
         self._told_at = clock()
         self._wait_s = 0.0
         self._drain_until: float | None = None
+        self._masks = MaskMaker()
 
     @property
     def is_done(self) -> bool:
@@ -156,7 +161,8 @@ class Core:
         step = self._scheduler.launch(self._fit.model, started, full)
         if step is None:
             return False
-        result = self._runner.run(step.batch)
+        batch = replaced(step.batch, masks=self._masks.start(step.grammars)) if step.grammars else step.batch
+        result = self._runner.run(batch)
         now = self._clock()
         news.outcomes.append(self._scheduler.collect(step, result, self._fit.model, now))
         self._steps += 1
@@ -176,9 +182,11 @@ class Core:
             case Detach(link):
                 del self._links[link]
                 self._scheduler.drop_link(link, now)
-            case Order(link, Submit() as submit, read_at):
+            case Order(link, Submit(), refused=End() as refused):
+                return Outcome(ends=[(link, refused)])
+            case Order(link, Submit() as submit, read_at, grammar):
                 if self._drain_until is None:
-                    return self._scheduler.submit(link, submit, read_at)
+                    return self._scheduler.submit(link, submit, read_at, grammar)
                 return Outcome(ends=[(link, End(submit.handle, "refused", 0, 0, "the worker is draining"))])
             case Order(link, Abort(handle), _):
                 return self._scheduler.abort(link, handle, now)
@@ -210,6 +218,7 @@ class Core:
                 stored=stored,
                 evicted=evicted,
                 step_model=news.model,
+                scored=[score for o in news.outcomes for to, score in o.scored if to == link],
             )
             outbox.add(frame)
 

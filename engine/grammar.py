@@ -9,15 +9,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-Mask = npt.NDArray[np.int32]
-
-
-class GrammarError(Exception):
-    """The client's grammar is malformed, unsupported, impossible or too large; the message says which."""
+from engine.masks import GrammarError
+from engine.step import Int32
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +30,13 @@ class GrammarLimits:
 class GrammarCompiler:
     """Compiles grammars for one tokenizer. A grammar seen before is copied from the cache."""
 
-    def __init__(self, tokenizer_json: str, vocab_size: int, eos_ids: Sequence[int], limits: GrammarLimits) -> None:
+    def __init__(
+        self,
+        tokenizer_json: str,
+        vocab_size: int,
+        eos_ids: Sequence[int],
+        limits: GrammarLimits = GrammarLimits(),
+    ) -> None:
         self._tokenizer = LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=list(eos_ids))
         self._limits = limits
         self._parser_limits = LLParserLimits(
@@ -74,8 +75,13 @@ class GrammarCompiler:
         return matcher
 
 
+def _json_schema(source: str) -> str:
+    """Between JSON's parts a newline and an indent, no more: a small model else fills its answer with them."""
+    return LLMatcher.grammar_from_json_schema(source, defaults={"whitespace_pattern": r"\n? {0,16}"})
+
+
 _GRAMMARS: dict[str, Callable[[str], str]] = {
-    "json_schema": LLMatcher.grammar_from_json_schema,
+    "json_schema": _json_schema,
     "regex": LLMatcher.grammar_from_regex,
     "lark": LLMatcher.grammar_from_lark,
 }
@@ -86,18 +92,13 @@ class Grammar:
 
     def __init__(self, matcher: LLMatcher, mask_words: int) -> None:
         self._matcher = matcher
-        self._mask_words = mask_words
+        self.mask_words = mask_words
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether the text so far is a whole sentence: end of sequence is then allowed."""
-        return bool(self._matcher.is_accepting())
-
-    def fill(self, mask: Mask) -> None:
+    def fill(self, mask: Int32) -> None:
         """Set the bits of the ids that may come next: `mask` is int32 [mask_words], bit i of word i // 32.
 
         Raises GrammarError when the grammar outran its fuel; that sequence alone fails."""
-        assert mask.shape == (self._mask_words,)
+        assert mask.shape == (self.mask_words,)
         assert mask.flags.c_contiguous
         self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         self._raise_error()
@@ -106,11 +107,6 @@ class Grammar:
         """Step over a token that the mask allowed. Raises GrammarError on one that it did not."""
         self._matcher.consume_token(token)
         self._raise_error()
-
-    def replay(self, tokens: Sequence[int]) -> None:
-        """Rebuild the state behind tokens that an earlier attempt emitted."""
-        for token in tokens:
-            self.accept(token)
 
     def _raise_error(self) -> None:
         if self._matcher.is_error():

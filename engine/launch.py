@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from engine.blocks import Block
+from engine.masks import Grammar
 from engine.sequence import WAITING, Sequence
 from engine.step import Int64, StepBatch
 from engine.table import Table
@@ -33,6 +34,7 @@ class Launch:
         self.has_preempted = False
         self.features = StepFeatures(0)
         self.batch: StepBatch
+        self.grammars: dict[int, Grammar] = {}  # by sampled row
         self._residents = residents  # rows of the table; the view's rows in front
         self._everyone = everyone
         self._decodes: list[Sequence] = []
@@ -92,6 +94,7 @@ class Launch:
         self.sampled_rows = self.rows[wants]
         chunk_wants = zip(chunks, wants[len(decodes) :].tolist(), strict=True)
         self.sampled = self._decodes + [s for (_, s, *_), is_wanted in chunk_wants if is_wanted]
+        self.grammars = {at: s.grammar for at, s in enumerate(self.sampled) if s.grammar is not None}
         self.batch = StepBatch(
             ids=np.concatenate((table.last_id[decodes], *ids)),
             positions=positions.astype(np.int32),
@@ -102,6 +105,7 @@ class Launch:
             sample_rows=(starts[1:] - 1)[wants].astype(np.int32),
             sampling=tuple(s.sampling for s in self.sampled),
             sample_positions=table.emitted[self.sampled_rows].astype(np.int32),
+            histories={at: s.history for at, s in enumerate(self.sampled) if s.sampling.has_penalties},
         )
         self.features = StepFeatures(
             rows=int(starts[-1]),

@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from engine.sequence import Sequence
-from engine.wire import End, Start
+from engine.wire import End, Scored, Start
 
 
 @dataclass(slots=True)
@@ -18,6 +18,7 @@ class Outcome:
     ids: dict[int, list[int]] = field(default_factory=dict)  # one for each handle
     starts: list[tuple[int, Start]] = field(default_factory=list)
     ends: list[tuple[int, End]] = field(default_factory=list)
+    scored: list[tuple[int, Scored]] = field(default_factory=list)
 
     def add(self, sequence: Sequence, token: int) -> None:
         """One more token."""

@@ -69,8 +69,16 @@ class TorchRunner:
         started = time.perf_counter()
         with torch.inference_mode():
             logits = self._logits(batch)
-            ids, is_bad = sampling.choose(logits, batch.sampling, batch.sample_positions, self.model.eos_ids)
-        return StepResult(ids, is_bad.cpu().numpy(), time.perf_counter() - started)
+            chosen = sampling.choose(
+                logits,
+                batch.sampling,
+                batch.sample_positions,
+                self.model.eos_ids,
+                histories=batch.histories,
+                masks=batch.masks,
+            )
+        seconds = time.perf_counter() - started
+        return StepResult(chosen.ids, chosen.is_bad, seconds, chosen.scores, chosen.messages)
 
     def logits(self, batch: StepBatch) -> Tensor:
         """[sampled, vocab] float32 of one step, for proofs: `run` without the choice."""

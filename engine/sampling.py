@@ -1,12 +1,14 @@
 """From logits to token ids: greedy, or temperature, top-k, top-p and min-p with a random number of its own per token.
 
-Owns the choice. The number depends on (seed, output position) alone, so a batch's other rows never change a choice."""
+Owns the choice; what changes logits before it stands in logit_rules.py. The number depends on (seed, output position)
+alone, so a batch's other rows never change a choice."""
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +16,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from engine.step import Int32
+from engine import logit_rules
+from engine.step import History, Int32, Masks, Score
 from engine.wire import Sampling
 
 GREEDY_BELOW = 1e-5  # a temperature under this divides into overflow and means greedy anyway
@@ -24,16 +27,50 @@ CANDIDATES = (64, 2048)
 _KEY = struct.Struct("<qi")
 
 
+class Choice(NamedTuple):
+    """What was chosen for each row. A bad row's id is 0; `messages` says why where it was not the model's fault."""
+
+    ids: Int32
+    is_bad: npt.NDArray[np.bool_]
+    scores: dict[int, Score]
+    messages: dict[int, str]
+
+
 def choose(
-    logits: Tensor, sampling: Sequence[Sampling], positions: Int32, eos_ids: Sequence[int]
-) -> tuple[Int32, Tensor]:
-    """The ids of [sampled, vocab] float32 logits, and which rows are bad: not finite, id 0. May write to `logits`."""
+    logits: Tensor,
+    sampling: Sequence[Sampling],
+    positions: Int32,
+    eos_ids: Sequence[int],
+    *,
+    histories: Mapping[int, History] | None = None,
+    masks: Masks | None = None,
+) -> Choice:
+    """The ids of [sampled, vocab] float32 logits. May write to `logits`."""
     is_bad = ~logits.amax(-1).isfinite()  # a NaN or +inf anywhere is the largest; so is -inf when nothing else is left
     if is_bad.any():
         logits.masked_fill_(is_bad[:, None], 0.0)
-    for row, (wanted, position) in enumerate(zip(sampling, positions.tolist(), strict=True)):
-        if position < wanted.min_tokens:  # rare, so a loop: what would end the text is out of reach
-            logits[row, list({*eos_ids, *wanted.stop_ids})] = -torch.inf
+    told = [row for row, wanted in enumerate(sampling) if wanted.logprobs >= 0]
+    plain = logits[told].log_softmax(-1) if told else logits
+    logit_rules.penalise(logits, sampling, histories or {})
+    logit_rules.steer(logits, sampling, positions, eos_ids)
+    messages: dict[int, str] = {}
+    if masks is not None:
+        masked = masks.take()
+        logit_rules.mask(logits, masked)
+        is_bad[masked.rows] |= ~logits[masked.rows].amax(-1).isfinite()
+        messages = masked.messages
+        logits.masked_fill_(is_bad[:, None], 0.0)
+    ids = _ids(logits, sampling, positions)
+    scores = {row: _score(plain[at], int(ids[row]), sampling[row].logprobs) for at, row in enumerate(told)}
+    return Choice(ids.to("cpu", torch.int32).numpy(), is_bad.cpu().numpy(), scores, messages)
+
+
+def _score(plain: Tensor, chosen: int, count: int) -> Score:
+    best = plain.topk(count)
+    return Score(float(plain[chosen]), tuple(best.indices.tolist()), tuple(best.values.tolist()))
+
+
+def _ids(logits: Tensor, sampling: Sequence[Sampling], positions: Int32) -> Tensor:
     ids = logits.argmax(-1)
     random = [row for row, wanted in enumerate(sampling) if wanted.temperature >= GREEDY_BELOW]
     if random:
@@ -41,7 +78,7 @@ def choose(
         keys = [(sampling[row].seed, int(positions[row])) for row in random]
         knobs = _knobs([sampling[row] for row in random], uniforms(keys), logits.shape[-1], logits.device)
         ids[rows] = _draw(logits[rows], knobs)
-    return ids.to("cpu", torch.int32).numpy(), is_bad
+    return ids
 
 
 def uniforms(keys: Sequence[tuple[int, int]]) -> npt.NDArray[np.float64]:

@@ -11,8 +11,9 @@ import numpy as np
 
 from engine.blocks import Block, BlockTrie
 from engine.launch import Launch
+from engine.masks import Grammar
 from engine.outcome import Outcome
-from engine.sequence import WAITING, Sequence, refusal
+from engine.sequence import WAITING, Sequence, fault, refusal
 from engine.step import ModelFacts, StepResult
 from engine.table import Table, join
 from engine.waiting import WaitingQueue
@@ -22,6 +23,7 @@ from policies.request import RequestClass
 from policies.retention import CLASS_BANDS, SpanView, keep
 from policies.step_plan import Chunk, PlanLimits, owe, peak_tokens, plan, victims
 
+NOT_A_TOKEN = "the model's answer was not a number or not in its vocabulary"
 OUTPUT_WEIGHT = 0.05  # of the newest answer in its class's mean length
 
 
@@ -73,8 +75,10 @@ class Scheduler:
 
     # Orders ----------------------------------------------------------------------------------------------------------
 
-    def submit(self, link: int, order: Submit, now: float) -> Outcome:
+    def submit(self, link: int, order: Submit, now: float, grammar: Grammar | None = None) -> Outcome:
         """Take a sequence in, or end it at once with the reason why not."""
+        if invalid := fault(order, self._facts):
+            return Outcome(ends=[(link, End(order.handle, "invalid", 0, 0, invalid))])
         reason = refusal(order, self._facts)
         if (link, order.handle) in self._sequences:
             reason = "this handle is in use"
@@ -83,7 +87,7 @@ class Scheduler:
         if reason:
             return Outcome(ends=[(link, End(order.handle, "refused", 0, 0, reason))])
         self._serial += 1
-        sequence = Sequence(link, order, self._serial, self._facts, now)
+        sequence = Sequence(link, order, self._serial, self._facts, now=now, grammar=grammar)
         self._sequences[link, order.handle] = sequence
         found = self._trie.match(order.ids, order.salt, order.public_blocks)
         sequence.uncached_estimate = max(1, sequence.length - len(found) * self._block_tokens)
@@ -144,18 +148,23 @@ class Scheduler:
             self._replace(sequence, index, twin, now)
         self._trie.commit()
         outcome = Outcome()
-        for sequence, token, bad in zip(step.sampled, result.ids.tolist(), is_bad.tolist(), strict=True):
+        answers = zip(step.sampled, result.ids.tolist(), is_bad.tolist(), strict=True)
+        for at, (sequence, token, bad) in enumerate(answers):
             if bad:
-                message = "the model's answer was not a number or not in its vocabulary"
+                message = result.messages.get(at, NOT_A_TOKEN)
                 outcome.ends.append(self._end(sequence, "error", now, message))
                 continue
             reason = sequence.append(token)
             outcome.add(sequence, token)
+            if at in result.scores:
+                outcome.scored.append((sequence.link, sequence.scored(result.scores[at])))
             if sequence.length == sequence.resumed_at + 1:
                 outcome.starts.append((sequence.link, _start(sequence, now)))
             if reason:
                 self._learn_output(sequence)
                 outcome.ends.append(self._end(sequence, reason, now))
+            elif stuck := sequence.step_grammar(token):
+                outcome.ends.append(self._end(sequence, "error", now, stuck))
         self._owed = owe(step.plan, step.view, model, result.seconds, self._plan_limits)
         return outcome
 

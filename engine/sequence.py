@@ -10,8 +10,9 @@ import numpy as np
 
 from engine.blocks import Block
 from engine.keys import Ids
-from engine.step import ModelFacts
-from engine.wire import Submit
+from engine.masks import Grammar, GrammarError
+from engine.step import History, ModelFacts, Score
+from engine.wire import Scored, Submit
 from policies.request import RequestClass
 
 WAITING = -1  # the row of a sequence that holds no KV
@@ -25,6 +26,7 @@ class Sequence:
         "cached_tokens",
         "deadline",
         "first_due",
+        "grammar",
         "handle",
         "ids",
         "length",
@@ -48,7 +50,9 @@ class Sequence:
         "uncached_estimate",
     )
 
-    def __init__(self, link: int, order: Submit, serial: int, facts: ModelFacts, now: float) -> None:
+    def __init__(
+        self, link: int, order: Submit, serial: int, facts: ModelFacts, *, now: float, grammar: Grammar | None = None
+    ) -> None:
         prompt = np.frombuffer(order.ids, dtype="<i4")
         self.link = link
         self.handle = order.handle
@@ -62,10 +66,11 @@ class Sequence:
         self.public_blocks = order.public_blocks
         self.request_class = RequestClass(order.request_class)
         self.sampling = order.sampling
-        self.stop_ids = frozenset(order.sampling.stop_ids) | frozenset(
-            () if order.sampling.ignore_eos else facts.eos_ids
-        )
-        self.length_min = order.prompt_len + order.sampling.min_tokens  # no stop before
+        self.grammar = grammar  # behind the tokens that are there
+        ends_anyway = grammar is not None  # nothing may follow the end of its text
+        is_eos_text = order.sampling.ignore_eos and not ends_anyway
+        self.stop_ids = frozenset(order.sampling.stop_ids) | frozenset(() if is_eos_text else facts.eos_ids)
+        self.length_min = order.prompt_len + (0 if ends_anyway else order.sampling.min_tokens)  # no stop before
         self.length_max = min(order.prompt_len + order.sampling.max_tokens, facts.context_max)
         # Relative seconds become local times here, where they were read.
         self.submitted_at = now
@@ -85,6 +90,25 @@ class Sequence:
         """Tokens of the answer, those of earlier attempts included."""
         return self.length - self.prompt_len
 
+    @property
+    def history(self) -> History:
+        """All ids so far; valid until the next one."""
+        return History(self.ids[: self.length], self.prompt_len)
+
+    def scored(self, score: Score) -> Scored:
+        """A token's log-probabilities as the wire carries them."""
+        return Scored(self.handle, *score)
+
+    def step_grammar(self, token: int) -> str:
+        """Its grammar goes over a token; why it cannot, empty if it can."""
+        if self.grammar is None:
+            return ""
+        try:
+            self.grammar.accept(token)
+        except GrammarError as error:
+            return f"the grammar could not go on: {error}"
+        return ""
+
     def append(self, token: int) -> str | None:
         """One more token was generated; why the sequence ends with it, None if it goes on."""
         length = self.length
@@ -103,6 +127,15 @@ class Sequence:
         emitted = self.output_tokens
         by_pace = self.first_due + emitted * self.pace_s if emitted else self.first_due
         return min(by_pace, self.deadline)
+
+
+def fault(order: Submit, facts: ModelFacts) -> str:
+    """What a client asked for that no worker of this model can do, in one sentence; empty if nothing."""
+    sampling = order.sampling
+    for name, ids in (("logit_bias", [token for token, _ in sampling.logit_bias]), ("stop id", sampling.stop_ids)):
+        if any(not 0 <= token < facts.vocab_size for token in ids):
+            return f"a {name} names a token outside the vocabulary of {facts.vocab_size}"
+    return ""
 
 
 def refusal(order: Submit, facts: ModelFacts) -> str:

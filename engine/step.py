@@ -4,8 +4,9 @@ Owns the shapes between scheduler and runner. Knows no policy and no device."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,36 @@ from engine.wire import Sampling
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
+
+
+class History(NamedTuple):
+    """What a sequence has said and was told: penalties are counted from it anew, so a resumed one needs no more."""
+
+    ids: Int32
+    prompt_len: int
+
+
+class Masked(NamedTuple):
+    """Which ids some sampled rows may take. A row whose grammar failed has a message and no bits."""
+
+    rows: list[int]
+    bits: Int32  # [rows, words] bit i of word i // 32
+    messages: dict[int, str]
+
+
+class Masks(Protocol):
+    """Grammar masks of a step, made beside its computation."""
+
+    def take(self) -> Masked:
+        """Wait for them."""
+
+
+class Score(NamedTuple):
+    """Log-probabilities of one sampled row, before any setting: of the choice, and of the likeliest, best first."""
+
+    chosen: float
+    top_ids: tuple[int, ...]
+    top: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +60,8 @@ class StepBatch:
     sample_rows: Int32  # [sampled] the rows whose next token is wanted
     sampling: tuple[Sampling, ...]  # one each sampled row
     sample_positions: Int32  # [sampled] output index of the wanted token, from 0: with the seed it keys the randomness
+    histories: Mapping[int, History] = field(default_factory=dict)  # by sampled row, of those with penalties
+    masks: Masks | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +71,8 @@ class StepResult:
     ids: Int32  # [sampled]
     is_bad: npt.NDArray[np.bool_]  # [sampled]
     seconds: float
+    scores: Mapping[int, Score] = field(default_factory=dict)  # by sampled row, of those that asked
+    messages: Mapping[int, str] = field(default_factory=dict)  # why a row is bad, if not for its logits
 
 
 @dataclass(frozen=True, slots=True)

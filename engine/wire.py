@@ -88,10 +88,19 @@ class End(Message, frozen=True):
     """A sequence ended; nothing more comes for its handle."""
 
     handle: int
-    reason: str  # stop | length | abort | error | refused
+    reason: str  # stop | length | abort | error | refused | invalid (the request cannot be served anywhere)
     cached_tokens: int
     output_tokens: int
     message: str = ""
+
+
+class Scored(Message, frozen=True):
+    """The log-probability of one token, as the model gave it before any setting, and of the likeliest ones there."""
+
+    handle: int
+    logprob: float
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
 
 
 class StepFrame(Message, frozen=True, tag="step"):
@@ -106,6 +115,7 @@ class StepFrame(Message, frozen=True, tag="step"):
     stored: bytes  # chain keys, 16 bytes each
     evicted: bytes
     step_model: StepModelParts | None
+    scored: list[Scored] = []  # one for each token of the handles that asked, in order
 
 
 # Router to worker ----------------------------------------------------------------------------------------------------
@@ -132,6 +142,18 @@ class Sampling(Message, frozen=True):
     min_tokens: int = 0
     ignore_eos: bool = False
     stop_ids: tuple[int, ...] = ()
+    repetition_penalty: float = 1.0  # divides what a token of prompt or answer would score; over 1 is less of it
+    presence_penalty: float = 0.0  # taken from each token of the answer once
+    frequency_penalty: float = 0.0  # and this as often as it occurred
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int = -1  # how many of the likeliest tokens are told beside the chosen one's; -1 tells none
+    grammar_kind: str = ""  # json_schema | regex | lark; empty: any text
+    grammar: str = ""
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether what was said already changes what comes next."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
 class Submit(Message, frozen=True, tag="submit"):

@@ -14,10 +14,12 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from engine.config import EngineConfig
 from engine.core import Attach, Core, Detach, Inbox, Order
+from engine.grammar_gate import Compile, GrammarGate, no_grammars
 from engine.outbox import Outbox
 from engine.wire import (
     PROTOCOL_VERSION,
@@ -55,12 +57,20 @@ class Worker:
     """Serves a core until it has drained. `serve` returns the process's exit code."""
 
     def __init__(
-        self, core: Core, inbox: Inbox, config: EngineConfig, *, encode: Callable[[Message], bytes] = encode
+        self,
+        core: Core,
+        inbox: Inbox,
+        config: EngineConfig,
+        *,
+        encode: Callable[[Message], bytes] = encode,
+        compile: Compile = no_grammars,  # noqa: A002
     ) -> None:
         self._core = core
         self._inbox = inbox
         self._config = config
         self._encode = encode
+        self._compile = compile
+        self._compiling = ThreadPoolExecutor(1, "grammars")
         self._links: dict[int, Outbox] = {}
         self._opened = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -135,7 +145,9 @@ class Worker:
         try:
             async with asyncio.TaskGroup() as tasks:
                 sender = tasks.create_task(self._send(streams.writer, outbox, has_news))
-                await self._receive(link, streams.reader)
+                gate = GrammarGate(self._compile, self._compiling, self._inbox.put, tasks)
+                await self._receive(link, streams.reader, gate)
+                gate.close()
                 sender.cancel()
         except* (WireError, OSError, TimeoutError) as errors:
             log.warning("link %d was cut: %s", link, "; ".join(str(error) or "timeout" for error in errors.exceptions))
@@ -153,7 +165,7 @@ class Worker:
                 async with asyncio.timeout(self._config.send_s):
                     await writer.drain()
 
-    async def _receive(self, link: int, reader: asyncio.StreamReader) -> None:
+    async def _receive(self, link: int, reader: asyncio.StreamReader, gate: GrammarGate) -> None:
         frames = FrameReader()
         async with asyncio.timeout(WELCOME_S):
             queue = await _some(frames, reader)
@@ -167,7 +179,7 @@ class Worker:
             for message in queue:
                 if isinstance(message, Welcome):
                     raise WireError("a second welcome")
-                self._inbox.put(Order(link, message, time.monotonic()))
+                gate.put(Order(link, message, time.monotonic()))
             while self._inbox.is_full:  # noqa: ASYNC110 -- the loop must not pay for a wake-up each time it reads
                 await asyncio.sleep(INBOX_FULL_WAIT_S)
             queue = await _some(frames, reader)

@@ -128,6 +128,8 @@ class Relay:
             self._finish(end.reason)
         elif end.reason == "refused":
             self._failed(end.message or "the worker refused")
+        elif end.reason == "invalid":
+            self._refuse(RequestError(400, f"The request cannot be served: {end.message}.", code="invalid_value"))
         else:
             self._services.mind.gone(self._order.request.id)
             message = "The model failed on this request."

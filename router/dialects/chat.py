@@ -51,8 +51,6 @@ _quote = msgspec.json.encode
 def read(body: bytes) -> ChatRequest:
     """The typed body. Raises RequestError 400."""
     request = decode(_decoder, body)
-    if request.response_format is not None and request.response_format.type != "text":
-        raise refuse_unsupported("response_format", "only text is served")
     if request.tool_choice not in (None, "auto", "none"):
         raise refuse_unsupported("tool_choice", "a call cannot be forced here; auto and none are served")
     if request.logprobs:

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from engine.wire import Sampling
+from router.dialects.grammars import of_body
 from router.dialects.schema import Common, refuse_unsupported
 from router.errors import ErrorDetail, error_body
 from router.turn import Encoder, ErrorShape, Turn
@@ -47,6 +48,7 @@ def sampling(body: Common) -> Sampling:
     """How to choose tokens. A request without a seed gets one, so that an answer can be resumed elsewhere."""
     if body.n not in (None, 1):
         raise refuse_unsupported("n", "one answer a request is served")
+    grammar = of_body(body)
     return Sampling(
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
@@ -56,6 +58,12 @@ def sampling(body: Common) -> Sampling:
         min_tokens=body.min_tokens or 0,
         ignore_eos=body.ignore_eos,
         stop_ids=tuple(body.stop_token_ids or ()),
+        repetition_penalty=body.repetition_penalty or 1.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        logit_bias=tuple(body.logit_bias.items()) if body.logit_bias else (),
+        grammar_kind=grammar.kind,
+        grammar=grammar.source,
     )
 
 

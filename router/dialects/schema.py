@@ -14,9 +14,14 @@ from router.errors import RequestError
 
 STOPS_MAX = 16  # OpenAI takes 4; vLLM any number
 STOP_CHARS_MAX = 256
+CHOICE_TEXTS_MAX = 256
+BIASES_MAX = 1024  # OpenAI's 300, and some
+ABSENT = msgspec.Raw(b"")  # a Raw cannot be null
 SEED_MAX = 2**63 - 1
 
 Temperature = Annotated[float, Meta(ge=0, le=2)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+Bias = Annotated[float, Meta(ge=-100, le=100)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Tokens = Annotated[int, Meta(ge=0, le=10_000_000)]
 Positive = Annotated[int, Meta(ge=1, le=10_000_000)]
@@ -29,10 +34,26 @@ class StreamOptions(Struct):
     include_usage: bool = False
 
 
-class ResponseFormat(Struct):
-    """OpenAI's `response_format`; its schema is read where grammars are."""
+class JsonSchema(Struct):
+    """What OpenAI's `response_format` of type json_schema holds. Its schema goes to the worker as it was written."""
 
-    type: str
+    schema: msgspec.Raw = ABSENT
+
+
+class ResponseFormat(Struct):
+    """OpenAI's `response_format`."""
+
+    type: Annotated[str, Meta(max_length=64)]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(Struct):
+    """What an answer must be beyond `response_format`, named as in vLLM. One of them."""
+
+    json: msgspec.Raw = ABSENT
+    regex: str | None = None
+    choice: Annotated[list[str], Meta(min_length=1, max_length=CHOICE_TEXTS_MAX)] | None = None
+    grammar: str | None = None  # in lark's notation
 
 
 class ContentPart(Struct):
@@ -63,6 +84,10 @@ class Common(Struct, kw_only=True):
     max_tokens: Positive | None = None
     temperature: Temperature | None = None
     top_p: Share | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: Annotated[dict[Annotated[int, Meta(ge=0)], Bias], Meta(max_length=BIASES_MAX)] | None = None
+    response_format: ResponseFormat | None = None
     seed: Annotated[int, Meta(ge=-SEED_MAX, le=SEED_MAX)] | None = None
     stop: Annotated[str, Meta(max_length=STOP_CHARS_MAX)] | Stops | None = None
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
@@ -72,6 +97,8 @@ class Common(Struct, kw_only=True):
     background: bool = False
     metadata: dict[str, Any] | None = None
     # Beyond OpenAI, named as in vLLM and SGLang.
+    structured_outputs: StructuredOutputs | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
     top_k: Annotated[int, Meta(ge=-1, le=10_000_000)] | None = None
     min_p: Share | None = None
     min_tokens: Tokens | None = None
@@ -85,7 +112,6 @@ class ChatRequest(Common, kw_only=True):
     messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=65_536)]
     max_completion_tokens: Positive | None = None
     tools: list[dict[str, Any]] | None = None
-    response_format: ResponseFormat | None = None
     logprobs: bool | None = None
     tool_choice: str | dict[str, Any] | None = None
     reasoning_effort: Annotated[str, Meta(max_length=32)] | None = None

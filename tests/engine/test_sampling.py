@@ -15,7 +15,7 @@ from engine.wire import Sampling
 
 def draw(logits: Tensor, sampling: list[Sampling], positions: list[int] | None = None) -> list[int]:
     places = np.array(positions or [0] * len(sampling), np.int32)
-    ids, is_bad = choose(logits.clone(), sampling, places, eos_ids=[0])
+    ids, is_bad, *_ = choose(logits.clone(), sampling, places, eos_ids=[0])
     assert not is_bad.any()
     return [int(token) for token in ids]
 
@@ -113,7 +113,7 @@ def test_no_setting_gives_an_id_outside_the_vocabulary(
 def test_a_row_that_is_not_finite_is_marked_and_the_others_are_not() -> None:
     logits = torch.tensor([[1.0, 2.0, 0.0], [1.0, torch.nan, 0.0], [torch.inf, 0.0, 0.0], [0.0, 0.0, 9.0]])
 
-    ids, is_bad = choose(logits, [Sampling(seed=1, temperature=0.01)] * 4, np.zeros(4, np.int32), eos_ids=[])
+    ids, is_bad, *_ = choose(logits, [Sampling(seed=1, temperature=0.01)] * 4, np.zeros(4, np.int32), eos_ids=[])
 
     assert is_bad.tolist() == [False, True, True, False]
     assert (ids[0], ids[3]) == (1, 2)

@@ -40,7 +40,12 @@ BAD_BODIES: list[tuple[str, bytes, int, str | None]] = [
     ("n of two", b'{"messages": [{"role": "user", "content": "x"}], "n": 2}', 400, "n"),
     ("many stops", json.dumps(chat(stop=["a"] * 10_000)).encode(), 400, "stop"),
     ("long stop", json.dumps(chat(stop="a" * 10_000)).encode(), 400, "stop"),
-    ("schema", json.dumps(chat(response_format={"type": "json_schema"})).encode(), 400, "response_format"),
+    (
+        "schema",
+        json.dumps(chat(response_format={"type": "json_schema"})).encode(),
+        400,
+        "response_format.json_schema.schema",
+    ),
     ("logprobs", json.dumps(chat(logprobs=True)).encode(), 400, "logprobs"),
     ("model", json.dumps(chat(model=SECRET)).encode(), 404, "model"),
 ]
@@ -85,7 +90,8 @@ json_values = st.recursive(
 )
 NAMES = "messages prompt model stream stream_options max_tokens temperature top_p seed stop n user metadata tools"
 MORE_NAMES = "response_format top_k min_p stop_token_ids logprobs min_tokens service_tier"
-FIELDS = st.sampled_from(f"{NAMES} {MORE_NAMES}".split())
+STEERING = "structured_outputs logit_bias repetition_penalty presence_penalty frequency_penalty"
+FIELDS = st.sampled_from(f"{NAMES} {MORE_NAMES} {STEERING}".split())
 
 
 def fault_of(read: Any, *arguments: Any) -> RequestError | None:

@@ -1,0 +1,88 @@
+"""A whole engine in one thread around any runner: orders in, each one's tokens, scores and end out.
+
+Owns no model. Time stands still: what is proved here does not depend on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from engine.build import build
+from engine.config import EngineConfig
+from engine.core import Attach, Core, Inbox, Order
+from engine.masks import Grammar
+from engine.outbox import Outbox
+from engine.step import ModelFacts, Runner
+from engine.wire import End, Sampling, Scored, StepFrame, Submit
+
+
+@dataclass
+class Heard:
+    """What one handle got."""
+
+    ids: list[int] = field(default_factory=list)
+    scored: list[Scored] = field(default_factory=list)
+    end: End | None = None
+
+
+class Loop:
+    """Submit, then run until every order has ended."""
+
+    def __init__(self, runner: Runner, facts: ModelFacts, block_tokens: int) -> None:
+        self._inbox = Inbox()
+        self.core: Core = build(
+            runner, facts, EngineConfig(socket="", block_tokens=block_tokens), self._inbox, lambda: 0.0
+        )
+        self._outbox = Outbox(lambda: None)
+        self._inbox.put(Attach(1, self._outbox))
+        self._handles = 0
+        self.heard: dict[int, Heard] = {}
+
+    def submit(
+        self, ids: list[int], sampling: Sampling, *, prompt_len: int | None = None, grammar: Grammar | None = None
+    ) -> Heard:
+        self._handles += 1
+        heard = self.heard[self._handles] = Heard()
+        order = Submit(
+            handle=self._handles,
+            ids=np.array(ids, "<i4").tobytes(),
+            prompt_len=len(ids) if prompt_len is None else prompt_len,
+            salt=b"",
+            public_blocks=0,
+            request_class=0,
+            first_left_s=1.0,
+            tpot_s=0.04,
+            deadline_left_s=float("inf"),
+            session="",
+            sampling=sampling,
+        )
+        self._inbox.put(Order(1, order, 0.0, grammar))
+        return heard
+
+    def run(self, steps_max: int = 2000) -> None:
+        """Until all have ended."""
+        for _ in range(steps_max):
+            self.core.turn()
+            while frame := self._outbox.take():
+                if isinstance(frame, StepFrame):
+                    self._take(frame)
+            if all(heard.end for heard in self.heard.values()):
+                return
+        raise AssertionError(f"no end within {steps_max} steps")
+
+    def _take(self, frame: StepFrame) -> None:
+        ids, at = np.frombuffer(frame.ids, "<i4").tolist(), 0
+        for handle, count in zip(frame.handles, frame.counts, strict=True):
+            self.heard[handle].ids += ids[at : at + count]
+            at += count
+        for scored in frame.scored:
+            self.heard[scored.handle].scored.append(scored)
+        for end in frame.ends:
+            self.heard[end.handle].end = end
+
+    def ask(self, ids: list[int], sampling: Sampling, **options: object) -> Heard:
+        """Submit and run."""
+        heard = self.submit(ids, sampling, **options)  # type: ignore[arg-type]
+        self.run()
+        return heard
