@@ -128,7 +128,7 @@ class CompletionRequest(Common, kw_only=True):
     best_of: int | None = None
 
 
-_PATH = re.compile(r" - at `\$\.?([^`]*)`$")
+_PATH = re.compile(r" - at (?:`key` in )?`\$\.?([^`]*)`$")
 Body = TypeVar("Body")
 
 
