@@ -73,7 +73,7 @@ def turn(request: ChatRequest) -> Turn:
         tools=tools,
         may_call=bool(tools),
         is_thinking=_is_thinking(request),
-        has_schema=request.response_format is not None,
+        has_schema=request.response_format is not None and request.response_format.type != "text",
         notices=media.notices(),
     )
 
