@@ -114,26 +114,75 @@ def _mark(dot: Dot, x: float, y: float) -> str:
     return f'<circle class="{dot.style}" cx="{x}" cy="{y}" r="3.6">{title}</circle>'
 
 
-def timeline(bars: Sequence[Bar], y_name: str, height: int = 190) -> str:
-    """Stacked bars over the seconds of a run."""
+def timeline(bars: Sequence[Bar], y_name: str, height: int = 190, width_s: float = 1.0) -> str:
+    """Stacked bars over the seconds of a run, each `width_s` wide."""
     if not bars:
         return ""
     top = max(1.0, *(sum(size for _, size in bar.parts) for bar in bars))
-    x = Axis(bars[0].x, bars[-1].x + 1, LEFT, WIDTH - RIGHT)
-    y = Axis(0, top * 1.12, height - BOTTOM, TOP)
-    parts = frame(x, y, height, "seconds since the run began", y_name)
+    x = Axis(bars[0].x, bars[-1].x + width_s, LEFT, WIDTH - RIGHT)
+    y = Axis(0, top * 1.3, height - BOTTOM, TOP)
+    parts = frame(x, y, height, "seconds from the start", y_name)
     for bar in bars:
         base = 0.0
-        left, right = x.at(bar.x), x.at(bar.x + 1)
+        left, right = x.at(bar.x), x.at(bar.x + width_s)
         parts.append(f"<g><title>{escape(bar.title)}</title>")
         for style, size in bar.parts:
             upper, lower = y.at(base + size), y.at(base)
-            width = max(1.0, right - left - 1)
-            shape = f'x="{left}" y="{upper}" width="{width:.1f}" height="{lower - upper:.1f}"'
-            parts.append(f'<rect class="{style}" {shape}/>' if size else "")
+            width = max(1.0, right - left - (1 if right - left > 4 else 0))
+            shape = (
+                f'style="fill:var(--{style})" x="{left}" y="{upper}" width="{width:.1f}" height="{lower - upper:.1f}"'
+            )
+            parts.append(f"<rect {shape}/>" if size else "")
             base += size
         parts.append("</g>")
     return svg(parts, height, f"{y_name} by second")
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """A named line; `style` is a colour of the page."""
+
+    name: str
+    style: str
+    points: Sequence[tuple[float, float]]
+
+
+def curves(found: Sequence[Curve], x_name: str, y_name: str, *, is_log: bool = True, height: int = 260) -> str:
+    """Lines whose height is a share, each in its colour; few points are marked."""
+    drawn = [curve for curve in found if curve.points]
+    if not drawn:
+        return ""
+    xs = [x for curve in drawn for x, _ in curve.points if x > 0 or not is_log]
+    low, high = (min(xs), max(xs)) if xs else (0.1, 1.0)
+    x = Axis(low, high if high > low else low * 1.01 + 1e-9, LEFT, WIDTH - RIGHT, is_log=is_log)
+    y = Axis(0.0, 1.08, height - BOTTOM, TOP)
+    parts = frame(x, y, height, x_name, y_name)
+    for curve in drawn:
+        path = " ".join(f"{x.at(a)},{y.at(b)}" for a, b in curve.points)
+        parts.append(f'<polyline class="curve" style="stroke:var(--{curve.style})" points="{path}"/>')
+        if len(curve.points) < 40:
+            parts += [_point(curve, x.at(a), y.at(b), a, b) for a, b in curve.points]
+    return svg(parts, height, f"{y_name} by {x_name}")
+
+
+def _point(curve: Curve, x: float, y: float, a: float, b: float) -> str:
+    title = f"<title>{escape(curve.name)}: {number(a)}, {b:.1%}</title>"
+    return f'<circle style="fill:var(--{curve.style})" cx="{x}" cy="{y}" r="3">{title}</circle>'
+
+
+def keys(named: Iterable[tuple[str, str]]) -> str:
+    """What each colour stands for."""
+    return "".join(
+        f'<span class="key"><i style="background:var(--{style})"></i>{escape(name)}</span>' for style, name in named
+    )
+
+
+def cumulative(values: Sequence[float], points: int = 120) -> list[tuple[float, float]]:
+    """The share of values at or below each of so many of them."""
+    ascending = sorted(value for value in values if value > 0)
+    last = len(ascending) - 1
+    places = sorted({round(step * last / (points - 1)) for step in range(points)}) if ascending else []
+    return [(ascending[place], (place + 1) / len(ascending)) for place in places]
 
 
 def strip(dots: Sequence[Dot], end: float, y_name: str, height: int = 190) -> str:
@@ -168,6 +217,8 @@ def svg(parts: Iterable[str], height: int, name: str) -> str:
 
 def number(value: float) -> str:
     """As people write it: 20k, 1.5, 0.05."""
+    if value >= 1_000_000:
+        return f"{value / 1e6:.3g}M"
     if value >= 10_000:
-        return f"{value / 1000:g}k"
+        return f"{value / 1000:.4g}k"
     return f"{value:.10g}" if value >= 1 else f"{value:.2g}"

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import msgspec
 import numpy as np
 
 from loadgen.traces import ClassName, Gap, Header, Row, Trace, nominal_starts_s
@@ -215,41 +216,28 @@ def scale(trace: Trace, divisor: int) -> Trace:
     if rest or not block:
         raise ValueError(f"a block of {trace.header.block_size} tokens cannot be cut into {divisor} equal parts")
     rows = tuple(_scaled(row, divisor, trace.header.block_size) for row in trace.rows)
-    return replace(trace, header=_with_notes(trace.header, block, scale_divisor=divisor), rows=rows)
+    header = msgspec.structs.replace(trace.header.noting(scale_divisor=divisor), block_size=block)
+    return replace(trace, header=header, rows=rows)
 
 
 def _scaled(row: Row, divisor: int, block: int) -> Row:
     is_covered = len(row.hash_ids) * block >= row.input_length
     length = -(-row.input_length // divisor) if is_covered else max(1, row.input_length // divisor)
     ids = row.hash_ids[: -(-length // (block // divisor))]
-    changed = {"input_length": length, "output_length": max(1, round(row.output_length / divisor)), "hash_ids": ids}
-    return Row(**({name: getattr(row, name) for name in row.__struct_fields__} | changed))
+    output = max(1, round(row.output_length / divisor))
+    return msgspec.structs.replace(row, input_length=length, output_length=output, hash_ids=ids)
 
 
 def drop_over_context(trace: Trace, context: int) -> Trace:
     """Without the sessions whose longest turn exceeds the context: each goes whole, and the header counts them."""
-    over = {
-        row.session_id or f"row {index}"
-        for index, row in enumerate(trace.rows)
-        if row.input_length + row.output_length > context
-    }
-    rows = tuple(row for index, row in enumerate(trace.rows) if (row.session_id or f"row {index}") not in over)
+    names = [row.family or f"row {index}" for index, row in enumerate(trace.rows)]
+    lengths = (row.input_length + row.output_length for row in trace.rows)
+    over = {name for name, length in zip(names, lengths, strict=True) if length > context}
+    rows = tuple(row for name, row in zip(names, trace.rows, strict=True) if name not in over)
     if not rows:
         raise ValueError(f"no session fits {context} tokens of context: try a smaller --scale-tokens")
-    header = _with_notes(trace.header, trace.header.block_size, context=context, dropped_over_context=len(over))
+    header = trace.header.noting(context=context, dropped_over_context=len(over))
     return replace(trace, header=header, rows=rows)
-
-
-def _with_notes(header: Header, block_size: int, **notes: int) -> Header:
-    return Header(
-        header.trace,
-        block_size,
-        header.hash_scope,
-        header.slos,
-        header.source,
-        header.licence,
-        header.notes | notes,
-    )
 
 
 def _ms(seconds: float) -> float:

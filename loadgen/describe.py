@@ -1,60 +1,109 @@
-"""Describe: what is in a trace, by class: rates, lengths, gaps and how much an ideal cache would hold.
+"""Describe: a trace's workload as a table for the terminal.
 
-Owns the figures of a trace before anything is sent."""
+Owns the words. Every number is the workload's."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
-
+from loadgen.charts import number
+from loadgen.formats.servegen import Rates
 from loadgen.report import aligned
-from loadgen.traces import CLASSES, Trace, ideal_cached, nominal_starts_s
+from loadgen.workload import Arrivals, Group, Reuse, Spread, Workload
 
-HEADS = ["class", "requests", "sessions", "users", "per s", "CV", "input p50", "p90", "new p50", "p90"]
-HEADS += ["output p50", "p90", "ideal hit %", "tool gap p50 s", "human"]
-
-
-def describe(trace: Trace) -> str:
-    """A table with a row a class, and a line on the file itself."""
-    cached, starts = ideal_cached(trace), nominal_starts_s(trace.rows)
-    groups = [(name, [i for i, row in enumerate(trace.rows) if row.request_class == name]) for name in CLASSES]
-    rows = [HEADS, *(_row(trace, name, chosen, cached, starts) for name, chosen in groups if chosen)]
-    rows.append(_row(trace, "all", range(len(trace.rows)), cached, starts))
-    header = trace.header
-    notes = "".join(f", {name} {value}" for name, value in header.notes.items())
-    lines = [f"blocks of {header.block_size} tokens, ids {header.hash_scope}{notes}"]
-    if trace.bad_count:
-        lines.append(f"{trace.bad_count} bad rows left out, such as:")
-        lines += [f"  line {bad.line}: {bad.reason}" for bad in trace.bad[:5]]
-    return "\n".join([aligned(rows), *lines])
+HEADS = ["", "requests", "sessions", "users", "input mean", "p10", "p50", "p90", "p99", "max"]
+OUTPUT_HEADS = ["", "output mean", "p10", "p50", "p90", "p99", "max", "new p50", "p90", "p99", "ideal hit %"]
+ARRIVAL_HEADS = ["", "per s", "CV", "peak/mean 1 s", "60 s", "var/mean 1 s", "60 s"]
+SESSION_HEADS = ["", "turns p10", "p50", "p90", "max", "tool gap s p50", "p75", "p90", "p99", "human gap s p50"]
+SESSION_HEADS += ["p75", "p90", "after a tool %"]
+BAD_SHOWN = 5
 
 
-def _row(trace: Trace, name: str, chosen: Sequence[int], cached: Sequence[int], starts: Sequence[float]) -> list[str]:
-    rows = [trace.rows[index] for index in chosen]
-    at = sorted(starts[index] for index in chosen)
-    gaps = np.diff(at)
-    inputs, outputs = [row.input_length for row in rows], [row.output_length for row in rows]
-    held = [cached[index] for index in chosen]
-    fresh = [length - hit for length, hit in zip(inputs, held, strict=True)]
-    span_s = at[-1] - at[0]
-    waits = [
-        [row.delay / 1e3 for row in rows if row.gap == kind and row.delay is not None] for kind in ("tool", "human")
+def describe(found: Workload) -> str:
+    """The whole text."""
+    groups = [*found.classes, *([found.whole] if len(found.classes) > 1 else [])]
+    parts = [aligned([HEADS, *map(_counts, groups)]), aligned([OUTPUT_HEADS, *map(_lengths, groups)])]
+    parts.append(aligned([ARRIVAL_HEADS, *([group.name, *arrival_cells(group.arrivals)] for group in groups)]))
+    if found.whole.sessions:
+        parts.append(aligned([SESSION_HEADS, *map(_sessions, groups)]))
+    if found.by_user:
+        parts.append(aligned([HEADS, *map(_counts, found.by_user)]))
+    if found.reuse is not None:
+        parts.append(reuse_text(found.reuse))
+    return "\n\n".join([*parts, footer(found)])
+
+
+def footer(found: Workload) -> str:
+    """What the file is, and what was left out of it."""
+    notes = "".join(f", {name} {value}" for name, value in found.notes.items())
+    nested = f"; {found.nested} rows are of sub-agents" if found.nested else ""
+    blocks = f"blocks of {found.block_size} tokens, ids {found.hash_scope}" if found.reuse else "no block ids"
+    lines = [f"{blocks}{notes}{nested}"]
+    if found.source:
+        lines.append(f"source: {found.source}")
+    if found.bad_rows:
+        lines.append(f"{found.bad_rows} bad rows left out, such as:")
+        lines += [f"  {bad}" for bad in found.bad[:BAD_SHOWN]]
+    return "\n".join(lines)
+
+
+def _counts(group: Group) -> list[str]:
+    return [group.name, str(group.requests), str(group.sessions), str(group.users), *_six(group.input_tokens)]
+
+
+def _lengths(group: Group) -> list[str]:
+    new = group.new_tokens or Spread()
+    hit = "-" if group.ideal_hit is None else f"{100 * group.ideal_hit:.1f}"
+    return [group.name, *_six(group.output_tokens), *(figure(value) for value in (new.p50, new.p90, new.p99)), hit]
+
+
+def _six(found: Spread) -> list[str]:
+    return [figure(value) for value in (found.mean, found.p10, found.p50, found.p90, found.p99, found.most)]
+
+
+def arrival_cells(found: Arrivals) -> list[str]:
+    """Under ARRIVAL_HEADS, behind a name."""
+    rate = "-" if found.per_s is None else f"{found.per_s:.2f}"
+    peaks = f"{found.peak_to_mean_1s:.1f}", f"{found.peak_to_mean_60s:.2f}"
+    return [rate, figure(found.cv), *peaks, f"{found.var_to_mean_1s:.1f}", f"{found.var_to_mean_60s:.1f}"]
+
+
+def _sessions(group: Group) -> list[str]:
+    turns, tool, human = group.turns, group.tool_gap_s, group.human_gap_s
+    values = [turns.p10, turns.p50, turns.p90, turns.most, tool.p50, tool.p75, tool.p90, tool.p99]
+    values += [human.p50, human.p75, human.p90]
+    return [group.name, *map(figure, values), f"{100 * group.after_tool:.0f}"]
+
+
+def reuse_text(found: Reuse) -> str:
+    """What caches of a few sizes would hold."""
+    sampled = "" if found.sampled_1_in == 1 else f" (one block in {found.sampled_1_in} counted)"
+    rows = [["LRU cache of tokens", *(number(point.tokens) for point in found.curve)]]
+    rows.append(["holds of the input %", *(f"{100 * point.hit:.1f}" for point in found.curve)])
+    return (
+        f"{aligned(rows)}{sampled}\n"
+        f"an endless one {100 * found.ideal_hit:.1f} %; {100 * found.over_half:.1f} % of requests have over half held; "
+        f"a block is used again after p50 {figure(found.gap_s.p50)} s, p90 {figure(found.gap_s.p90)} s"
+    )
+
+
+def rates_text(found: list[Rates]) -> str:
+    """ServeGen's sets, a row each."""
+    rows = [["set", "clients", "mean per s", "busiest 10 min/mean", "largest client %", "CV by rate"]]
+    rows += [
+        [
+            one.name,
+            str(one.clients),
+            f"{one.mean_per_s:.1f}",
+            f"{one.busiest_to_mean:.2f}",
+            f"{100 * one.largest_share:.0f}",
+            f"{one.cv:.1f}",
+        ]
+        for one in found
     ]
-    return [
-        name,
-        str(len(rows)),
-        str(len({row.session_id for row in rows if row.session_id})),
-        str(len({row.user for row in rows if row.user})),
-        f"{len(rows) / span_s:.2f}" if span_s else "-",
-        f"{gaps.std() / gaps.mean():.1f}" if len(gaps) > 1 and gaps.mean() else "-",
-        *_percentiles(inputs),
-        *_percentiles(fresh),
-        *_percentiles(outputs),
-        f"{100 * sum(held) / sum(inputs):.1f}",
-        *(f"{np.median(found):.1f}" if found else "-" for found in waits),
-    ]
+    return aligned(rows)
 
 
-def _percentiles(values: Sequence[int]) -> list[str]:
-    return [f"{value:.0f}" for value in np.percentile(values, [50, 90])]
+def figure(value: float | None) -> str:
+    """Three digits at least, and no more decimals than they need."""
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if value >= 100 or value == int(value) else f"{value:.1f}" if value >= 10 else f"{value:.2f}"

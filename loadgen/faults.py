@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -159,3 +160,25 @@ class FaultProxy:
         spoiled = bytearray(chunk)
         spoiled[self._chance.randrange(len(chunk))] ^= 1 << self._chance.randrange(8)
         return bytes(spoiled)
+
+
+async def stand(proxy: FaultProxy, duration_s: float | None) -> None:
+    """Serve until the time is over or Ctrl-C, saying what will be wrong when, and at the end what was done."""
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, stop.set)
+    async with proxy:
+        print(f"relaying 127.0.0.1:{proxy.port} to {proxy.target_host}:{proxy.target_port}", flush=True)
+        for fault in proxy.script:
+            print(f"  from {fault.at_s:g} s: {_words(fault)}", flush=True)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), duration_s)
+    done = proxy.passed
+    print(
+        f"{done.connections} connections relayed, {done.refused} refused, {done.cut} cut; "
+        f"{done.bytes} bytes passed, {done.corrupted} chunks corrupted"
+    )
+
+
+def _words(fault: Fault) -> str:
+    named = msgspec.to_builtins(fault)
+    return ", ".join(f"{name} {value}" for name, value in named.items() if value and name != "at_s") or "nothing wrong"

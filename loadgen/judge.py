@@ -251,7 +251,7 @@ def _interval(judged: Sequence[Judged]) -> tuple[float, float]:
     """Sessions are drawn whole, since their turns share one fate. Seeded: a verdict is a function of its records."""
     groups: dict[str, list[bool]] = {}
     for number, one in enumerate(judged):
-        groups.setdefault(one.record.session or f"\0{number}", []).append(one.is_met)
+        groups.setdefault(one.record.parent or one.record.session or f"\0{number}", []).append(one.is_met)
     met = np.array([sum(group) for group in groups.values()])
     offered = np.array([len(group) for group in groups.values()])
     drawn = np.random.default_rng(0).integers(0, len(groups), size=(BOOTSTRAP_ROUNDS, len(groups)))

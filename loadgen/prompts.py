@@ -42,7 +42,7 @@ class Dresser:
 
     def is_stripped(self, row: Row) -> bool:
         """The same for all rows of a session, or of a burst (they share their first block)."""
-        name = row.session_id or f"{row.user}/{row.hash_ids[:1]}"
+        name = row.family or f"{row.user}/{row.hash_ids[:1]}"
         return _uniform(f"{self.seed}/stripped/{name}") < self.stripped_share
 
     def costume(self, row: Row) -> Costume:
@@ -54,7 +54,7 @@ class Dresser:
             return Costume(STRIPPED, is_stream=not is_job)
         if is_job:
             return Costume(OPENAI_SDK, is_stream=False)
-        session = str(uuid.uuid5(uuid.NAMESPACE_OID, f"{self.seed}/{row.session_id}"))
+        session = str(uuid.uuid5(uuid.NAMESPACE_OID, f"{self.seed}/{row.family}"))
         if row.request_class == "background-agent":
             return Costume(CODEX | {"session-id": session})
         return Costume(CLAUDE_CODE | {"x-claude-code-session-id": session})
@@ -63,9 +63,9 @@ class Dresser:
 def prompt_ids(trace: Trace, index: int, seed: int) -> list[int]:
     """Exactly `input_length` token ids: each block's from its name, an unnamed tail's from the row's own number.
 
-    A block's name is its id, and its session where ids are local to one."""
+    A block's name is its id, and its session (or that of its caller) where ids are local to one."""
     row, size = trace.rows[index], trace.header.block_size
-    scope = row.session_id if trace.header.hash_scope == "local" else ""
+    scope = row.family if trace.header.hash_scope == "local" else ""
     named = _draw(_number(f"{seed}/blocks/{scope}"), row.hash_ids, size)
     tail = _draw(_number(f"{seed}/tails"), [index], max(0, row.input_length - named.size))
     ids: list[int] = np.concatenate([named, tail])[: row.input_length].tolist()

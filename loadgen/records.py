@@ -23,6 +23,7 @@ class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     row: int
     session: str = ""
+    parent: str = ""  # the session that this one is a sub-agent of
     turn: int = 0
     user: str = ""
     request_class: ClassName = msgspec.field(name="class")

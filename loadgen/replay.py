@@ -6,14 +6,15 @@ slow the load, and a turn that waits for its own session is late on the server's
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from loadgen.client import Answer, Client, post_obediently
 from loadgen.prompts import PATH, Dresser, body, prompt_ids
 from loadgen.records import Record, cut, fill
-from loadgen.traces import ClassName, Row, Slo, Trace, ideal_cached
+from loadgen.traces import ClassName, Row, Slo, Trace, ideal_cached, turn_names
 
 GRACE_S = 30.0  # after the offered time, for answers under way; what is open then is unfinished
 PREPARE_S = 0.02  # before its time a prompt is made: 8,000 ids take about 1 ms
@@ -58,6 +59,8 @@ class Replay:
     origin: float = 0.0
     _dresser: Dresser = field(init=False)
     _ideal: list[int] = field(init=False)
+    _names: list[str] = field(default_factory=list)
+    _awaited: dict[str, asyncio.Future[float | None]] = field(default_factory=dict)  # turns that others wait for
 
     def __post_init__(self) -> None:
         self._dresser = Dresser(self.options.stripped_share, self.options.seed)
@@ -66,15 +69,19 @@ class Replay:
     async def run(self) -> None:
         """Offer everything, and wait for what is open. When cancelled, what is open is unfinished."""
         self.origin = self.clock()
+        self._names = turn_names(self.trace.rows)
+        loop = asyncio.get_running_loop()
+        self._awaited = {name: loop.create_future() for row in self.trace.rows for name in row.after}
         limit_s = self.options.duration_s + self.options.grace_s
         tasks: list[asyncio.Task[None]] = []
         try:
             async with asyncio.timeout(limit_s):
-                for session in self._sessions():
-                    if self._first_s(session) > self.options.duration_s:
+                for family in self._families():
+                    begin_s = self._first_s(family[0])
+                    if begin_s > self.options.duration_s:
                         break
-                    await self._sleep_until(self._first_s(session) - PREPARE_S)
-                    tasks.append(asyncio.create_task(self._session(session)))
+                    await self._sleep_until(begin_s - PREPARE_S)
+                    tasks += [asyncio.create_task(self._session(session)) for session in family]
                 await asyncio.gather(*tasks)
         except TimeoutError:
             self.client.close()  # what is open is recorded as unfinished by its own cancellation, below
@@ -101,37 +108,54 @@ class Replay:
         offered = len(self.records)
         return Progress(self._now(), offered, open_count, done, offered - done - open_count)
 
-    def _sessions(self) -> list[list[int]]:
-        """Rows by session, a row without one alone, in the order in which they begin."""
-        grouped: dict[str, list[int]] = {}
+    def _families(self) -> list[list[list[int]]]:
+        """Rows by session, sessions with their sub-agents, a row without a session alone; by the time they begin."""
+        grouped: dict[str, dict[str, list[int]]] = {}
         for index, row in enumerate(self.trace.rows):
-            grouped.setdefault(row.session_id or f"\0{index}", []).append(index)
-        return sorted(grouped.values(), key=self._first_s)
+            family = grouped.setdefault(row.family or f"\0{index}", {})
+            family.setdefault(row.session_id, []).append(index)
+        families = [list(sessions.values()) for sessions in grouped.values()]
+        return sorted(families, key=lambda family: self._first_s(family[0]))
 
     def _first_s(self, session: list[int]) -> float:
         first = self.trace.rows[session[0]].timestamp
         return (first or 0.0) / 1e3 / self.options.speed
 
     async def _session(self, session: list[int]) -> None:
-        """Turn after turn; a turn that fails takes the rest of its session with it."""
-        intended_s = self._first_s(session)
+        """Turn after turn; a turn that fails takes the rest of its session with it, and who waits for them."""
+        end_s: float | None = self._first_s(session)
         for turn, index in enumerate(session):
-            if intended_s > self.options.duration_s:
+            intended_s = await self._due_s(self.trace.rows[index], end_s)
+            if intended_s is None:
+                self._abandon(session, turn)
+            if intended_s is None or intended_s > self.options.duration_s:
+                self._end_all(session[turn:], None if intended_s is None else math.inf)
                 return
             record = self._record(index, turn, intended_s)
             await self._request(index, record)
-            if record.outcome != "done":
-                self._abandon(session, turn + 1)
-                return
-            if turn + 1 < len(session):
-                delay_ms = self.trace.rows[session[turn + 1]].delay or 0.0
-                intended_s = (record.end_s or 0.0) + delay_ms / 1e3 / self.options.speed
+            end_s = record.end_s if record.outcome == "done" else None
+            self._end_all([index], end_s)
+
+    async def _due_s(self, row: Row, end_s: float | None) -> float | None:
+        """When a turn is meant to start: its delay after the last of what it waits for; None if one of those failed."""
+        others = [await self._awaited[name] for name in row.after]
+        ends = [end_s, *others]
+        known = [end for end in ends if end is not None]
+        return max(known) + (row.delay or 0.0) / 1e3 / self.options.speed if len(known) == len(ends) else None
+
+    def _end_all(self, indices: Iterable[int], end_s: float | None) -> None:
+        """Tell who waits for these turns: when they ended, None if they failed, infinity if their time never came."""
+        for index in indices:
+            awaited = self._awaited.get(self._names[index])
+            if awaited is not None and not awaited.done():
+                awaited.set_result(end_s)
 
     def _record(self, index: int, turn: int, intended_s: float | None) -> Record:
         row = self.trace.rows[index]
         record = Record(
             row=index,
             session=row.session_id,
+            parent=row.parent,
             turn=turn,
             user=row.user,
             request_class=row.request_class,

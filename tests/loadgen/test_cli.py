@@ -2,58 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import shlex
 import signal
-import socket
 import subprocess
 import sys
-import textwrap
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from loadgen import records
-from loadgen.cli import TEACH, _parser, main
+from loadgen.cli import main
 from loadgen.targets import to_plain
+from tests.loadgen.conftest import serve_command
 from tests.loadgen.fixture import BUDGETS, RUN, TWENTY
-from tests.loadgen.server import Asked, answer_all, scripted
 
 WAIT_S = 30.0
-EXAMPLES = [line.strip() for line in TEACH.splitlines() if line.strip().startswith("headway-loadgen ")]
-
-
-async def judged_server(asked: Asked) -> None:
-    if asked.path == "/readyz":
-        asked.json(200, {"ready": True, "model": "m", "budgets": to_plain(BUDGETS)}, connection="close")
-        asked.transport.close()
-    else:
-        await answer_all(asked)
-
-
-@pytest.fixture
-def url() -> Iterator[str]:
-    """A scripted server on a thread of its own, since the command runs its own loop."""
-    started: list[str] = []
-    is_up, loop = threading.Event(), asyncio.new_event_loop()
-    stop = asyncio.Event()
-
-    async def serve() -> None:
-        async with scripted(judged_server) as server:
-            started.append(server.url)
-            is_up.set()
-            await stop.wait()
-
-    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
-    thread.start()
-    assert is_up.wait(WAIT_S)
-    yield started[0]
-    loop.call_soon_threadsafe(stop.set)
-    thread.join(WAIT_S)
-    loop.close()
 
 
 def test_ctrl_c_ends_the_offering_and_the_report_is_written_all_the_same(url: str, tmp_path: Path) -> None:
@@ -73,19 +37,6 @@ def test_ctrl_c_ends_the_offering_and_the_report_is_written_all_the_same(url: st
     run, found = records.read(out.with_suffix(".jsonl"))
     assert (run.is_interrupted, run.not_reached, len(found)) == (True, 1, 1)
     assert out.with_suffix(".html").exists()
-
-
-@pytest.mark.parametrize("example", EXAMPLES)
-def test_an_example_of_the_help_is_a_command(example: str) -> None:
-    assert callable(_parser().parse_args(shlex.split(example)[1:]).run)
-
-
-def test_the_examples_that_need_no_server_run_as_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "out").mkdir()
-    records.write(RUN, TWENTY, tmp_path / "out" / "replay.jsonl")
-    offline = [line for line in EXAMPLES if " replay " not in line and "--weka" not in line]
-    assert [main(shlex.split(line)[1:]) for line in offline] == [0] * 3
 
 
 def test_composing_says_what_it_made_and_the_same_seed_makes_the_same_file(
@@ -161,32 +112,10 @@ def test_misuse_is_exit_code_2(arguments: str) -> None:
         main(arguments.split())
 
 
-SERVER = """
-    import http.server, json, signal, sys
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        def do_GET(self): self.answer({"model": "m", "budgets": json.loads(sys.argv[2])})
-        def do_POST(self):
-            asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            self.answer({"choices": [{"text": "a"}], "usage": {"prompt_tokens": len(asked["prompt"])}})
-        def answer(self, body):
-            data = json.dumps(body).encode()
-            self.send_response(200)
-            self.send_header("content-type", "application/json")
-            self.send_header("content-length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-        def log_message(self, *_): pass
-    http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
-"""
-
-
 def test_a_server_is_started_awaited_and_stopped_around_the_replay(tmp_path: Path, free_port: int) -> None:
-    script, trace = tmp_path / "server.py", tmp_path / "t.jsonl"
-    script.write_text(textwrap.dedent(SERVER))
+    trace = tmp_path / "t.jsonl"
     trace.write_text('{"timestamp": 0, "input_length": 3, "output_length": 1, "class": "data-processor"}\n')
-    serve = shlex.join([sys.executable, str(script), str(free_port), json.dumps(to_plain(BUDGETS))])
+    serve = serve_command(tmp_path, free_port)
     target = f"http://127.0.0.1:{free_port}"
     command = [
         "replay",
@@ -210,11 +139,3 @@ def test_a_server_that_ends_before_it_is_ready_is_an_error(tmp_path: Path, capsy
     serve = shlex.join([sys.executable, "-c", "raise SystemExit(3)"])
     assert main(["replay", str(trace), "--serve", serve, "--target", "http://127.0.0.1:9"]) == 1
     assert "the server ended with code 3 before it was ready" in capsys.readouterr().err
-
-
-@pytest.fixture
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

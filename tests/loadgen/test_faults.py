@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from loadgen.cli import main
 from loadgen.faults import Fault, FaultProxy, read_script
 
 
@@ -124,3 +126,20 @@ def test_a_script_changes_the_fault_with_time() -> None:
 def test_a_wrong_script_says_what_is_wrong(text: str, names: str) -> None:
     with pytest.raises(ValueError, match=names):
         read_script(text)
+
+
+def test_the_command_says_what_will_be_wrong_and_afterwards_what_was_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "faults.json"
+    script.write_text('[{"at_s": 0, "delay_s": 0.01}, {"at_s": 0.05, "cut": true}]')
+    assert main(["faults", "--target", "127.0.0.1:9", "--script", str(script), "--duration", "0.1"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("relaying 127.0.0.1:")
+    assert [line.strip() for line in said[1:3]] == ["from 0 s: delay_s 0.01", "from 0.05 s: cut True"]
+    assert said[3] == "0 connections relayed, 0 refused, 0 cut; 0 bytes passed, 0 chunks corrupted"
+
+
+def test_a_target_that_is_no_address_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["faults", "--target", "nowhere"]) == 1
+    assert "not of the form host:port" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Sequence
 
+import msgspec
 import pytest
 
 from loadgen.client import Client, Target
@@ -230,3 +231,54 @@ def test_speed_divides_arrivals_and_gaps() -> None:
     assert second.end_s is not None
     assert third.intended_s is not None
     assert third.intended_s - second.end_s == pytest.approx(0.1)
+
+
+CALLER = (row(0, session="s"), row(None, 40.0, session="s"))
+
+
+def agent(delay_ms: float, *after: str) -> Row:
+    return msgspec.structs.replace(row(None, delay_ms, session="s/a"), parent="s", after=list(after))
+
+
+def with_agent() -> list[Row]:
+    first, last = CALLER
+    return [first, agent(30.0, "s#0"), agent(10.0), msgspec.structs.replace(last, after=["s/a#1"])]
+
+
+def test_a_subagent_starts_after_its_caller_and_the_caller_goes_on_after_it() -> None:
+    replay, _ = replayed(with_agent(), answer_all)
+    by_row = {record.row: record for record in replay.records}
+    first, one, two, last = (by_row[number] for number in range(4))
+    assert [record.outcome for record in (first, one, two, last)] == ["done"] * 4
+    assert first.end_s
+    assert one.end_s
+    assert two.end_s
+    assert one.intended_s == pytest.approx(first.end_s + 0.030)
+    assert two.intended_s == pytest.approx(one.end_s + 0.010)
+    assert last.intended_s == pytest.approx(two.end_s + 0.040)
+    assert (one.parent, last.parent) == ("s", "")
+
+
+def test_a_subagent_that_fails_takes_its_caller_with_it() -> None:
+    async def script(asked: Asked) -> None:
+        if asked.number == 1:
+            asked.json(500, {"error": {"message": "no"}})
+        else:
+            await answer_all(asked)
+
+    replay, asked = replayed(with_agent(), script)
+    assert {record.row: record.outcome for record in replay.records} == {
+        0: "done",
+        1: "failed",
+        2: "abandoned",
+        3: "abandoned",
+    }
+    assert len(asked) == 2
+
+
+def test_a_caller_whose_subagents_time_never_comes_does_not_go_on_either() -> None:
+    rows = with_agent()
+    rows[1] = agent(60_000.0, "s#0")
+    replay, _ = replayed(rows, answer_all)
+    assert [record.outcome for record in replay.records] == ["done"]
+    assert replay.not_reached == 3

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from loadgen.traces import Header, Row, Trace, TraceError, encode, ideal_cached, read, write
+from loadgen.traces import Header, Row, Trace, TraceError, encode, ideal_cached, nominal_starts_s, read, write
 from tests.loadgen.shared import shared_trace
 
 MOONCAKE = '{"timestamp": 27482, "input_length": 1100, "output_length": 52, "hash_ids": [46, 47, 48]}'
@@ -61,6 +61,8 @@ def test_the_other_names_of_keys_are_known_and_foreign_keys_are_passed_over(tmp_
         ('{"input_length": 8, "output_length": 1}', "needs a timestamp"),
         ('{"timestamp": 1, "delay": 1, "input_length": 8, "output_length": 1}', "not both"),
         ('{"delay": 1, "input_length": 8, "output_length": 1, "session_id": "x"}', "no earlier turn"),
+        ('{"timestamp": 1, "after": ["s#0"], "input_length": 8, "output_length": 1}', "waits for nothing"),
+        ('{"delay": 1, "after": ["s#0"], "input_length": 8, "output_length": 1}', "after 's#0'"),
         ('{"timestamp": 1, "input_length": 8, "output_length": 1, "class": "vip"}', "vip"),
         ('{"timestamp": 1, "input_length": 8, "output_length": 1, "slo": "gold"}', "no slo called 'gold'"),
         (
@@ -151,3 +153,23 @@ def test_mooncakes_own_files_are_read_whole_with_their_published_hit(name: str, 
     total = sum(row.input_length for row in trace.rows)
     assert len(trace.rows) == rows
     assert sum(ideal_cached(trace)) / total == pytest.approx(hit, abs=0.002)
+
+
+def test_what_waits_for_two_turns_starts_after_the_later_one() -> None:
+    def turn(at_ms: float | None, delay_ms: float | None, session: str, *after: str, lasts_ms: float) -> Row:
+        return Row(
+            timestamp=at_ms,
+            delay=delay_ms,
+            session_id=session,
+            after=list(after),
+            input_length=1,
+            output_length=1,
+            recorded_ms=lasts_ms,
+        )
+
+    rows = (
+        turn(0, None, "s", lasts_ms=2000),
+        turn(None, 500, "s/a", "s#0", lasts_ms=7000),
+        turn(None, 100, "s", "s/a#0", lasts_ms=1000),
+    )
+    assert nominal_starts_s(rows) == [0.0, 2.5, 9.6]
