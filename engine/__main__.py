@@ -189,6 +189,10 @@ def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--drain-s", type=float, default=default.drain_s, help="grace on SIGTERM, seconds (30)")
     parser.add_argument("--send-s", type=float, default=default.send_s, help="a link that reads nothing is cut (30)")
     parser.add_argument("--calibrate-s", type=float, default=default.calibrate_s, help="at start, seconds (1)")
+    parser.add_argument("--pool-fd", type=int, default=default.pool_fd, help="descriptor of the host pool's memory")
+    parser.add_argument("--pool-share", type=int, default=default.pool_share, help="workers that share the pool (1)")
+    parser.add_argument("--disk-dir", default=default.disk_dir, help="folder for KV that the pool evicts (none)")
+    parser.add_argument("--disk-bytes", type=int, default=default.disk_bytes, help="at most so much of it there")
     parser.add_argument("--die-with-parent", action="store_true", help="drain when the parent process dies (Linux)")
 
 

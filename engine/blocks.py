@@ -5,6 +5,7 @@ hash alone (the walk compares tokens), and never refuses while any block is unhe
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from engine.keys import ChainKey
 from policies.retention import Band
 
 ROOT = -1
-LEASE_LONG_S = 30.0  # leases up to this queue apart from longer ones, so that each queue ends about in order
+LEASES_S = (10.0, 30.0)  # leases up to each of these queue apart from longer ones: each queue ends about in order
 
 Edge = tuple[int, bytes, bytes]  # (the parent's serial, this block's tokens, salt)
 
@@ -73,12 +74,13 @@ class BlockTrie:
         self.blocks_total = blocks_total
         self.block_tokens = block_tokens
         self._bytes = block_tokens * 4
-        self._root_key = root_key
+        self.root_key = root_key
         self._blocks = [Block(number) for number in range(blocks_total)]
         self._free = self._blocks[::-1]
         self._nodes: dict[Edge, Block] = {}
+        self._keys: dict[bytes, Block] = {}  # the same blocks by chain key, for orders from outside
         self._bands: tuple[OrderedDict[int, Block], ...] = tuple(OrderedDict() for _ in range(Band.LEASED))
-        self._leases: tuple[OrderedDict[int, Block], ...] = (OrderedDict(), OrderedDict())  # short, long
+        self._leases: tuple[OrderedDict[int, Block], ...] = tuple(OrderedDict() for _ in range(len(LEASES_S) + 1))
         self._pending: list[Block] = []
         self._changes: dict[bytes, bool] = {}  # key -> is resident, since the last take_events
         self._cached = 0
@@ -104,6 +106,11 @@ class BlockTrie:
         """The block that holds `tokens` right behind `parent` (None: at the start)."""
         return self._nodes.get((ROOT if parent is None else parent.serial, tokens, salt))
 
+    def by_key(self, key: bytes) -> Block | None:
+        """The block of this name, if it can be hit."""
+        block = self._keys.get(key)
+        return None if block is None or block.is_pending else block
+
     # Holding ---------------------------------------------------------------------------------------------------------
 
     @property
@@ -120,6 +127,7 @@ class BlockTrie:
             block = self._free.pop() if self._free else self._evict(now)
             self._serial += 1
             block.serial, block.refs, block.hits, block.born, block.lease_until = self._serial, 1, 0, now, 0.0
+            block.band = Band.EXPIRED
             taken.append(block)
         return taken
 
@@ -144,6 +152,36 @@ class BlockTrie:
             if block.refs == 0:
                 self._let_go(block, now)
 
+    def pin(self, block: Block) -> None:
+        """Keep a published block while a copy from it, or behind it, is under way: a hold that is no hit."""
+        assert block.edge is not None
+        if block.refs == 0:
+            self._unqueue(block)
+        block.refs += 1
+
+    def unpin(self, block: Block, now: float) -> None:
+        """End what `pin` began; the block's worth is what it was."""
+        assert block.refs > 0, "double free"
+        block.refs -= 1
+        if block.refs == 0:
+            self._let_go(block, now)
+
+    def rank(self, block: Block, band: Band, lease_until: float, now: float) -> None:
+        """Give a published block another worth: where it stands among those to be evicted follows."""
+        block.band, block.lease_until = band, lease_until
+        if block.queue is not None:
+            self._unqueue(block)
+            self._let_go(block, now)
+
+    def drop(self, block: Block) -> bool:
+        """Free a cached block at once, if nothing holds it or stands behind it."""
+        if block.queue is None or block.children:
+            return False
+        self._unqueue(block)
+        self._unpublish(block)
+        self._free.append(block)
+        return True
+
     # Publishing ------------------------------------------------------------------------------------------------------
 
     def publish(self, block: Block, parent: Block | None, tokens: bytes, salt: bytes = b"") -> Block:
@@ -155,35 +193,58 @@ class BlockTrie:
         edge = (ROOT if parent is None else parent.serial, tokens, salt)
         found = self._nodes.setdefault(edge, block)
         if found is block:
-            parent_key = self._root_key if parent is None else parent.key
+            parent_key = self.root_key if parent is None else parent.key
             block.edge, block.key, block.is_pending = edge, xxhash.xxh3_128_digest(parent_key + salt + tokens), True
             block.parent = parent
             if parent is not None:
                 parent.children += 1
+            self._keys[block.key] = block
             self._pending.append(block)
         return found
 
-    def commit(self) -> None:
-        """The step that wrote all pending blocks is done: others may read them, and the router may know."""
-        for block in self._pending:
-            if block.is_pending:  # else it was forgotten meanwhile
-                block.is_pending = False
-                self._changes[block.key] = True
+    def commit(self) -> list[Block]:
+        """The step that wrote all pending blocks is done: others may read them, and the router may know. They are
+        returned, parents first."""
+        committed = [block for block in self._pending if block.is_pending]  # else it was forgotten meanwhile
+        for block in committed:
+            block.is_pending = False
+            self._changes[block.key] = True
         self._pending.clear()
+        return committed
 
-    def forget(self, blocks: Sequence[Block]) -> None:
+    def forget(self, blocks: Sequence[Block]) -> list[bytes]:
         """Take blocks, and all behind them, out of the trie: what they hold is not to be believed. Who holds them keeps
-        them. O(blocks), for faults."""
+        them. Returns their keys. O(blocks), for faults."""
         doubted = {block.serial for block in blocks if block.edge is not None}
         level = doubted
         while level:
             level = {b.serial for b in self._nodes.values() if b.edge is not None and b.edge[0] in level} - doubted
             doubted |= level
-        for block in [b for b in self._nodes.values() if b.serial in doubted]:
+        gone = [b for b in self._nodes.values() if b.serial in doubted]
+        forgotten = [block.key for block in gone]
+        for block in gone:
             self._unpublish(block)
             if block.refs == 0:
                 self._unqueue(block)
                 self._free.append(block)
+        return forgotten
+
+    def reset(self, held: Iterable[Block]) -> None:
+        """Start over, with nothing cached and only these blocks held, each once: the way out when `check` fails."""
+        for block in self._nodes.values():
+            self._changes[block.key] = False
+        self._nodes.clear()
+        self._keys.clear()
+        self._pending.clear()
+        for queue in (*self._bands, *self._leases):
+            queue.clear()
+        self._cached = 0
+        for block in self._blocks:
+            block.refs, block.children, block.edge, block.parent, block.queue = 0, 0, None, None, None
+            block.is_pending = False
+        for block in held:
+            block.refs += 1
+        self._free = [block for block in reversed(self._blocks) if not block.refs]
 
     # Telling ---------------------------------------------------------------------------------------------------------
 
@@ -213,6 +274,8 @@ class BlockTrie:
         assert len(self._free) + cached + held == len(self._blocks), "a block is lost or in two places"
         assert all(b.refs == 0 and b.edge is None and b.queue is None for b in self._free), "a free block is in use"
         assert all(b.refs == 0 and b.edge and b.queue is q for q in queues for b in q.values()), "a queue is wrong"
+        assert all(self._keys[b.key] is b for b in self._nodes.values()), "a key names another block"
+        assert len(self._keys) == len(self._nodes), "a key outlived its block"
         published = sum(1 for block in self._blocks if block.edge is not None)
         assert published == len(self._nodes), "a block is in the trie twice, or an edge outlived it"
         assert all(self._nodes[b.edge] is b for b in self._blocks if b.edge is not None), "an edge points elsewhere"
@@ -227,7 +290,7 @@ class BlockTrie:
             self._free.append(block)
             return
         left_s = block.lease_until - now
-        queue = self._leases[left_s > LEASE_LONG_S] if left_s > 0.0 else self._bands[block.band]
+        queue = self._leases[bisect_left(LEASES_S, left_s)] if left_s > 0.0 else self._bands[block.band]
         queue[block.id] = block
         block.queue = queue
         self._cached += 1
@@ -261,6 +324,7 @@ class BlockTrie:
     def _unpublish(self, block: Block) -> None:
         assert block.edge is not None
         del self._nodes[block.edge]
+        del self._keys[block.key]
         if not block.is_pending:
             self._changes[block.key] = False
         if block.parent is not None:

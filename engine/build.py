@@ -9,14 +9,20 @@ import gc
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from engine import keys
 from engine.blocks import BlockTrie
 from engine.config import PRIOR, EngineConfig
-from engine.core import Core, Inbox, parts
+from engine.copies import Hands
+from engine.core import Core, Inbox, Wake, parts
+from engine.disk import Disk, DiskError
 from engine.grammar_gate import Compile, no_grammars
+from engine.pool import EXTENT_SLOTS, PoolError, PoolWriter, attach
 from engine.scheduler import Scheduler, SchedulerLimits
-from engine.step import ModelFacts, Runner
+from engine.step import KVMemory, ModelFacts, Runner
+from engine.tiers import Tiers
 from engine.wire import PROTOCOL_VERSION, Hello, Message, encode
 from engine.worker import Worker
 from policies.api import PolicySpec
@@ -32,8 +38,9 @@ def build(
     """A core that is ready to run."""
     root = keys.root(facts.digest, kv_dtype=facts.kv_dtype)
     trie = BlockTrie(runner.blocks_total, config.block_tokens, root)
+    tiers = _tiers(trie, runner, config, lambda: inbox.put(Wake()))
     limits = SchedulerLimits(sequences_max=config.sequences_max, waiting_max=config.waiting_max)
-    scheduler = Scheduler(trie, facts, limits, PlanLimits(quantum_tokens=config.block_tokens))
+    scheduler = Scheduler(trie, facts, limits, PlanLimits(quantum_tokens=config.block_tokens), tiers, is_strict=False)
     hello = Hello(
         protocol=PROTOCOL_VERSION,
         worker=config.name,
@@ -51,7 +58,37 @@ def build(
         cached=b"",
         nonce=b"",
     )
-    return Core(runner, scheduler, trie, fit=StepFit(PRIOR), hello=hello, inbox=inbox, clock=clock)
+    return Core(runner, scheduler, trie, tiers=tiers, fit=StepFit(PRIOR), hello=hello, inbox=inbox, clock=clock)
+
+
+def _tiers(trie: BlockTrie, runner: Runner, config: EngineConfig, wake: Callable[[], None]) -> Tiers:
+    """What lies below the device. A pool or folder that cannot be used is said and done without: it is only a cache."""
+    memory = runner.kv
+    if config.pool_fd < 0 or memory is None:
+        return Tiers(trie)
+    try:
+        pool = attach(config.pool_fd, trie.block_tokens, memory.block_bytes)
+    except (PoolError, OSError) as error:
+        log.warning("worker %s runs without the host pool: %s", config.name, error)
+        return Tiers(trie)
+    extents = pool.shape.slots // EXTENT_SLOTS
+    writer = PoolWriter(pool, extents // config.pool_share)
+    log.info(
+        "worker %s: %d of %d pool slots, %d hold KV", config.name, writer.slots, pool.shape.slots, len(writer.slot_of)
+    )
+    disk = _disk(trie, memory, config) if config.disk_dir else None
+    hands = Hands(ThreadPoolExecutor(1, "store"), ThreadPoolExecutor(1, "restore"), wake)
+    return Tiers(trie, memory, writer, disk, hands=hands)
+
+
+def _disk(trie: BlockTrie, memory: KVMemory, config: EngineConfig) -> Disk | None:
+    # KV of another model or dtype has other keys, and a folder of its own: it is never read, and can be deleted.
+    folder = Path(config.disk_dir).expanduser() / trie.root_key.hex() / config.name
+    try:
+        return Disk(folder, config.disk_bytes, memory.block_bytes, ThreadPoolExecutor(1, "disk"))
+    except DiskError as error:
+        log.warning("worker %s runs without its disk tier: %s", config.name, error)
+        return None
 
 
 def serve(

@@ -28,6 +28,10 @@ class EngineConfig:
     links_max: int = 16
     send_s: float = 30.0  # a link that takes nothing for so long is cut
     die_with_parent: bool = False
+    pool_fd: int = -1  # of the host pool, from the keeper; below 0: none
+    pool_share: int = 1  # workers that share it: each leases its part
+    disk_dir: str = ""  # where KV files go; empty: nowhere
+    disk_bytes: int = 0  # of this worker
 
 
 # Order of magnitude of a small model on one CPU core; a second of calibration replaces it. Every term must be positive:

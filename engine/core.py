@@ -21,6 +21,7 @@ from engine.outbox import Outbox
 from engine.outcome import Outcome
 from engine.scheduler import Scheduler
 from engine.step import Runner
+from engine.tiers import Tiers
 from engine.wire import Abort, Drain, End, Hello, StepFrame, StepModelParts, Submit
 from policies.costs import StepFit, StepModel
 
@@ -57,7 +58,12 @@ class Order:
     refused: End | None = None  # or why it could not be
 
 
-Command = Attach | Detach | Order
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """A copy has ended: there may be something to go on with."""
+
+
+Command = Attach | Detach | Order | Wake
 
 
 class Inbox:
@@ -104,6 +110,7 @@ class Core:
         scheduler: Scheduler,
         trie: BlockTrie,
         *,
+        tiers: Tiers | None = None,
         fit: StepFit,
         hello: Hello,  # without snapshot
         inbox: Inbox,
@@ -112,6 +119,7 @@ class Core:
         self._runner = runner
         self._scheduler = scheduler
         self._trie = trie
+        self._tiers = tiers or Tiers(trie)
         self._fit = fit
         self._hello = hello
         self._inbox = inbox
@@ -137,6 +145,7 @@ class Core:
         """Turn until drained."""
         while not self.is_done:
             self.turn()
+        self._tiers.wait(self._clock())
 
     def turn(self) -> None:
         """Take orders, compute one step if there is one, tell the links."""
@@ -150,6 +159,7 @@ class Core:
         if has_stepped:
             self._wait_s = 0.0
         elif self._scheduler.is_idle:
+            self._tiers.poll(now)
             self._scheduler.check_idle()
             self._wait_s = max(0.0, self._told_at + HEARTBEAT_S - now)
         else:
@@ -174,8 +184,10 @@ class Core:
     def _obey(self, command: Command) -> Outcome:
         now = self._clock()
         match command:
+            case Wake():
+                pass
             case Attach(link, outbox):
-                snapshot = self._trie.resident_keys()[: SNAPSHOT_KEYS_MAX * KEY_BYTES]
+                snapshot = self._tiers.resident_keys()[: SNAPSHOT_KEYS_MAX * KEY_BYTES]
                 outbox.open(replace(self._hello, step_model=parts(self._fit.published), cached=snapshot))
                 self._links[link] = outbox
                 self._told_at = now - HEARTBEAT_S  # it gets its first load at once
@@ -204,7 +216,7 @@ class Core:
         """One frame a link: its own sequences' tokens and ends, and what all links may know."""
         self._told_at = now
         load = self._scheduler.load(now, self._step_s, self._steps)
-        stored, evicted = self._trie.take_events()
+        stored, evicted = self._tiers.take_events()
         for link, outbox in self._links.items():
             handles = [handle for o in news.outcomes for handle in o.handles.get(link, ())]
             ids = array("i", [token for o in news.outcomes for token in o.ids.get(link, ())])

@@ -13,7 +13,7 @@ import numpy as np
 import xxhash
 
 from engine.keys import Ids
-from engine.step import ModelFacts, StepBatch, StepResult
+from engine.step import Bytes, ModelFacts, StepBatch, StepResult
 from engine.wire import Message, encode
 from policies.costs import StepFeatures, StepModel
 
@@ -68,6 +68,22 @@ def encoder(runner: FakeRunner, faults: tuple[Fault, ...]) -> Callable[[Message]
     return encode_or_garble
 
 
+class FakeKV:
+    """engine.step.KVMemory over the pretended KV."""
+
+    def __init__(self, kv: Ids) -> None:
+        self._bytes: Bytes = kv.view(np.uint8)
+        self.block_bytes = self._bytes.shape[1]
+
+    def save(self, block: int, into: Bytes) -> None:
+        """Copy a block out."""
+        into[:] = self._bytes[block]
+
+    def load(self, block: int, payload: Bytes) -> None:
+        """Copy a block in."""
+        self._bytes[block] = payload
+
+
 class FakeRunner:
     """Takes as long as `speed` says, by `sleep`: the real one in a process, a virtual clock in tests."""
 
@@ -86,6 +102,7 @@ class FakeRunner:
         self._sleep = sleep
         self._faults = {fault.step: fault for fault in faults}
         self._kv = np.full((self.blocks_total, self.block_tokens), -1, dtype=np.int32)
+        self.kv = FakeKV(self._kv)
 
     def run(self, batch: StepBatch) -> StepResult:
         """Write ids where KV would go, read whole contexts back, hash."""

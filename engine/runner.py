@@ -16,7 +16,7 @@ from engine import manifest, sampling, weights
 from engine.models.config import ModelConfig, ModelError
 from engine.models.decoder import Decoder
 from engine.models.pages import SPARE_BLOCKS, KVPool
-from engine.step import StepBatch, StepResult
+from engine.step import KVMemory, StepBatch, StepResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,11 @@ class TorchRunner:
     def block_tokens(self) -> int:
         """Tokens a block holds."""
         return self._pool.block_tokens
+
+    @property
+    def kv(self) -> KVMemory | None:
+        """Whole blocks as bytes, for the tiers below."""
+        return self._pool
 
     @property
     def model(self) -> ModelConfig:

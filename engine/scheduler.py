@@ -5,26 +5,31 @@ time is an argument. Between `launch` and `collect` nothing else may be called: 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from engine.blocks import Block, BlockTrie
+from engine.holdings import Holdings
 from engine.launch import Launch
 from engine.masks import Grammar
+from engine.memory import PeakMemory
 from engine.outcome import Outcome
 from engine.sequence import WAITING, Sequence, fault, refusal
 from engine.step import ModelFacts, StepResult
-from engine.table import Table, join
+from engine.table import Table
+from engine.tiers import Tiers
 from engine.waiting import WaitingQueue
 from engine.wire import End, Load, Start, Submit
 from policies.costs import StepModel
 from policies.request import RequestClass
-from policies.retention import CLASS_BANDS, SpanView, keep
-from policies.step_plan import Chunk, PlanLimits, owe, peak_tokens, plan, victims
+from policies.retention import CLASS_BANDS
+from policies.step_plan import Chunk, PlanLimits, owe, plan, victims
+
+log = logging.getLogger(__name__)
 
 NOT_A_TOKEN = "the model's answer was not a number or not in its vocabulary"
-OUTPUT_WEIGHT = 0.05  # of the newest answer in its class's mean length
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +53,13 @@ class Scheduler:
         facts: ModelFacts,
         limits: SchedulerLimits = SchedulerLimits(),
         plan_limits: PlanLimits = PlanLimits(),  # noqa: B008
+        tiers: Tiers | None = None,
+        *,
+        is_strict: bool = True,
     ) -> None:
         self._trie = trie
+        self._tiers = tiers or Tiers(trie)
+        self._is_strict = is_strict  # a leak is a crash; else it is mended and counted
         self._limits = limits
         self._plan_limits = plan_limits
         self._block_tokens = trie.block_tokens
@@ -61,8 +71,10 @@ class Scheduler:
         self._sequences: dict[tuple[int, int], Sequence] = {}
         self._serial = 0
         self._owed = (0.0, 0.0, 0.0)
-        self._output_mean = [float(limits.output_guess_tokens)] * len(RequestClass)
+        self._holdings = Holdings(trie, self._tiers, self._table)
+        self._memory = PeakMemory(limits.output_guess_tokens, trie.block_tokens)
         self.preemptions = 0
+        self.repairs = 0
 
     @property
     def context_max(self) -> int:
@@ -90,7 +102,8 @@ class Scheduler:
         sequence = Sequence(link, order, self._serial, self._facts, now=now, grammar=grammar)
         self._sequences[link, order.handle] = sequence
         found = self._trie.match(order.ids, order.salt, order.public_blocks)
-        sequence.uncached_estimate = max(1, sequence.length - len(found) * self._block_tokens)
+        below = self._tiers.find(found, sequence.known, order.salt, order.public_blocks)
+        sequence.uncached_estimate = max(1, sequence.length - (len(found) + len(below)) * self._block_tokens)
         self._waiting.add(sequence)
         return Outcome()
 
@@ -112,6 +125,8 @@ class Scheduler:
 
     def launch(self, model: StepModel, now: float, full_links: frozenset[int] = frozenset()) -> Launch | None:
         """The next step, its blocks reserved; None if there is nothing to compute. Full links get no tokens."""
+        self._tiers.poll(now)
+        self._end_waits(now)
         residents = np.flatnonzero(self._table.is_used)
         heads = self._waiting.heads(self._limits.heads_max, full_links)
         if not len(residents) and not heads:
@@ -125,12 +140,17 @@ class Scheduler:
             sequence = step.sequence(chunk.row)
             if sequence.row == WAITING and sequence.request_class in closed:
                 continue  # the first that finds no room is not overtaken by its own class; residents go on
-            if not self._launch_chunk(chunk, sequence, step):
+            if not self._launch_chunk(chunk, sequence, step, model):
                 closed.add(sequence.request_class)
         self._launch_decodes(step)
         if step.build(self._table, self._block_tokens):
             return step
-        if closed and self._table.count > 1:
+        if not closed or self._table.is_restoring.any():
+            return None
+        if self._tiers.lent:  # no prompt can go on in what copies leave of the memory
+            self._tiers.reclaim(now)
+            return self.launch(model, now, full_links)
+        if self._table.count > 1:
             # Prompts that fill the memory together and none can go on: the last to come gives way.
             self._preempt(max(step.preemptable(), key=_yields_first), step)
             return self.launch(model, now, full_links)
@@ -143,10 +163,10 @@ class Scheduler:
         is_bad = result.is_bad | (result.ids < 0) | (result.ids >= self._facts.vocab_size)
         for sequence, bad in zip(step.sampled, is_bad.tolist(), strict=True):
             if bad:
-                self._trie.forget(sequence.blocks)
+                self._tiers.forget(self._trie.forget(sequence.blocks))
         for sequence, index, twin in step.twins:
-            self._replace(sequence, index, twin, now)
-        self._trie.commit()
+            self._holdings.replace(sequence, index, twin, now)
+        self._tiers.store(self._trie.commit())
         outcome = Outcome()
         answers = zip(step.sampled, result.ids.tolist(), is_bad.tolist(), strict=True)
         for at, (sequence, token, bad) in enumerate(answers):
@@ -161,7 +181,7 @@ class Scheduler:
             if sequence.length == sequence.resumed_at + 1:
                 outcome.starts.append((sequence.link, _start(sequence, now)))
             if reason:
-                self._learn_output(sequence)
+                self._memory.learn(sequence)
                 outcome.ends.append(self._end(sequence, reason, now))
             elif stuck := sequence.step_grammar(token):
                 outcome.ends.append(self._end(sequence, "error", now, stuck))
@@ -183,12 +203,20 @@ class Scheduler:
             step_s=step_s,
             steps=steps,
             oldest_running_s=now - float(table.arrived[rows].min()) if len(rows) else 0.0,
+            tiers=self._tiers.load(),
+            repairs=self.repairs,
         )
 
     def check_idle(self) -> None:
-        """With no sequence left, no block is held: anything else is a leak, and a crash is better than a slow death."""
+        """With no sequence left, only copies hold blocks: anything else is a leak. A test fails of it; a worker starts
+        its cache over and counts that, as a slow death would be worse."""
         assert not self._sequences
-        assert self._trie.counts().held == 0, "blocks are held by nobody"
+        held = self._tiers.held
+        if self._trie.counts().held != len({block.id for block in held}):
+            assert not self._is_strict, "blocks are held by nobody"
+            self.repairs += 1
+            log.error("blocks were held by nobody: the cache starts over")
+            self._trie.reset(held)
 
     # Inside a launch -------------------------------------------------------------------------------------------------
 
@@ -204,22 +232,23 @@ class Scheduler:
             sequence = step.sequence(number)
             if sequence.row == WAITING:
                 continue  # it gave way to one before it
-            self._make_room(1, sequence.request_class, step)
+            if not self._make_room(1, sequence.request_class, step):
+                self._tiers.reclaim(step.now)
             while not self._trie.available:
                 self._preempt(max(step.preemptable(), key=_yields_first), step)
             if sequence.row != WAITING:
-                self._take(sequence, 1, step.now)
+                self._holdings.take(sequence, 1, step.now)
 
-    def _launch_chunk(self, chunk: Chunk, sequence: Sequence, step: Launch) -> bool:
+    def _launch_chunk(self, chunk: Chunk, sequence: Sequence, step: Launch, model: StepModel) -> bool:
         """Reserve and enter a prompt chunk; False if there is no room for it. True also if it must wait a step."""
         if sequence.row == WAITING:
             if step.is_resident(chunk.row):
                 return True  # preempted a moment ago
-            if not self._admit(sequence, step):
+            if not self._admit(sequence, step, model):
                 return False
-            if sequence.row == WAITING:
+            if sequence.row == WAITING or sequence.restore is not None:
                 return True
-        if not self._adopt(sequence):
+        if not self._holdings.adopt(sequence):
             return True
         table, size = self._table, self._block_tokens
         context = int(table.context[sequence.row])
@@ -230,23 +259,23 @@ class Scheduler:
             tokens = min(tokens, (len(sequence.blocks) + missing) * size - context)
         if tokens <= 0:
             return False
-        self._take(sequence, max(missing, 0), step.now)
+        self._holdings.take(sequence, max(missing, 0), step.now)
         if sequence.prefill_at < 0.0:
             sequence.prefill_at = step.now
         is_read_only = sequence.blocks[context // size].edge is not None  # a full hit: only its last row runs
         step.add_chunk(Chunk(chunk.row, tokens), sequence, context, is_read_only=is_read_only)
-        self._publish(sequence, context, tokens, step)
+        step.twins += self._holdings.publish(sequence, context, tokens)
         return True
 
     def _launch_decodes(self, step: Launch) -> None:
         rows, decodes = step.decodes()
         contexts = self._table.context[rows]
         for at in np.flatnonzero((contexts + 1) % self._block_tokens == 0).tolist():
-            self._publish(decodes[at], int(contexts[at]), 1, step)
+            step.twins += self._holdings.publish(decodes[at], int(contexts[at]), 1)
 
-    def _admit(self, sequence: Sequence, step: Launch) -> bool:
+    def _admit(self, sequence: Sequence, step: Launch, model: StepModel) -> bool:
         """Give a waiting sequence a row and what the cache has of it; False if there is no room even by preemption."""
-        found = self._trie.match(sequence.ids[: sequence.length].tobytes(), sequence.salt, sequence.public_blocks)
+        found = self._trie.match(sequence.known.tobytes(), sequence.salt, sequence.public_blocks)
         if any(block.is_pending for block in found):
             return True  # decision 38: in a step the first sequence leads, those behind it wait for its blocks
         rivals = self._victims(sequence.request_class, step)
@@ -260,47 +289,39 @@ class Scheduler:
         if not sequence.preemptions:
             sequence.cached_tokens = min(len(found) * self._block_tokens, sequence.prompt_len)
         self._table.add(sequence, min(len(found) * self._block_tokens, sequence.length - 1))
+        self._bring_up(sequence, step, model)
         return True
 
-    def _adopt(self, sequence: Sequence) -> bool:
-        """Take over what another sequence computed meanwhile; False if one computes it in this very step."""
-        table, size, row = self._table, self._block_tokens, sequence.row
-        context = int(table.context[row])
-        while context % size == 0 and context + size <= sequence.length:
-            index = context // size
-            parent = sequence.blocks[index - 1] if index else None
-            if parent is not None and parent.edge is None:
-                break
-            salt = sequence.salt if index == sequence.public_blocks else b""
-            found = self._trie.child(parent, sequence.ids[context : context + size].tobytes(), salt)
-            if found is None:
-                break
-            if found.is_pending:
-                return False
-            assert len(sequence.blocks) == index
-            self._trie.hold([found])
-            sequence.blocks.append(found)
-            context = min(context + size, sequence.length - 1)
-            if not sequence.preemptions:
-                sequence.cached_tokens = min(sequence.cached_tokens + size, sequence.prompt_len)
-        table.show_blocks(sequence)
-        table.context[row] = context
-        return True
+    def _bring_up(self, sequence: Sequence, step: Launch, model: StepModel) -> None:
+        """Have what lower tiers know of it copied to the device. It waits for that; nobody else does."""
+        found = sequence.blocks
+        below = self._tiers.find(found, sequence.known, sequence.salt, sequence.public_blocks)
+
+        def make_room(blocks: int) -> bool:
+            return self._make_room(blocks, sequence.request_class, step)
+
+        band = CLASS_BANDS[sequence.request_class]
+        restore = self._tiers.bring_up(found, below, band, make_room=make_room, model=model, now=step.now)
+        if restore is None:
+            return
+        sequence.restore = restore
+        self._table.is_restoring[sequence.row] = True
+        if sequence.prefill_at < 0.0:
+            sequence.prefill_at = step.now
+
+    def _end_waits(self, now: float) -> None:
+        """Sequences whose blocks have come, or are late, go on."""
+        for sequence in self._table.at(np.flatnonzero(self._table.is_restoring)):
+            if sequence.restore is None or not sequence.restore.is_awaited(now):
+                sequence.restore = None
+                self._table.is_restoring[sequence.row] = False
+                self._holdings.adopt(sequence)
 
     def _fits(self, sequence: Sequence, found: list[Block]) -> bool:
-        """Whether KV suffices at the coming peak, as outputs of each class have been (LightLLM's Past-Future rule)."""
-        table, size = self._table, self._block_tokens
-        rows = np.flatnonzero(table.is_used)
-        if not len(rows):
-            return True
-        guess = np.array(self._output_mean)
-        known = join(table.length[rows], [sequence.length])
-        emitted = join(table.emitted[rows], [sequence.output_tokens])
-        most = join(table.output_max[rows], [sequence.sampling.max_tokens]) - emitted
-        classes = join(table.request_class[rows], [sequence.request_class])
-        remaining = np.minimum(np.maximum(guess[classes] - emitted, size), most)
-        shared = int(table.blocks[rows].sum()) - self._trie.counts().held + sum(1 for block in found if block.refs)
-        return peak_tokens(known + size, remaining) <= (self._blocks_total + shared) * size
+        """Whether KV suffices at the coming peak; what sequences share counts for each of them."""
+        held = self._trie.counts().held - self._tiers.lent
+        shared = int(self._table.blocks[self._table.is_used].sum()) - held + sum(1 for block in found if block.refs)
+        return self._memory.fits(self._table, sequence, self._blocks_total + shared)
 
     def _victims(self, urgent: RequestClass, step: Launch) -> list[Sequence]:
         """Less urgent residents that may be preempted, first victim first."""
@@ -325,72 +346,21 @@ class Scheduler:
         self.preemptions += 1
         sequence.preemptions += 1
         sequence.preempted_at = now
-        published = sum(1 for block in sequence.blocks if block.edge is not None)
-        sequence.uncached_estimate = max(1, sequence.length - published * self._block_tokens)
-        self._trie.release(sequence.blocks, CLASS_BANDS[sequence.request_class], 0.0, now)
-        sequence.blocks = []
+        self._holdings.drop(sequence, now)
         self._table.remove(sequence)
         self._waiting.add(sequence)
 
-    def _take(self, sequence: Sequence, count: int, now: float) -> None:
-        taken = self._trie.take(count, now)
-        assert taken is not None, "room was made before"
-        sequence.blocks += taken
-        self._table.show_blocks(sequence)
-
-    def _publish(self, sequence: Sequence, context: int, tokens: int, step: Launch) -> None:
-        """Enter the blocks that this step fills into the trie, pending."""
-        size = self._block_tokens
-        first, last = context // size, (context + tokens) // size
-        parent = sequence.blocks[first - 1] if first else None
-        for index in range(first, last):
-            block = sequence.blocks[index]
-            if parent is not None and parent.edge is None:
-                return  # forgotten after a fault: nothing behind it can be found
-            if block.edge is None:
-                salt = sequence.salt if index == sequence.public_blocks else b""
-                ids = sequence.ids[index * size : (index + 1) * size].tobytes()
-                found = self._trie.publish(block, parent, ids, salt)
-                if found is not block:
-                    self._trie.hold([found])
-                    step.twins.append((sequence, index, found))
-                    block = found
-            parent = block
-
     # Inside a collect ------------------------------------------------------------------------------------------------
-
-    def _replace(self, sequence: Sequence, index: int, twin: Block, now: float) -> None:
-        """Use the block that is in the trie in place of our own with the same tokens."""
-        if twin.edge is None:  # forgotten in this very step
-            self._trie.release([twin], twin.band, 0.0, now)
-            return
-        own, sequence.blocks[index] = sequence.blocks[index], twin
-        self._table.block_table[sequence.row, index] = twin.id
-        self._trie.release([own], own.band, 0.0, now)
-
-    def _learn_output(self, sequence: Sequence) -> None:
-        mean = self._output_mean[sequence.request_class]
-        self._output_mean[sequence.request_class] += OUTPUT_WEIGHT * (sequence.output_tokens - mean)
 
     def _end(self, sequence: Sequence, reason: str, now: float, message: str = "") -> tuple[int, End]:
         del self._sequences[sequence.link, sequence.handle]
         if sequence.row == WAITING:
             self._waiting.remove(sequence)
         else:
-            self._let_go(sequence, is_aborted=reason == "abort", now=now)
+            self._holdings.let_go(sequence, is_aborted=reason == "abort", now=now)
             self._table.remove(sequence)
         output_tokens = sequence.output_tokens
         return sequence.link, End(sequence.handle, reason, sequence.cached_tokens, output_tokens, message)
-
-    def _let_go(self, sequence: Sequence, *, is_aborted: bool, now: float) -> None:
-        """Release its blocks in two spans: what others use too, and what is its own."""
-        blocks, sequence.blocks = sequence.blocks, []
-        own_from = next((at for at, block in enumerate(blocks) if not block.hits), len(blocks))
-        for span, is_shared in ((blocks[own_from:], False), (blocks[:own_from], True)):
-            if span:
-                hits, born = span[-1].hits, span[-1].born
-                band, lease_s = keep(SpanView(sequence.request_class, is_shared, is_aborted, hits, born), now)
-                self._trie.release(span, band, lease_s, now)
 
 
 def _start(sequence: Sequence, now: float) -> Start:

@@ -9,6 +9,7 @@ import math
 import numpy as np
 
 from engine.blocks import Block
+from engine.copies import Restore
 from engine.keys import Ids
 from engine.masks import Grammar, GrammarError
 from engine.step import History, ModelFacts, Score
@@ -40,6 +41,7 @@ class Sequence:
         "prompt_len",
         "public_blocks",
         "request_class",
+        "restore",
         "resumed_at",
         "row",
         "salt",
@@ -81,6 +83,7 @@ class Sequence:
         self.cached_tokens = 0  # prompt tokens that others had computed, until the first preemption
         self.uncached_estimate = self.length
         self.prefill_at = -1.0  # when its first chunk was launched
+        self.restore: Restore | None = None  # what it waits for
         self.row = WAITING
         self.preemptions = 0
         self.preempted_at = -math.inf
@@ -108,6 +111,11 @@ class Sequence:
         except GrammarError as error:
             return f"the grammar could not go on: {error}"
         return ""
+
+    @property
+    def known(self) -> Ids:
+        """Its token ids so far: prompt and answer."""
+        return self.ids[: self.length]
 
     def append(self, token: int) -> str | None:
         """One more token was generated; why the sequence ends with it, None if it goes on."""

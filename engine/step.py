@@ -15,6 +15,7 @@ from engine.wire import Sampling
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
+Bytes = npt.NDArray[np.uint8]
 
 
 class History(NamedTuple):
@@ -88,12 +89,31 @@ class ModelFacts:
     eos_ids: tuple[int, ...]
 
 
+class KVMemory(Protocol):
+    """The device's KV as the tiers below it see it: whole blocks as bytes. Called off the step's thread, several calls
+    at once; each returns when its copy is complete. A block being copied is not written by any step meanwhile."""
+
+    @property
+    def block_bytes(self) -> int:
+        """KV of one block over all layers."""
+
+    def save(self, block: int, into: Bytes) -> None:
+        """Copy a block out."""
+
+    def load(self, block: int, payload: Bytes) -> None:
+        """Copy a block in."""
+
+
 class Runner(Protocol):
     """Computes steps on one device. Owns weights and KV memory; `block` numbers are the scheduler's."""
 
     @property
     def blocks_total(self) -> int:
         """KV blocks that fit."""
+
+    @property
+    def kv(self) -> KVMemory | None:
+        """Its KV memory, for the tiers below; None where it cannot be copied."""
 
     def run(self, batch: StepBatch) -> StepResult:
         """Compute one step: write KV, sample. Raises only on what is our own fault."""

@@ -23,6 +23,7 @@ class Table:
         self._free = list(range(rows))[::-1]
         self.is_used = np.zeros(rows, dtype=bool)
         self.is_decoding = np.zeros(rows, dtype=bool)  # it has sampled since it was added
+        self.is_restoring = np.zeros(rows, dtype=bool)  # its blocks are on their way up
         self.request_class = np.zeros(rows, dtype=np.int64)
         self.context = np.zeros(rows, dtype=np.int64)
         self.length = np.zeros(rows, dtype=np.int64)
@@ -107,7 +108,9 @@ class Table:
         """These rows, then the heads of the queues, as the planner sees them."""
         pending = np.array([s.uncached_estimate for s in heads], dtype=np.int64)
         known = np.array([s.length for s in heads], dtype=np.int64)
-        is_blocked = np.isin(self.link[residents], sorted(full_links)) if full_links else np.zeros(len(residents), bool)
+        is_blocked = self.is_restoring[residents]
+        if full_links:
+            is_blocked = is_blocked | np.isin(self.link[residents], sorted(full_links))
         return BatchView(
             request_class=join(self.request_class[residents], [s.request_class for s in heads]),
             due=join(self.due[residents], [s.next_due() for s in heads]),
@@ -125,6 +128,7 @@ class Table:
         row, sequence.row = sequence.row, WAITING
         self.sequences[row] = None
         self.is_used[row] = False
+        self.is_restoring[row] = False
         self._free.append(row)
 
 

@@ -61,6 +61,23 @@ class Hello(Message, frozen=True, tag="hello"):
     nonce: bytes  # on TCP the router proves the shared secret over this
 
 
+class TierLoad(Message, frozen=True):
+    """The tiers below the device: blocks that lie there now, and counts of blocks since the start."""
+
+    block_bytes: int = 0
+    host_blocks: int = 0
+    host_blocks_max: int = 0
+    stored: int = 0  # written through to the host pool
+    skipped: int = 0  # not written through, for want of room or time
+    restored_host: int = 0
+    restored_disk: int = 0
+    missed: int = 0  # promised, but torn, overwritten, corrupt or given up
+    disk_blocks: int = 0
+    disk_written: int = 0
+    disk_dropped: int = 0  # not written: too many waited, or the disk refused
+    disk_corrupt: int = 0
+
+
 class Load(Message, frozen=True):
     """The common part of a frame, the same for every link."""
 
@@ -73,6 +90,8 @@ class Load(Message, frozen=True):
     step_s: float
     steps: int  # counts up: progress is the only proof of health
     oldest_running_s: float
+    tiers: TierLoad = TierLoad()
+    repairs: int = 0  # times that the worker found its block accounts wrong and started its cache over
 
 
 class Start(Message, frozen=True):

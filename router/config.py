@@ -51,6 +51,14 @@ class Workers(Struct, frozen=True, forbid_unknown_fields=True):
     kv_mib: Count = 512  # KV of each worker: 11,650 tokens of the embedded model (45 KiB each): 8k of context fit
 
 
+class KV(Struct, frozen=True, forbid_unknown_fields=True):
+    """Where KV lies that the device has no room for: memory of this host, then its disk."""
+
+    host_gib: Annotated[float, Meta(ge=0)] | None = None  # not set: a quarter of RAM, within what the cgroup leaves
+    disk_dir: str = ""  # a folder that may be emptied at any time; empty: no disk tier
+    disk_gib: Annotated[float, Meta(gt=0)] = 16.0  # of all workers together
+
+
 class Promise(Struct, frozen=True, forbid_unknown_fields=True):
     """What a class is promised; a key that is not set keeps the default that `policies/budget.py` explains."""
 
@@ -121,6 +129,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     model: Model = field(default_factory=Model)
     models: Models = field(default_factory=Models)
     workers: Workers = field(default_factory=Workers)
+    kv: KV = field(default_factory=KV)
     classes: Classes = field(default_factory=Classes)
     policy: Policy = field(default_factory=Policy)
     limits: Limits = field(default_factory=Limits)

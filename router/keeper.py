@@ -1,7 +1,7 @@
 """The keeper: `headway serve` itself. Starts, watches and restarts router and workers of this host, and dies last.
 
-Owns their processes, the listening sockets (a restarted router misses no connection) and the private run directory.
-Never speaks HTTP to clients, never loads a model: only the standard library, so that nothing here can take it down."""
+Owns their processes, the listening sockets (a restarted router misses no connection), the workers' shared KV memory and
+the private run directory. Never speaks HTTP, never loads a model: standard library only, so nothing takes it down."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import select
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +32,8 @@ ASK_MAX_BYTES = 4096  # names of workers to kill, from the router
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to run. In commands, {run} is the run directory and {model} what `prepare` printed last."""
+    """What to run. In commands, {run} is the run directory, {model} what `prepare` printed last, and {pool} the
+    descriptor of the workers' shared KV memory, -1 without."""
 
     host: str
     port: int
@@ -42,6 +44,7 @@ class Plan:
     workers: Mapping[str, Sequence[str]]  # by name; each listens on {run}/NAME.sock
     router: Sequence[str]  # gets --listen-fd, --admin-fd, --keeper-fd and a --worker for each beside it
     env: Mapping[str, str]
+    pool_bytes: int = 0
 
 
 class StartError(Exception):
@@ -73,7 +76,8 @@ class Keeper:
                 (run / "config.json").write_bytes(self.plan.config)
                 stack.callback(self._kill_all)
                 model = self._prepare(wake)
-                self._plan_children(run, model, (listen.fileno(), admin.fileno(), ask))
+                pool = stack.enter_context(_pool(self.plan.pool_bytes))
+                self._plan_children(run, model, pool, (listen.fileno(), admin.fileno(), ask))
                 self._serve(wake, asks, listen.getsockname(), admin.getsockname()[1])
                 self._drain(wake)
             except StartError as error:
@@ -104,11 +108,13 @@ class Keeper:
             raise StartError(f"the model could not be prepared ({ending(child.process.returncode)})")
         return model
 
-    def _plan_children(self, run: Path, model: str, fds: tuple[int, int, int]) -> None:
+    def _plan_children(self, run: Path, model: str, pool: int, fds: tuple[int, int, int]) -> None:
         def filled(command: Sequence[str]) -> list[str]:
-            return [part.replace("{run}", str(run)).replace("{model}", model) for part in command]
+            parts = [part.replace("{run}", str(run)).replace("{model}", model) for part in command]
+            return [part.replace("{pool}", str(pool)) for part in parts]
 
-        workers = [Child(name, filled(command)) for name, command in self.plan.workers.items()]
+        shared = (pool,) if pool >= 0 else ()
+        workers = [Child(name, filled(command), shared) for name, command in self.plan.workers.items()]
         command = filled(self.plan.router)
         for flag, fd in zip(("--listen-fd", "--admin-fd", "--keeper-fd"), fds, strict=True):
             command += [flag, str(fd)]
@@ -223,6 +229,25 @@ def _private_directory() -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _pool(size: int) -> Iterator[int]:
+    """Memory that all workers map and that outlives each of them; -1 for none. It has no name, so nothing can leak: it
+    is gone with the last process that holds it."""
+    if not size:
+        yield -1
+        return
+    if sys.platform == "linux":
+        pool = os.memfd_create("headway-pool", os.MFD_CLOEXEC)
+    else:
+        pool, path = tempfile.mkstemp(prefix="headway-pool-")
+        os.unlink(path)
+    try:
+        os.ftruncate(pool, size)
+        yield pool
+    finally:
+        os.close(pool)
 
 
 def _listen(host: str, port: int, key: str) -> socket.socket:

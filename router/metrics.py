@@ -21,6 +21,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from router import tier_metrics
 from router.fleet import Fleet, WorkerState
 from router.receipts import Receipt
 
@@ -165,6 +166,8 @@ class _Fleet(Collector):
             late.add_metric([state.name], state.link.late_frames if state.link is not None else 0)
         yield losses
         yield late
+        loads = [(s.name, s.link.load) for s in workers if s.link is not None and s.link.load is not None]
+        yield from tier_metrics.collect(loads)
 
 
 def _is_up(state: WorkerState) -> float:

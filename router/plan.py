@@ -4,6 +4,7 @@ Owns the command lines between our own processes. Never starts one."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Mapping
@@ -14,6 +15,12 @@ from router.keeper import Plan
 
 # -P: a directory `engine` or `router` where the user happens to be must not be taken for ours.
 PYTHON = (sys.executable, "-P", "-m")
+GIB = 1024**3
+POOL_PER_KV = 4  # of the workers' own KV: on a CPU both are the same memory, and the machine has other things to do
+CGROUP_FILES = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
 
 
 def make_plan(config: Config, env: Mapping[str, str]) -> Plan:
@@ -28,6 +35,7 @@ def make_plan(config: Config, env: Mapping[str, str]) -> Plan:
         workers={f"w{number}": _worker(config, number) for number in range(config.workers.count)},
         router=(*PYTHON, "router", "--config", "{run}/config.json", "--model", "{model}"),
         env=_environment(config, env),
+        pool_bytes=pool_bytes(config),
     )
 
 
@@ -43,9 +51,32 @@ def state_folder(config: Config, env: Mapping[str, str]) -> Path:
     return Path(env.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "headway"
 
 
+def pool_bytes(config: Config) -> int:
+    """The host pool's size. Its memory is only touched as KV comes to lie there."""
+    if config.kv.host_gib is not None:
+        return int(config.kv.host_gib * GIB)
+    most = min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4, _cgroup_leaves() // 2)
+    if config.workers.device == "cuda":
+        return most
+    return min(most, POOL_PER_KV * config.workers.count * config.workers.kv_mib * 1024 * 1024)
+
+
+def _cgroup_leaves() -> int:
+    """Bytes that this process's cgroup may still take; a very large number where none says."""
+    limit = usage = ""
+    for folder, limit_name, usage_name in CGROUP_FILES:
+        with contextlib.suppress(OSError):
+            limit, usage = (folder / limit_name).read_text().strip(), (folder / usage_name).read_text().strip()
+            break
+    return max(0, int(limit) - int(usage)) if limit.isdigit() and usage.isdigit() else 2**62
+
+
 def _worker(config: Config, number: int) -> tuple[str, ...]:
     name, workers = f"w{number}", config.workers
-    place = ("--socket", f"{{run}}/{name}.sock", "--name", name, "--model-name", served_name(config))
+    place: tuple[str, ...] = ("--socket", f"{{run}}/{name}.sock", "--name", name, "--model-name", served_name(config))
+    place += ("--pool-fd", "{pool}", "--pool-share", str(workers.count))
+    if config.kv.disk_dir:
+        place += ("--disk-dir", config.kv.disk_dir, "--disk-bytes", str(int(config.kv.disk_gib * GIB) // workers.count))
     if workers.device == "fake":
         return (*PYTHON, "engine", "fake", *place)
     memory = ("--threads", str(workers.threads), "--kv-bytes", str(workers.kv_mib * 1024 * 1024))

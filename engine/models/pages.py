@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as _attention
 
 from engine.models.config import ModelConfig
-from engine.step import Int32, Int64, StepBatch
+from engine.step import Bytes, Int32, Int64, StepBatch
 
 CHUNK_SPAN_ROWS = 128  # a chunk attends in pieces this long: each skips the keys behind it, and no mask gets larger
 SPARE_BLOCKS = 2  # one that reads as zero for padding, one that takes the writes of rows that write nowhere
@@ -75,6 +75,21 @@ class KVPool:
         self._kv_heads, self._layers = config.kv_heads, config.layers
         shape = (blocks + SPARE_BLOCKS, config.layers, 2, config.kv_heads, block_tokens, config.head_dim)
         self.memory = torch.zeros(shape, dtype=dtype, device=device)
+
+    @property
+    def block_bytes(self) -> int:
+        """KV of one block over all layers: contiguous."""
+        return self.memory[0].nbytes
+
+    def save(self, block: int, into: Bytes) -> None:
+        """Copy a block out, as engine.step.KVMemory wants it."""
+        with torch.inference_mode():
+            torch.from_numpy(into).copy_(self.memory[block].view(-1).view(torch.uint8))
+
+    def load(self, block: int, payload: Bytes) -> None:
+        """Copy a block in."""
+        with torch.inference_mode():
+            self.memory[block].view(-1).view(torch.uint8).copy_(torch.from_numpy(payload))
 
     def plan(self, batch: StepBatch) -> Pages:
         """A step's view. Blocks begun in it are cleared here."""

@@ -86,10 +86,10 @@ class Peer:
 class FakeWorker:
     """The process; `connect` as often as wanted."""
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, fds: tuple[int, ...] = ()) -> None:
         self.path = folder / "w.sock"
         command = [sys.executable, "-m", "engine", "fake", "--socket", str(self.path), "--calibrate-s", "0", *arguments]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, pass_fds=fds)
         self._peers: list[Peer] = []
         until = time.monotonic() + DEADLINE_S
         while not self._is_listening():
@@ -122,8 +122,8 @@ class FakeWorker:
 
 
 @contextlib.contextmanager
-def fake_worker(folder: Path, *arguments: str) -> Iterator[FakeWorker]:
-    worker = FakeWorker(folder, *arguments)
+def fake_worker(folder: Path, *arguments: str, fds: tuple[int, ...] = ()) -> Iterator[FakeWorker]:
+    worker = FakeWorker(folder, *arguments, fds=fds)
     try:
         yield worker
     finally:

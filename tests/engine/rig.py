@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,11 +11,15 @@ import numpy.typing as npt
 
 from engine import keys
 from engine.blocks import BlockTrie
+from engine.copies import CopyLimits, Hands
+from engine.disk import Disk
 from engine.fake import FAKE_SPEED, FakeRunner, Fault, token
 from engine.launch import Launch
 from engine.outcome import Outcome
+from engine.pool import PoolMemory, PoolShape, PoolWriter, attach
 from engine.scheduler import Scheduler, SchedulerLimits
 from engine.step import ModelFacts
+from engine.tiers import Tiers
 from engine.wire import End, Sampling, Start, Submit
 from policies.costs import StepModel
 from policies.request import RequestClass
@@ -24,6 +29,7 @@ CHAT, AGENT, BATCH = RequestClass
 VOCAB = 1000
 FACTS = ModelFacts("fake", "digest", "fake", "ids", VOCAB, 4096, (2,))
 SIZE = 16
+FAKE_BLOCK_BYTES = SIZE * 4
 
 Ids = npt.NDArray[np.int32]
 
@@ -64,6 +70,13 @@ def expected(ids: Ids, count: int) -> list[int]:
     return [token(ids, index, VOCAB, FACTS.eos_ids) for index in range(count)]
 
 
+def pool_of(slots: int) -> PoolMemory:
+    """Memory for so many fake blocks, as the keeper makes it; gone with its last user."""
+    descriptor = os.memfd_create("pool")
+    os.ftruncate(descriptor, PoolShape(SIZE, FAKE_BLOCK_BYTES, slots).total_bytes)
+    return attach(descriptor, SIZE, FAKE_BLOCK_BYTES)
+
+
 @dataclass
 class Rig:
     """`now` moves only by steps and by hand."""
@@ -73,11 +86,16 @@ class Rig:
     limits: SchedulerLimits = field(default_factory=SchedulerLimits)
     faults: tuple[Fault, ...] = ()
     now: float = 0.0
+    host: PoolWriter | None = None  # its slots hold FAKE_BLOCK_BYTES
+    disk: Disk | None = None
+    hands: Hands = field(default_factory=Hands)
+    copy_limits: CopyLimits = field(default_factory=CopyLimits)
 
     def __post_init__(self) -> None:
         self.trie = BlockTrie(self.blocks, SIZE, keys.root("digest"))
-        self.scheduler = Scheduler(self.trie, FACTS, self.limits, PlanLimits(quantum_tokens=SIZE))
         self.runner = FakeRunner(FACTS, (self.blocks, SIZE), self.speed, self._sleep, self.faults)
+        self.tiers = Tiers(self.trie, self.runner.kv, self.host, self.disk, hands=self.hands, limits=self.copy_limits)
+        self.scheduler = Scheduler(self.trie, FACTS, self.limits, PlanLimits(quantum_tokens=SIZE), self.tiers)
         self.tokens: dict[int, list[int]] = {}
         self.times: dict[int, list[float]] = {}
         self.starts: dict[int, Start] = {}
@@ -106,8 +124,11 @@ class Rig:
         """Until nothing is left to do."""
         for _ in range(steps_max):
             if self.step() is None:
-                break
+                if self.scheduler.is_idle:
+                    break
+                self.now += 0.001  # it waits for a copy
         assert self.scheduler.is_idle
+        self.tiers.wait(self.now)
         self.scheduler.check_idle()
         self.trie.check()
 

@@ -14,13 +14,26 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from engine.pool import EXTENT_SLOTS, Bytes, Ids, PoolError, PoolMemory, PoolShape, PoolWriter, create
+from engine.keys import Ids
+from engine.pool import EXTENT_SLOTS, Content, PoolError, PoolMemory, PoolShape, PoolWriter, attach
+from engine.step import Bytes
 
 SHAPE = PoolShape(block_tokens=4, slot_bytes=5000, slots=2 * EXTENT_SLOTS)
 
 
 def key_of(number: int) -> bytes:
     return number.to_bytes(16, "little")
+
+
+def create(shape: PoolShape) -> int:
+    descriptor = os.memfd_create("pool")
+    os.ftruncate(descriptor, shape.total_bytes)
+    attach(descriptor, shape.block_tokens, shape.slot_bytes).close()
+    return descriptor
+
+
+def content_of(number: int, parent: int = 0) -> Content:
+    return Content(key_of(number), key_of(parent), tokens_of(number))
 
 
 def tokens_of(number: int) -> Ids:
@@ -37,7 +50,7 @@ def memory() -> Iterator[PoolMemory]:
 
 
 def store(writer: PoolWriter, number: int) -> int | None:
-    begun = writer.begin(key_of(number), key_of(0), tokens_of(number))
+    begun = writer.begin(content_of(number))
     if begun is None:
         return None
     slot, _ = begun
@@ -78,7 +91,7 @@ def test_a_key_with_other_tokens_is_a_miss(memory: PoolMemory) -> None:
 
 
 def test_a_slot_being_written_is_a_miss(memory: PoolMemory) -> None:
-    begun = PoolWriter(memory, 1).begin(key_of(7), key_of(0), tokens_of(7))
+    begun = PoolWriter(memory, 1).begin(content_of(7))
     assert begun is not None
     assert load(memory, begun[0], 7) is None
 
@@ -98,11 +111,12 @@ def test_the_least_recently_used_block_makes_room(memory: PoolMemory) -> None:
     writer = PoolWriter(memory, 1)
     for number in range(EXTENT_SLOTS):
         store(writer, number + 1)
-    assert writer.find(key_of(1)) is not None
-    begun = writer.begin(key_of(999), key_of(0), tokens_of(999))
+    writer.touch([key_of(1)])
+    begun = writer.begin(content_of(999))
     assert begun is not None
-    assert begun[1] == key_of(2)
-    assert writer.find(key_of(1)) is not None
+    assert begun[1] is not None
+    assert begun[1].key == key_of(2)
+    assert writer.slot_of.get(key_of(1)) is not None
 
 
 def test_a_pinned_slot_is_never_evicted(memory: PoolMemory) -> None:
@@ -134,12 +148,13 @@ def test_a_fitting_pool_stays_within_its_bytes() -> None:
 
 CHILD = """
 import sys
-from tests.engine.test_pool import SHAPE, key_of, store, tokens_of
+from tests.engine.test_pool import SHAPE, content_of, key_of, store
 from engine.pool import PoolMemory, PoolWriter
+from engine.step import Bytes
 writer = PoolWriter(PoolMemory(int(sys.argv[1]), SHAPE), 1)
 store(writer, 7)
-writer.begin(key_of(8), key_of(7), tokens_of(8))
-print(writer.extents[0], writer.find(key_of(7)), flush=True)
+writer.begin(content_of(8, 7))
+print(writer.extents[0], writer.slot_of.get(key_of(7)), flush=True)
 sys.stdin.read()
 """
 
@@ -158,8 +173,8 @@ def test_a_dead_workers_blocks_are_adopted_and_a_living_ones_are_not() -> None:
         child.kill()
         child.wait()
     heir = PoolWriter(memory, 2)
-    assert heir.find(key_of(7)) == slot
-    assert heir.find(key_of(8)) is None
+    assert heir.slot_of.get(key_of(7)) == slot
+    assert heir.slot_of.get(key_of(8)) is None
     heir.check()
     memory.close()
     os.close(descriptor)
@@ -178,7 +193,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(number=st.integers(1, 200))
     def begin(self, number: int) -> None:
-        begun = self.writer.begin(key_of(number), key_of(0), tokens_of(number))
+        begun = self.writer.begin(content_of(number))
         if begun is not None:
             self.memory.payloads[begun[0]] = number
             self.open.append(begun[0])
@@ -200,7 +215,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(number=st.integers(1, 200))
     def find(self, number: int) -> None:
-        slot = self.writer.find(key_of(number))
+        slot = self.writer.slot_of.get(key_of(number))
         if slot is not None:
             payload = load(self.memory, slot, number)
             assert payload is not None
