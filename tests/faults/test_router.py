@@ -96,10 +96,14 @@ def test_serve_answers_survives_a_killed_worker_and_leaves_no_process(tmp_path: 
 
         with httpx.Client(base_url=base[0], timeout=DEADLINE_S) as client:
             body = json.loads(re.search(r"-d '(.*)'", text)[1]) | {"max_tokens": 5}  # type: ignore[index]
-            assert client.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
-            os.kill(children[0], signal.SIGKILL)
-            until(lambda: "w0 is up" in printed.read_text().split("ended (SIGKILL)")[-1], "w0 is back")
-            assert client.post("/v1/chat/completions", json=body).status_code == 200
+            first = client.post("/v1/chat/completions", json=body)
+            assert first.json()["choices"][0]["message"]["content"]
+            worker = first.headers["x-headway-worker"]
+            os.kill(children[int(worker[1:])], signal.SIGKILL)
+            until(lambda: f"{worker} is up" in printed.read_text().split("ended (SIGKILL)")[-1], "it is back")
+            again = client.post("/v1/chat/completions", json=body).json()
+            assert again["usage"]["prompt_tokens_details"]["cached_tokens"] >= 32  # the KV outlived the worker
+            assert again["choices"] == first.json()["choices"]
 
         keeper.terminate()
         assert keeper.wait(DEADLINE_S) == 0

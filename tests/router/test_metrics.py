@@ -6,6 +6,7 @@ import gc
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from engine.wire import TierLoad
 from router.fleet import Fleet
 from router.metrics import GcPauses, Metrics
 from router.receipts import Receipt
@@ -81,7 +82,8 @@ def test_workers_are_read_when_scraped() -> None:
     metrics = Metrics()
     fleet = Fleet([("w0", "/a"), ("w1", "/b")], Quiet(), "{}")
     link, _ = linked(fleet, 0, hello())
-    link.load = load(running=3, step_s=0.02)
+    tiers = TierLoad(block_bytes=100, host_blocks=5, stored=7, restored_host=3, disk_blocks=2, missed=1)
+    link.load = load(running=3, step_s=0.02, tiers=tiers, repairs=4)
     metrics.watch(fleet, live_count=lambda: 7, dropped_events=lambda: 2)
 
     seen = samples(metrics)
@@ -90,6 +92,14 @@ def test_workers_are_read_when_scraped() -> None:
     assert seen["headway_worker_running", "w0"] == 3
     assert seen["headway_worker_step_seconds", "w0"] == 0.02
     assert ("headway_worker_running", "w1") not in seen
+    assert (seen["headway_worker_tier_bytes", "w0", "host"], seen["headway_worker_tier_bytes", "w0", "disk"]) == (
+        500,
+        200,
+    )
+    assert seen["headway_worker_tier_stored_bytes_total", "w0", "host"] == 700
+    assert seen["headway_worker_tier_hit_blocks_total", "w0", "host"] == 3
+    assert seen["headway_worker_tier_missed_blocks_total", "w0"] == 1
+    assert seen["headway_worker_repairs_total", "w0"] == 4
     assert seen[("headway_requests_live",)] == 7
     assert seen[("headway_record_dropped_events_total",)] == 2
 
