@@ -92,12 +92,12 @@ def test_workers_are_read_when_scraped() -> None:
     assert seen["headway_worker_running", "w0"] == 3
     assert seen["headway_worker_step_seconds", "w0"] == 0.02
     assert ("headway_worker_running", "w1") not in seen
-    assert (seen["headway_worker_tier_bytes", "w0", "host"], seen["headway_worker_tier_bytes", "w0", "disk"]) == (
+    assert (seen["headway_worker_tier_bytes", "host", "w0"], seen["headway_worker_tier_bytes", "disk", "w0"]) == (
         500,
         200,
     )
-    assert seen["headway_worker_tier_stored_bytes_total", "w0", "host"] == 700
-    assert seen["headway_worker_tier_hit_blocks_total", "w0", "host"] == 3
+    assert seen["headway_worker_tier_stored_bytes_total", "host", "w0"] == 700
+    assert seen["headway_worker_tier_hit_blocks_total", "host", "w0"] == 3
     assert seen["headway_worker_tier_missed_blocks_total", "w0"] == 1
     assert seen["headway_worker_repairs_total", "w0"] == 4
     assert seen[("headway_requests_live",)] == 7
