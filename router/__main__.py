@@ -33,6 +33,7 @@ from router.fleet import Fleet
 from router.metrics import GcPauses, Metrics
 from router.mind import Mind
 from router.order import RelayLimits, Services
+from router.parsers.voice import Voice
 from router.plan import served_name, state_folder
 from router.ports import Observer
 from router.readiness import Readiness
@@ -160,7 +161,7 @@ def _build(config: Config, place: Place, stack: contextlib.ExitStack) -> Parts:
     house = House(
         services=Services(mind, fleet, observers, RelayLimits(), time.monotonic),
         models=fleet.models,
-        text=Text(Vocabulary.load(place.model), ChatTemplate.load(place.model)),
+        text=_text(config, place.model),
         model=served_name(config),
         salt=Salts.load(state_folder(config, os.environ) / "salt.key").of(tenant.organisation),
         tenant=tenant,
@@ -168,6 +169,12 @@ def _build(config: Config, place: Place, stack: contextlib.ExitStack) -> Parts:
         aliases=config.models.aliases,
     )
     return Parts(mind, fleet, readiness, App(house), admin.Admin(metrics, fleet, receipts))
+
+
+def _text(config: Config, folder: Path) -> Text:
+    template = ChatTemplate.load(folder)
+    voice = Voice.of(template.source if template is not None else "", config.model.calls, config.model.thoughts)
+    return Text(Vocabulary.load(folder), template, voice=voice)
 
 
 def _recorder(config: Config, seed: int, stack: contextlib.ExitStack) -> Recorder | None:

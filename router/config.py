@@ -11,6 +11,8 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Struct, field
 
+CALL_FORMS = ("auto", "hermes", "llama", "mistral", "pythonic", "none")
+THOUGHT_FORMS = ("auto", "think", "magistral", "none")
 DEVICES = ("cpu", "cuda", "fake")
 
 Port = Annotated[int, Meta(ge=0, le=65535)]
@@ -33,6 +35,10 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True):
 
     name: str = "smollm2"  # the embedded model; else a GGUF file or a directory with safetensors
     served_as: str = ""  # the name that clients use; empty: the model's own
+    calls: str = (
+        "auto"  # how it writes tool calls: auto (by its chat template) | hermes | llama | mistral | pythonic | none
+    )
+    thoughts: str = "auto"  # how it marks its reasoning: auto | think | magistral | none
 
 
 class Models(Struct, frozen=True, forbid_unknown_fields=True):
@@ -160,6 +166,10 @@ def contradictions(config: Config) -> list[tuple[str, str]]:
         found.append(("server.host", "must be a loopback address: without keys anyone else could use it too"))
     if config.server.port and config.server.port == config.server.admin_port:
         found.append(("server.admin_port", "must differ from server.port"))
+    if config.model.calls not in CALL_FORMS:
+        found.append(("model.calls", f"must be one of {', '.join(CALL_FORMS)}"))
+    if config.model.thoughts not in THOUGHT_FORMS:
+        found.append(("model.thoughts", f"must be one of {', '.join(THOUGHT_FORMS)}"))
     if config.workers.device not in DEVICES:
         found.append(("workers.device", f"must be one of {', '.join(DEVICES)}"))
     return found

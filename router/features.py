@@ -13,6 +13,7 @@ from policies.request import CLASS_LABELS, CLASS_NAMES, Facts, Request, RequestC
 from router.dialects.schema import Common, CompletionRequest
 from router.errors import RequestError
 from router.exchange import Exchange, Head
+from router.parsers.voice import offered
 from router.turn import Turn
 
 TEMPLATE_CHARS = 2048  # siblings of one template share so much of their beginning
@@ -72,7 +73,7 @@ def facts(head: Head, body: Common, turn: Turn, *, has_session: bool) -> Facts:
         prompt_count=_prompt_count(body),
         last_role="tool" if last_role == "function" else last_role,
         tool_count=len(turn.tools),
-        has_interactive_tools=not INTERACTIVE_TOOLS.isdisjoint(_tool_names(turn)),
+        has_interactive_tools=not INTERACTIVE_TOOLS.isdisjoint(offered(turn)),
         has_json_schema=turn.has_schema,
         has_session=has_session,
         template_hash=xxhash.xxh3_64_intdigest(_beginning(turn)),
@@ -120,11 +121,6 @@ def _json_object(text: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def _tool_names(turn: Turn) -> list[str]:
-    functions = (tool.get("function") for tool in turn.tools)
-    return [str(function.get("name")) for function in functions if isinstance(function, dict)]
 
 
 def _prompt_count(body: Common) -> int:

@@ -69,6 +69,7 @@ class Generate:
             context_max=view.context_max,
             encoder=dialect.encoder(request_id, view.name, int(time.time()), body),
             errors=dialect.errors,
+            notices=desk.text.notices(turn),
             operation=dialect.operation,
             traceparent=exchange.head.header(b"traceparent") or "",
         )

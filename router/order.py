@@ -47,5 +47,6 @@ class Order:
     context_max: int
     encoder: Encoder
     errors: ErrorShape
+    notices: tuple[str, ...]  # for x-headway-notice
     operation: str  # gen_ai.operation.name
     traceparent: str

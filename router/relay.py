@@ -153,8 +153,8 @@ class Relay:
         ]
         if self._placed is not None:
             headers.append((b"x-headway-worker", self._worker_name().encode("ascii", "replace")))
-        if self._order.turn.notices:
-            headers.append((b"x-headway-notice", "; ".join(self._order.turn.notices).encode("ascii", "replace")))
+        if self._order.notices:
+            headers.append((b"x-headway-notice", "; ".join(self._order.notices).encode("ascii", "replace")))
         return headers
 
     def usage(self) -> Usage:

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from router.parsers.marks import beginning_at_end
+
 
 class StopScanner:
     """The text of one answer on its way past its stop strings."""
@@ -27,7 +29,7 @@ class StopScanner:
             self.has_stopped = True
             self._held = ""
             return text[:at]
-        keep = self._beginning_at_end(text)
+        keep = beginning_at_end(text, self._stops)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
@@ -35,11 +37,3 @@ class StopScanner:
         """The answer ended: what was held back is no stop string."""
         held, self._held = self._held, ""
         return held
-
-    def _beginning_at_end(self, text: str) -> int:
-        """How many characters at the end of `text` begin a stop string; the most of all stops."""
-        longest = max(len(stop) for stop in self._stops) - 1
-        for size in range(min(longest, len(text)), 0, -1):
-            if any(stop.startswith(text[-size:]) for stop in self._stops):
-                return size
-        return 0

@@ -29,6 +29,7 @@ FRAMES_MAX = 256  # kept frames; one of a long conversation has a few thousand p
 FRAME_PARTS_MAX = 4096  # a longer one is rendered each time
 
 
+FrameName = tuple[bool | str | None, ...]  # is_thinking, then roles
 Part = str | int  # the template's own text, or the number of a client's string
 
 
@@ -128,13 +129,15 @@ class ClientText(str):
 class ChatTemplate:
     """The compiled template of one model."""
 
-    def __init__(self, source: str, marks: dict[str, str]) -> None:
+    def __init__(self, source: str, marks: dict[str, Any]) -> None:
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
+        self.source = source
         self._template = environment.from_string(source)
         self._marks = marks
-        self._frames: OrderedDict[tuple[str, ...], tuple[Part, ...]] = OrderedDict()
+        self._frames: OrderedDict[FrameName, tuple[Part, ...]] = OrderedDict()
+        self._ends: dict[bool | None, str] = {}  # of a prompt, by `is_thinking`
 
     @classmethod
     def load(cls, folder: Path) -> ChatTemplate | None:
@@ -150,23 +153,35 @@ class ChatTemplate:
         return cls(source, marks)
 
     # Hot: once per request; a few hundred ns a message when its frame is known. bench/router.py.
-    def render(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> Rendering:
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = (), is_thinking: bool | None = None
+    ) -> Rendering:
         """The prompt up to where the assistant speaks. Raises RequestError 400 when the template refuses."""
         if tools or not all([message.extra is None for message in messages]):  # noqa: C419 -- a list is twice as fast
-            frame, book = self._framed(messages, tools)
+            frame, book = self._framed(messages, tools, is_thinking)
             return Rendering(frame, book.texts)
-        roles = tuple([message.role for message in messages])
+        roles = (is_thinking, *[message.role for message in messages])
         known = self._frames.get(roles)
         if known is not None:
             self._frames.move_to_end(roles)
             return Rendering(known, [message.content for message in messages])
-        frame, book = self._framed(messages, ())
+        frame, book = self._framed(messages, (), is_thinking)
         if not book.is_asked and len(frame) <= FRAME_PARTS_MAX:
             self._keep(roles, frame)
         return Rendering(frame, book.texts)
 
-    def _framed(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> tuple[tuple[Part, ...], Book]:
+    def prompt_end(self, is_thinking: bool | None) -> str:
+        """What the template writes behind the last message: there, some models begin to think."""
+        if is_thinking not in self._ends:
+            frame = self.render((Message("user", "?"),), (), is_thinking).frame
+            self._ends[is_thinking] = frame[-1] if isinstance(frame[-1], str) else ""
+        return self._ends[is_thinking]
+
+    def _framed(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], is_thinking: bool | None
+    ) -> tuple[tuple[Part, ...], Book]:
         """What the template writes, with numbers where a client's strings stand."""
+        switches = self._marks if is_thinking is None else self._marks | {"enable_thinking": is_thinking}
         book = Book()
         contents = [ClientText(message.content, book) for message in messages]
         views = [
@@ -175,7 +190,7 @@ class ChatTemplate:
         ]
         try:
             text = self._template.render(
-                messages=views, tools=_hidden(list(tools), book) or None, add_generation_prompt=True, **self._marks
+                messages=views, tools=_hidden(list(tools), book) or None, add_generation_prompt=True, **switches
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             reason = str(error)[:200] if isinstance(error, TemplateRefusal) else "its roles or order do not fit"
@@ -183,7 +198,7 @@ class ChatTemplate:
         parts = _STAND_IN.split(text)
         return tuple([int(part) if at % 2 else part for at, part in enumerate(parts) if part]), book
 
-    def _keep(self, roles: tuple[str, ...], frame: tuple[Part, ...]) -> None:
+    def _keep(self, roles: FrameName, frame: tuple[Part, ...]) -> None:
         self._frames[roles] = frame
         if len(self._frames) > FRAMES_MAX:
             self._frames.popitem(last=False)

@@ -16,7 +16,8 @@ import xxhash
 from engine import keys
 from engine.keys import KEY_BYTES, ChainKey, Ids
 from router.errors import RequestError
-from router.speech import Speech
+from router.parsers.voice import NONE, SHOWN, Voice
+from router.speech import Parser, Speech
 from router.template import ChatTemplate, Piece, Rendering
 from router.turn import Turn
 from router.vocabulary import Detokeniser, Vocabulary
@@ -98,16 +99,36 @@ class ByteCache:
 class Text:
     """The text side of one model."""
 
-    def __init__(self, vocabulary: Vocabulary, template: ChatTemplate | None, limits: TextLimits | None = None) -> None:
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        template: ChatTemplate | None,
+        limits: TextLimits | None = None,
+        voice: Voice | None = None,
+    ) -> None:
         self._vocabulary = vocabulary
         self._template = template
+        self._voice = voice or Voice.of(template.source if template is not None else "")
+        self._shown = vocabulary.tables_showing(SHOWN)
         self.limits = limits or TextLimits()
         self._segments = ByteCache(self.limits.segment_bytes_max)
         self._prefixes = ByteCache(self.limits.prefix_bytes_max)
 
     def speech(self, turn: Turn) -> Speech:
         """For the answer to one turn."""
-        return Speech(Detokeniser(self._vocabulary), turn.stop)
+        if (parser := self._parser(turn)) is None:
+            return Speech(Detokeniser(self._vocabulary.tables), turn.stop)
+        return Speech(Detokeniser(self._shown), turn.stop, parser)
+
+    def notices(self, turn: Turn) -> tuple[str, ...]:
+        """What a client should know of how its turn was read, for x-headway-notice."""
+        is_deaf = turn.may_call and self._voice.calls == NONE
+        return (*turn.notices, *(("tools not offered: this model has no form for calls",) if is_deaf else ()))
+
+    def _parser(self, turn: Turn) -> Parser | None:
+        if self._template is None or not turn.messages:
+            return None
+        return self._voice.parser(turn, self._template.prompt_end(turn.is_thinking))
 
     # Hot: once per request. Budget 2 us a message when its conversation is known; bench/router.py.
     def render(self, turn: Turn, identity: Identity) -> Rendered:
@@ -168,7 +189,7 @@ class Text:
         elif self._template is None:
             raise RequestError(400, "This model has no chat template; use /v1/completions.", param="messages")
         else:
-            rendering = self._template.render(turn.messages, turn.tools)
+            rendering = self._template.render(turn.messages, turn.tools, turn.is_thinking)
         if len(rendering.frame) < 2 and not any(piece.text for piece in rendering.pieces()):
             raise RequestError(400, "The prompt is empty.", param="prompt", code="invalid_value")
         return rendering

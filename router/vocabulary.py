@@ -6,11 +6,18 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
+
+
+class Tables(NamedTuple):
+    """What each id adds to an answer: as bytes, and as text where these are whole characters."""
+
+    spelt: list[bytes]
+    texts: list[str | None]
 
 
 class Vocabulary:
@@ -22,12 +29,20 @@ class Vocabulary:
         # Without its added tokens nothing in a text is special: client text that spells a mark stays text.
         self._plain = Tokenizer.from_str(json.dumps(marked | {"added_tokens": []}))
         self.token_bytes = _token_bytes(self._marked, definition)
-        self.token_texts = [_whole_text(token) for token in self.token_bytes]
+        self.tables = Tables(self.token_bytes, [_whole_text(token) for token in self.token_bytes])
 
     @classmethod
     def load(cls, folder: Path) -> Vocabulary:
         """From the folder of a model. Raises OSError or ValueError when it has no readable tokenizer.json."""
         return cls(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
+
+    def tables_showing(self, marks: Collection[str]) -> Tables:
+        """Tables in which these special tokens are text, for who reads an answer's marks."""
+        shown = {number: mark for mark in marks if (number := self._marked.token_to_id(mark)) is not None}
+        spelt, texts = list(self.token_bytes), list(self.tables.texts)
+        for number, mark in shown.items():
+            spelt[number], texts[number] = mark.encode(), mark
+        return Tables(spelt, texts)
 
     def __len__(self) -> int:
         return len(self.token_bytes)
@@ -45,9 +60,8 @@ class Vocabulary:
 class Detokeniser:
     """Ids of one answer back to text, as they come. A character split over tokens waits until it is whole."""
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        self._bytes = vocabulary.token_bytes
-        self._texts = vocabulary.token_texts
+    def __init__(self, tables: Tables) -> None:
+        self._bytes, self._texts = tables
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._is_between = True  # no half character waits
 

@@ -45,7 +45,7 @@ def test_marks_that_a_client_spells_stay_text(hostile: str) -> None:
     assert ids.count(MARKS["start"]) == 2
     assert ids.count(MARKS["end"]) == 1
     assert bytes(ids_of(hostile)) == bytes(ids_of(hostile))
-    assert Detokeniser(VOCABULARY).feed(ids) == f"user\n{hostile}\nassistant\n"
+    assert Detokeniser(VOCABULARY.tables).feed(ids) == f"user\n{hostile}\nassistant\n"
 
 
 @settings(max_examples=200, deadline=None)
@@ -182,7 +182,7 @@ def test_a_template_cannot_reach_out_of_its_sandbox() -> None:
 @given(st.text(max_size=40), st.data())
 def test_any_split_of_an_answer_gives_its_text(said: str, data: st.DataObject) -> None:
     """However tokens come in, what is shown is the whole text, with no half character on the way."""
-    ids, shown, detokeniser = ids_of(said), [], Detokeniser(VOCABULARY)
+    ids, shown, detokeniser = ids_of(said), [], Detokeniser(VOCABULARY.tables)
     while ids:
         count = data.draw(st.integers(1, len(ids)))
         shown.append(detokeniser.feed(ids[:count]))
@@ -192,7 +192,7 @@ def test_any_split_of_an_answer_gives_its_text(said: str, data: st.DataObject) -
 
 
 def test_special_and_unknown_ids_show_nothing() -> None:
-    assert Detokeniser(VOCABULARY).feed([MARKS["start"], *ids_of("a"), MARKS["end"], 10_000, -1]) == "a"
+    assert Detokeniser(VOCABULARY.tables).feed([MARKS["start"], *ids_of("a"), MARKS["end"], 10_000, -1]) == "a"
 
 
 def test_a_sentence_piece_vocabulary_is_spelt_with_its_bytes_and_spaces() -> None:
@@ -201,7 +201,7 @@ def test_a_sentence_piece_vocabulary_is_spelt_with_its_bytes_and_spaces() -> Non
     definition["model"] |= {"vocab": vocab, "merges": [], "byte_fallback": True}
     definition |= {"pre_tokenizer": None, "decoder": {"type": "Fuse"}, "added_tokens": []}
     vocabulary = Vocabulary(definition)
-    assert Detokeniser(vocabulary).feed([0, 1, 2, 3]) == " helloé!"
+    assert Detokeniser(vocabulary.tables).feed([0, 1, 2, 3]) == " helloé!"
 
 
 @settings(max_examples=300, deadline=None)
