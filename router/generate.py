@@ -58,7 +58,7 @@ class Generate:
     def _order(self, request_id: RequestId, exchange: Exchange) -> Order:
         desk, dialect = self._desk, self._dialect
         body = dialect.read(exchange.body)
-        turn = dialect.turn(body)
+        turn = desk.text.settled(dialect.turn(body))
         view = desk.catalogue.find(turn.model)
         request = features.describe(request_id, exchange, body, turn, model=view.name, tenant=desk.tenant)
         return Order(
@@ -94,7 +94,7 @@ class Count:
 
     async def _tokens(self, body: bytes) -> int:
         desk, text = self._desk, self._desk.text
-        turn = self._dialect.turn(self._dialect.read(body))
+        turn = text.settled(self._dialect.turn(self._dialect.read(body)))
         view = desk.catalogue.find(turn.model)
         rendered = text.render(turn, Identity(view.root, desk.salt, view.block_tokens))
         tokenised = await asyncio.to_thread(text.tokenise, rendered.cold)

@@ -120,9 +120,13 @@ class Text:
             return Speech(Detokeniser(self._vocabulary.tables), turn.stop)
         return Speech(Detokeniser(self._shown), turn.stop, parser)
 
+    def settled(self, turn: Turn) -> Turn:
+        """The turn with what the model's own form decides of it. Raises RequestError 400."""
+        return self._voice.settled(turn)
+
     def notices(self, turn: Turn) -> tuple[str, ...]:
         """What a client should know of how its turn was read, for x-headway-notice."""
-        is_deaf = turn.may_call and self._voice.calls == NONE
+        is_deaf = turn.may_call and turn.must_call is None and self._voice.calls == NONE
         return (*turn.notices, *(("tools not offered: this model has no form for calls",) if is_deaf else ()))
 
     def _parser(self, turn: Turn) -> Parser | None:

@@ -36,6 +36,7 @@ class Turn:
     text: str | None = None
     ids: Ids | None = None
     may_call: bool = False  # tools are offered, so calls in the answer are read as such
+    must_call: str | None = None  # the function that the answer must call; empty: any of the tools
     is_thinking: bool | None = None  # what the client asked of a model that can do both; None: the model's habit
     has_schema: bool = False  # the answer is to be JSON of a given form
     notices: tuple[str, ...] = ()  # what was left out or changed, for x-headway-notice

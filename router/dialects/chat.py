@@ -51,8 +51,6 @@ _quote = msgspec.json.encode
 def read(body: bytes) -> ChatRequest:
     """The typed body. Raises RequestError 400."""
     request = decode(_decoder, body)
-    if request.tool_choice not in (None, "auto", "none"):
-        raise refuse_unsupported("tool_choice", "a call cannot be forced here; auto and none are served")
     if request.logprobs:
         raise refuse_unsupported("logprobs", "this server returns none")
     return request
@@ -72,10 +70,22 @@ def turn(request: ChatRequest) -> Turn:
         messages=messages,
         tools=tools,
         may_call=bool(tools),
+        must_call=_must_call(request.tool_choice),
         is_thinking=_is_thinking(request),
         has_schema=request.response_format is not None and request.response_format.type != "text",
         notices=media.notices(),
     )
+
+
+def _must_call(choice: str | dict[str, Any] | None) -> str | None:
+    if choice in (None, "auto", "none"):
+        return None
+    if choice == "required":
+        return ""
+    function = choice.get("function") if isinstance(choice, dict) else None
+    if not isinstance(function, dict) or not isinstance(name := function.get("name"), str) or not name:
+        raise wrong_field("tool_choice", "must be auto, none, required, or name a function")
+    return name
 
 
 def _is_thinking(request: ChatRequest) -> bool | None:

@@ -11,9 +11,10 @@ import msgspec
 
 from engine.wire import Sampling
 from router.dialects.common import Dialect, json_or_none, random_seed, stop_strings
+from router.dialects.grammars import ANY_TEXT, Grammar
 from router.dialects.media import Media
-from router.dialects.messages_schema import AnthropicMessage, AnthropicTool, Block, MessagesRequest
-from router.dialects.schema import decode, refuse_unsupported, wrong_field
+from router.dialects.messages_schema import AnthropicMessage, AnthropicTool, Block, MessagesRequest, OutputConfig
+from router.dialects.schema import ABSENT, decode, wrong_field
 from router.errors import ErrorDetail
 from router.turn import Ending, ErrorShape, Message, Part, PartKind, PartStart, Turn, Usage
 
@@ -37,11 +38,7 @@ _json = msgspec.json.encode
 
 def read(body: bytes) -> MessagesRequest:
     """The typed body. Raises RequestError 400."""
-    request = decode(_decoder, body)
-    choice = (request.tool_choice or {}).get("type", "auto")
-    if choice not in ("auto", "none"):
-        raise refuse_unsupported("tool_choice", "a call cannot be forced here; auto and none are served")
-    return request
+    return decode(_decoder, body)
 
 
 def turn(request: MessagesRequest) -> Turn:
@@ -50,6 +47,7 @@ def turn(request: MessagesRequest) -> Turn:
     messages = _merged_system([*_system(request), *_conversation(request.messages, media)])
     may_call = bool(request.tools) and (request.tool_choice or {}).get("type") != "none"
     tools = [_tool(tool) for tool in request.tools or () if tool.input_schema is not None] if may_call else []
+    grammar = _grammar(request.output_config)
     notices = list(media.notices())
     if may_call and (left := len(request.tools or ()) - len(tools)):
         notices.append(f"server tools not run here: {left}")
@@ -60,6 +58,8 @@ def turn(request: MessagesRequest) -> Turn:
             top_p=1.0 if request.top_p is None else request.top_p,
             top_k=max(0, request.top_k or 0),
             seed=random_seed(),
+            grammar_kind=grammar.kind,
+            grammar=grammar.source,
         ),
         max_tokens=request.max_tokens,
         stop=stop_strings(request.stop_sequences),
@@ -67,10 +67,30 @@ def turn(request: MessagesRequest) -> Turn:
         messages=tuple(messages),
         tools=tuple(tools),
         may_call=bool(tools),
+        must_call=_must_call(request.tool_choice or {}),
         is_thinking=None if request.thinking is None else request.thinking.type != "disabled",
-        has_schema=request.output_config is not None and request.output_config.format is not None,
+        has_schema=grammar is not ANY_TEXT,
         notices=tuple(notices),
     )
+
+
+def _must_call(choice: dict[str, Any]) -> str | None:
+    kind, name = choice.get("type", "auto"), choice.get("name")
+    if kind in ("auto", "none"):
+        return None
+    if kind == "any":
+        return ""
+    if kind != "tool" or not isinstance(name, str) or not name:
+        raise wrong_field("tool_choice", "its type must be auto, none, any, or tool with a name")
+    return name
+
+
+def _grammar(config: OutputConfig | None) -> Grammar:
+    if config is None or config.format is None:
+        return ANY_TEXT
+    if config.format.type != "json_schema" or config.format.schema == ABSENT:
+        raise wrong_field("output_config.format", "must be of type json_schema, with a schema")
+    return Grammar("json_schema", bytes(config.format.schema).decode())
 
 
 def _system(request: MessagesRequest) -> list[Message]:

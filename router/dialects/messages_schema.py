@@ -6,9 +6,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from msgspec import Meta, Struct
+from msgspec import Meta, Raw, Struct
 
-from router.dialects.schema import STOP_CHARS_MAX, Common, Stops
+from router.dialects.schema import ABSENT, STOP_CHARS_MAX, Common, Stops
 
 
 class Block(Struct):
@@ -47,10 +47,17 @@ class Thinking(Struct):
     type: str = ""
 
 
-class OutputConfig(Struct):
-    """Only whether a format is asked for is read."""
+class OutputFormat(Struct):
+    """Its schema goes to the worker as it was written."""
 
-    format: dict[str, Any] | None = None
+    type: str = ""
+    schema: Raw = ABSENT
+
+
+class OutputConfig(Struct):
+    """What the answer must be."""
+
+    format: OutputFormat | None = None
 
 
 class MessagesRequest(Common, kw_only=True):

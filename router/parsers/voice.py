@@ -5,8 +5,12 @@ Owns the list of families. Never parses."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import msgspec
+
+from router.dialects.grammars import HERMES, CallFrame, of_tools
+from router.dialects.schema import refuse_unsupported, wrong_field
 from router.parsers.bare_json import TAG, BareJsonCalls
 from router.parsers.bracketed import MARK, BracketedCalls
 from router.parsers.pythonic import PythonicCalls
@@ -23,6 +27,8 @@ CALLS: Mapping[str, Callable[[frozenset[str]], Parser]] = {
     "mistral": lambda _: BracketedCalls(),
     "pythonic": PythonicCalls,
 }
+# What a grammar writes around a forced call. Marks that are special tokens cannot be written by one.
+FRAMES = {"hermes": HERMES, NONE: HERMES, "llama": CallFrame("", "", "parameters")}
 # Words in a template that only one family has; the first that is found decides.
 SIGNS = {
     "<tool_call>": "hermes",
@@ -52,8 +58,30 @@ class Voice:
             thoughts = next((name for name, (_, close) in THOUGHTS.items() if close in template), NONE)
         return cls(calls, thoughts)
 
+    def settled(self, turn: Turn) -> Turn:
+        """The turn with a grammar for the call that it must be. Raises RequestError 400.
+
+        A model without a form of its own is held to Hermes': a forced call needs no training. Who is held to a grammar
+        does not think before it."""
+        sampling = turn.sampling
+        if turn.must_call is not None:
+            frame = FRAMES.get(self.calls)
+            if frame is None:
+                raise refuse_unsupported("tool_choice", f"calls in the form of {self.calls} cannot be forced")
+            if sampling.grammar_kind:
+                raise wrong_field("tool_choice", "a forced call cannot have another form of answer beside it")
+            grammar = of_tools(turn.tools, turn.must_call or None, frame)
+            sampling = msgspec.structs.replace(sampling, grammar_kind=grammar.kind, grammar=grammar.source)
+        if not sampling.grammar_kind:
+            return turn
+        return replace(turn, sampling=sampling, is_thinking=False)
+
     def parser(self, turn: Turn, prompt_end: str) -> Parser | None:
         """For the answer to one turn whose prompt ends so; None when all of it is text."""
+        if turn.must_call is not None:
+            return CALLS["hermes" if self.calls == NONE else self.calls](offered(turn))
+        if turn.sampling.grammar_kind:
+            return None
         parser: Parser | None = None
         if turn.may_call and self.calls != NONE:
             parser = CALLS[self.calls](offered(turn))

@@ -215,6 +215,7 @@ async def desk(
     listener_limits: ListenerLimits | None = None,
     relay_limits: RelayLimits | None = None,
     text_limits: TextLimits | None = None,
+    template: str = TEMPLATE,
 ) -> AsyncIterator[Desk]:
     """A desk that is open."""
     mind, fleet, sock = Mind(), Fleet(), socket.create_server(("127.0.0.1", 0))
@@ -230,7 +231,7 @@ async def desk(
         House(
             services=Services(mind, fleet, Book(), relay_limits or RelayLimits(), time.monotonic),
             models=lambda: fleet.views,
-            text=Text(VOCABULARY, ChatTemplate(TEMPLATE, {}), text_limits),
+            text=Text(VOCABULARY, ChatTemplate(template, {}), text_limits),
             model="tiny",
             salt=b"s" * 16,
             tenant=Tenant(),
@@ -262,6 +263,19 @@ def speak(text: str, *, cached_tokens: int = 0, reason: str = "stop") -> Callabl
 def run(work: Coroutine[Any, Any, None]) -> None:
     """A test's coroutine."""
     asyncio.run(work)
+
+
+TOOL_TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.reasoning_content %}<think>\n{{ message.reasoning_content }}\n</think>\n\n{% endif %}"
+    "{{ message.content }}{% for call in message.tool_calls or () %}"
+    '<tool_call>\n{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}\n'
+    "</tool_call>"
+    "{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
 
 
 def chat(text: str = "hi", **fields: Any) -> dict[str, Any]:

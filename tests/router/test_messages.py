@@ -150,6 +150,8 @@ BAD = [
     ("bad role", b'{"messages": [{"role": "king", "content": "x"}]}', 400),
     ("block without type", b'{"messages": [{"role": "user", "content": [{}]}]}', 400),
     ("forced tool", b'{"messages": [{"role": "user", "content": "x"}], "tool_choice": {"type": "any"}}', 400),
+    ("odd choice", b'{"messages": [{"role": "user", "content": "x"}], "tool_choice": {"type": "tool"}}', 400),
+    ("odd format", b'{"messages": [{"role": "user", "content": "x"}], "output_config": {"format": {}}}', 400),
     ("hot", b'{"messages": [{"role": "user", "content": "x"}], "temperature": 9}', 400),
     ("unknown model", b'{"model": "no", "messages": [{"role": "user", "content": "x"}]}', 404),
 ]
