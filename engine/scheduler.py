@@ -177,7 +177,7 @@ class Scheduler:
             reason = sequence.append(token)
             outcome.add(sequence, token)
             if at in result.scores:
-                outcome.scored.append((sequence.link, sequence.scored(result.scores[at])))
+                outcome.scored.append((sequence.link, sequence.scored(token, result.scores[at])))
             if sequence.length == sequence.resumed_at + 1:
                 outcome.starts.append((sequence.link, _start(sequence, now)))
             if reason:

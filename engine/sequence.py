@@ -98,9 +98,9 @@ class Sequence:
         """All ids so far; valid until the next one."""
         return History(self.ids[: self.length], self.prompt_len)
 
-    def scored(self, score: Score) -> Scored:
+    def scored(self, token: int, score: Score) -> Scored:
         """A token's log-probabilities as the wire carries them."""
-        return Scored(self.handle, *score)
+        return Scored(self.handle, token, *score)
 
     def step_grammar(self, token: int) -> str:
         """Its grammar goes over a token; why it cannot, empty if it can."""

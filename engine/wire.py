@@ -117,6 +117,7 @@ class Scored(Message, frozen=True):
     """The log-probability of one token, as the model gave it before any setting, and of the likeliest ones there."""
 
     handle: int
+    token: int
     logprob: float
     top_ids: tuple[int, ...] = ()
     top_logprobs: tuple[float, ...] = ()

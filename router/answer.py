@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from router.errors import JSON, ErrorDetail, Headers
-from router.exchange import Exchange
 from router.order import Order, Services
+from router.ports import Outlet
 from router.turn import Encoder, Ending, Event, PartStart, Usage, parts_of
 
 SSE: Headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
@@ -37,7 +37,7 @@ class Teller(Protocol):
 class Answer:
     """Implements router.flusher.Flushable."""
 
-    def __init__(self, order: Order, exchange: Exchange, services: Services, teller: Teller) -> None:
+    def __init__(self, order: Order, exchange: Outlet, services: Services, teller: Teller) -> None:
         self._encoder, self._errors, self._is_stream = order.encoder, order.errors, order.turn.is_stream
         self._exchange, self._services, self._teller = exchange, services, teller
         self.speech = order.text.speech(order.turn)

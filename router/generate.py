@@ -7,19 +7,21 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
 from policies.request import RequestId, Tenant
 from router import features
 from router.catalogue import Catalogue
+from router.chorus import Chorus
 from router.dialects.common import Dialect
 from router.errors import JSON, RequestError
 from router.exchange import Exchange
 from router.order import Order, Services
 from router.relay import Relay
 from router.text import Identity, Text
+from router.turn import Encoder
 
 COUNTS_MAX = 4  # prompts counted at one time; a count goes past the mind, so it may only take so much
 
@@ -45,23 +47,34 @@ class Generate:
     async def __call__(self, exchange: Exchange) -> None:
         request_id = RequestId(secrets.token_hex(12))
         try:
-            order = self._order(request_id, exchange)
+            orders = self._orders(request_id, exchange)
         except RequestError as error:
             status, headers, body = self._dialect.errors.refusal(error)
             exchange.respond(status, [*headers, (b"x-headway-request", request_id.encode())], body)
             return
-        relay = Relay(order, exchange, self._desk.services)
-        relay.begin()
-        await relay.over
+        if len(orders) == 1:
+            relay = Relay(orders[0], exchange, self._desk.services)
+            relay.begin()
+            await relay.over
+            return
+        relays = []
+        for order, voice in zip(orders, Chorus(exchange, request_id, len(orders)).voices, strict=True):
+            if voice.has_ended:
+                break  # one before it was refused, and that was the response
+            relays.append(Relay(order, voice, self._desk.services))
+            relays[-1].begin()
+        for relay in relays:
+            await relay.over
 
     # Hot: once per request. Budget 82 / 101 / 414 us for 1 / 16 / 256 kB with everything; bench/router.py.
-    def _order(self, request_id: RequestId, exchange: Exchange) -> Order:
+    def _orders(self, request_id: RequestId, exchange: Exchange) -> list[Order]:
+        """One; or one each answer, where a body wants several. Their seeds follow one another."""
         desk, dialect = self._desk, self._dialect
         body = dialect.read(exchange.body)
         turn = desk.text.settled(dialect.turn(body))
         view = desk.catalogue.find(turn.model)
         request = features.describe(request_id, exchange, body, turn, model=view.name, tenant=desk.tenant)
-        return Order(
+        order = Order(
             request=request,
             turn=turn,
             text=desk.text,
@@ -73,6 +86,16 @@ class Generate:
             operation=dialect.operation,
             traceparent=exchange.head.header(b"traceparent") or "",
         )
+        if dialect.voices is None or body.n in (None, 1):
+            return [order]
+        encoders = dialect.voices(request_id, view.name, int(time.time()), body)
+        return [_voice(order, index, encoder) for index, encoder in enumerate(encoders)]
+
+
+def _voice(order: Order, index: int, encoder: Encoder) -> Order:
+    sampling = msgspec.structs.replace(order.turn.sampling, seed=order.turn.sampling.seed + index)
+    request = replace(order.request, id=RequestId(f"{order.request.id}.{index}"))
+    return replace(order, request=request, turn=replace(order.turn, sampling=sampling), encoder=encoder)
 
 
 class Count:

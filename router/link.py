@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Protocol, cast
 
 import msgspec
@@ -21,6 +22,7 @@ from engine.wire import (
     Hello,
     Load,
     Message,
+    Scored,
     StepFrame,
     StepModelParts,
     Submit,
@@ -227,6 +229,8 @@ class Link(asyncio.Protocol):
             raise WireError("a step frame with an impossible number")
         if frame.ids and max(memoryview(frame.ids).cast("I")) >= self._vocab_size:  # unsigned: a negative id is huge
             raise WireError("a token that the model does not have")
+        if any(not 0 <= token < self._vocab_size for score in frame.scored for token in (score.token, *score.top_ids)):
+            raise WireError("a score of a token that the model does not have")
 
     def _report(self, frame: StepFrame, model: StepModel | None) -> WorkerReport:
         running, load = self._running, frame.load
@@ -265,6 +269,7 @@ class Link(asyncio.Protocol):
                     attempt.sink.started(start)
                 except Exception as error:  # noqa: BLE001 -- border, see _fault
                     self._fault(start.handle, attempt, error)
+        self._deliver_scores(frame)
         ids, at = memoryview(frame.ids), 0
         for handle, count in zip(frame.handles, frame.counts, strict=True):
             until = at + count * 4
@@ -282,6 +287,14 @@ class Link(asyncio.Protocol):
                     attempt.sink.ended(end)
                 except Exception as error:  # noqa: BLE001 -- border, see _fault
                     self._fault(end.handle, attempt, error)
+
+    def _deliver_scores(self, frame: StepFrame) -> None:
+        for handle, scores in groupby(sorted(frame.scored, key=_handle), key=_handle):
+            if attempt := self._running.get(handle):
+                try:
+                    attempt.sink.scored(list(scores))
+                except Exception as error:  # noqa: BLE001 -- border, see _fault
+                    self._fault(handle, attempt, error)
 
     def _fault(self, handle: int, attempt: _Running, error: Exception) -> None:
         """Border: one relay's fault ends its own request, never its neighbours' streams."""
@@ -313,6 +326,10 @@ class Link(asyncio.Protocol):
             self.eject(f"does not read: {self._limits.outbox_bytes} bytes wait for it")
             raise LinkLost(f"worker {self.worker} does not read")
         self._transport.write(data)
+
+
+def _handle(score: Scored) -> int:
+    return score.handle
 
 
 def step_model(parts: StepModelParts) -> StepModel:

@@ -4,11 +4,13 @@ Owns no behaviour. All are called synchronously from the event loop's own callba
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from engine.wire import End, Start, Submit
+from engine.wire import End, Scored, Start, Submit
 from policies.actions import Cancel, Dispatch, Reject, Tokenise
 from policies.request import Request, RequestId, WorkerId
+from router.errors import Headers
 from router.receipts import Receipt
 
 
@@ -40,11 +42,32 @@ class Sink(Protocol):
     def tokens(self, ids: memoryview) -> None:
         """New token ids (int32), valid only during the call."""
 
+    def scored(self, scores: Sequence[Scored]) -> None:
+        """Log-probabilities of the tokens that come next, where they were asked for."""
+
     def ended(self, end: End) -> None:
         """Nothing follows."""
 
     def lost(self, reason: str) -> None:
         """The worker died or the link broke; nothing follows."""
+
+
+class Outlet(Protocol):
+    """Where an answer goes: the client's exchange, or one voice of a chorus."""
+
+    on_gone: Callable[[], None] | None
+    on_writable: Callable[[], None] | None
+
+    @property
+    def has_started(self) -> bool: ...
+    @property
+    def has_ended(self) -> bool: ...
+    @property
+    def is_writable(self) -> bool: ...
+    def respond(self, status: int, headers: Headers, body: bytes) -> None: ...
+    def start(self, status: int, headers: Headers, first: bytes) -> None: ...
+    def write(self, data: bytes) -> None: ...
+    def end(self, last: bytes = b"") -> None: ...
 
 
 class Attempt(Protocol):

@@ -12,21 +12,21 @@ import logging
 import math
 import time
 from array import array
+from collections.abc import Sequence
 
 import msgspec
 
-from engine.wire import End, Start, Submit
+from engine.wire import End, Scored, Start, Submit
 from policies.actions import Cancel, Dispatch, Reject, Tokenise
 from policies.request import RequestClass
 from router.answer import Answer
 from router.errors import ErrorDetail, Headers, RequestError, error_type, retry_headers
-from router.exchange import Exchange
 from router.link import LinkLost
 from router.order import Order, Services
-from router.ports import Attempt
+from router.ports import Attempt, Outlet
 from router.receipts import Receipt
 from router.text import Prompt, Rendered
-from router.turn import Usage
+from router.turn import Scoring, TokenScore, Usage
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ BROKEN = ErrorDetail("The router failed on this request.", "server_error", None,
 class Relay:
     """Implements router.ports.Client and Sink, and router.answer.Teller. `begin` it, then await `over`."""
 
-    def __init__(self, order: Order, exchange: Exchange, services: Services) -> None:
+    def __init__(self, order: Order, exchange: Outlet, services: Services) -> None:
         self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._order, self._exchange, self._services = order, exchange, services
         self._request_class = RequestClass.CHATBOT
@@ -121,6 +121,14 @@ class Relay:
         self._answer.say(numbers)
         if self._answer.speech.has_stopped:
             self._stop_here()
+
+    def scored(self, scores: Sequence[Scored]) -> None:
+        encoder, spell = self._order.encoder, self._order.text.spell
+        assert isinstance(encoder, Scoring), "only who can tell them asks for them"
+        for score in scores:
+            if token := spell(score.token):  # what ends a text is no part of it
+                top = zip(map(spell, score.top_ids), score.top_logprobs, strict=True)
+                encoder.scored([TokenScore(token, score.logprob, tuple(top))])
 
     def ended(self, end: End) -> None:
         self._attempt = None

@@ -134,6 +134,10 @@ class Text:
             return None
         return self._voice.parser(turn, self._template.prompt_end(turn.is_thinking))
 
+    def spell(self, token: int) -> bytes:
+        """What a token adds to a text; a mark adds nothing."""
+        return self._vocabulary.token_bytes[token] if token < len(self._vocabulary) else b""
+
     # Hot: once per request. Budget 2 us a message when its conversation is known; bench/router.py.
     def render(self, turn: Turn, identity: Identity) -> Rendered:
         """What must be tokenised. Raises RequestError 400 for a prompt that the model cannot have."""

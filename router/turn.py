@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from engine.keys import Ids
 from engine.wire import Sampling
@@ -102,6 +102,22 @@ class Ending(NamedTuple):
 
     reason: str
     stop_string: str | None = None
+
+
+class TokenScore(NamedTuple):
+    """How likely a token was, and which were likeliest there: what each adds to the text, and its log-probability."""
+
+    token: bytes
+    logprob: float
+    top: tuple[tuple[bytes, float], ...]
+
+
+@runtime_checkable
+class Scoring(Protocol):
+    """An encoder whose dialect can tell log-probabilities."""
+
+    def scored(self, scores: Sequence[TokenScore]) -> None:
+        """Of the tokens that the next text, or the end, is made of."""
 
 
 class Encoder(Protocol):

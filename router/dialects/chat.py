@@ -11,20 +11,20 @@ import msgspec
 
 from router.dialects.common import (
     COMMENT,
-    DONE,
     OPENAI_ERRORS,
     Dialect,
-    event,
+    Tail,
     failure,
+    finite,
     json_or_none,
     sampling,
     stop_strings,
     wants_usage,
 )
 from router.dialects.media import Media
-from router.dialects.schema import ChatMessage, ChatRequest, ContentPart, decode, refuse_unsupported, wrong_field
+from router.dialects.schema import ChatMessage, ChatRequest, ContentPart, decode, wrong_field
 from router.errors import ErrorDetail
-from router.turn import Ending, Message, Part, PartKind, PartStart, Turn, Usage
+from router.turn import Encoder, Ending, Message, Part, PartKind, PartStart, TokenScore, Turn, Usage
 
 ROLES = {  # what clients may say, and what templates know it as
     "system": "system",
@@ -51,8 +51,8 @@ _quote = msgspec.json.encode
 def read(body: bytes) -> ChatRequest:
     """The typed body. Raises RequestError 400."""
     request = decode(_decoder, body)
-    if request.logprobs:
-        raise refuse_unsupported("logprobs", "this server returns none")
+    if request.top_logprobs and not request.logprobs:
+        raise wrong_field("top_logprobs", "it needs logprobs")
     return request
 
 
@@ -63,7 +63,7 @@ def turn(request: ChatRequest) -> Turn:
     tools = tuple(request.tools or ()) if request.tool_choice != "none" else ()
     return Turn(
         model=request.model,
-        sampling=sampling(request),
+        sampling=sampling(request, (request.top_logprobs or 0) if request.logprobs else -1),
         max_tokens=request.max_completion_tokens or request.max_tokens,
         stop=stop_strings(request.stop),
         is_stream=request.stream,
@@ -132,18 +132,14 @@ def _text(part: ContentPart, media: Media) -> str:
 class ChatEncoder:
     """router.turn.Encoder for chat completions."""
 
-    def __init__(self, request_id: str, model: str, created: int, body: ChatRequest) -> None:
-        self._identity = b'{"id":%b,"created":%d,"model":%b,"object":' % (
-            _quote(f"chatcmpl-{request_id}"),
-            created,
-            _quote(model),
-        )
-        self._request_id = request_id
-        self._wants_usage = wants_usage(body)
-        usage = b',"usage":null' if self._wants_usage else b""
-        self._chunk = b"data: " + self._identity + b'"chat.completion.chunk"' + usage
-        self._chunk += b',"choices":[{"index":0,"delta":'
+    def __init__(self, request_id: str, identity: bytes, body: ChatRequest, tail: Tail, *, index: int) -> None:
+        self._call_prefix = f"call_{request_id}{index:03}" if index else f"call_{request_id}"
+        self._index = index
+        self._tail = tail
+        usage = b',"usage":null' if wants_usage(body) else b""
+        self._chunk = b'data: %b%b,"choices":[{"index":%d,"delta":' % (identity, usage, index)
         self._unfinished = b'},"logprobs":null,"finish_reason":null}]}\n\n'
+        self._scores: list[TokenScore] = []
         self._calls = 0
         self._before, self._after = b"", b""  # around a delta of the open part
 
@@ -174,7 +170,17 @@ class ChatEncoder:
 
     # Hot: once per flush of a stream.
     def delta(self, text: str) -> bytes:
+        if self._scores:
+            after = self._after.replace(b'"logprobs":null', b'"logprobs":%b' % self._take_scores())
+            return b"%b%b%b" % (self._before, _quote(text), after)
         return b"%b%b%b" % (self._before, _quote(text), self._after)
+
+    def scored(self, scores: Sequence[TokenScore]) -> None:
+        self._scores += scores
+
+    def _take_scores(self) -> bytes:
+        scores, self._scores = self._scores, []
+        return scores_json(scores) if scores else b"null"
 
     def end(self) -> bytes:
         return b""
@@ -183,11 +189,8 @@ class ChatEncoder:
         return COMMENT
 
     def close(self, ending: Ending, usage: Usage) -> bytes:
-        last = self._chunk + b'{},"logprobs":null,"finish_reason":%b}]}\n\n' % _quote(FINISH[ending.reason])
-        if not self._wants_usage:
-            return last + DONE
-        spent = self._identity + b'"chat.completion.chunk","choices":[],"usage":%b}' % usage_json(usage)
-        return last + event(spent) + DONE
+        finish = (self._chunk, self._take_scores(), _quote(FINISH[ending.reason]))
+        return b'%b{},"logprobs":%b,"finish_reason":%b}]}\n\n' % finish + self._tail.close(usage)
 
     def fail(self, status: int, detail: ErrorDetail) -> bytes:
         del status
@@ -201,31 +204,44 @@ class ChatEncoder:
             message["reasoning_content"] = reasoning
         if calls:
             message["tool_calls"] = [self._whole_call(number, call) for number, call in enumerate(calls)]
-        choice = b'{"index":0,"message":%b,"logprobs":null,"finish_reason":%b}' % (
-            _quote(message),
-            _quote(FINISH[ending.reason]),
-        )
-        return b'%b"chat.completion","choices":[%b],"usage":%b}' % (self._identity, choice, usage_json(usage))
+        choice = (self._index, _quote(message), self._take_scores(), _quote(FINISH[ending.reason]))
+        said = b'{"index":%d,"message":%b,"logprobs":%b,"finish_reason":%b}' % choice
+        return self._tail.whole(self._index, said, usage)
 
     def _whole_call(self, index: int, call: Part) -> dict[str, Any]:
         function = {"name": call.name, "arguments": call.text}
         return {"id": self._call_id(index), "type": "function", "function": function}
 
     def _call_id(self, index: int) -> str:
-        return f"call_{self._request_id}{index:02}"
+        return f"{self._call_prefix}{index:02}"
 
 
-def usage_json(usage: Usage) -> bytes:
-    """OpenAI's usage object: prompt_tokens includes the cached ones."""
-    return _quote(
-        {
-            "prompt_tokens": usage.prompt,
-            "completion_tokens": usage.output,
-            "total_tokens": usage.prompt + usage.output,
-            "prompt_tokens_details": {"cached_tokens": usage.cached},
-            "completion_tokens_details": {"reasoning_tokens": usage.reasoning},
-        }
-    )
+def scores_json(scores: Sequence[TokenScore]) -> bytes:
+    """OpenAI's logprobs of a chat."""
+    content = [
+        _score(score.token, score.logprob) | {"top_logprobs": [_score(token, logprob) for token, logprob in score.top]}
+        for score in scores
+    ]
+    return _quote({"content": content, "refusal": None})
 
 
-CHAT = Dialect(read, turn, ChatEncoder, OPENAI_ERRORS, "chat")
+def _score(token: bytes, logprob: float) -> dict[str, Any]:
+    return {"token": token.decode(errors="replace"), "logprob": finite(logprob), "bytes": list(token)}
+
+
+def voices(request_id: str, model: str, created: int, body: ChatRequest) -> list[Encoder]:
+    """An encoder for each answer that a body wants."""
+    kind = b"chat.completion.chunk" if body.stream else b"chat.completion"
+    named = (_quote(f"chatcmpl-{request_id}"), created, _quote(model), _quote(kind.decode()))
+    identity = b'{"id":%b,"created":%d,"model":%b,"object":%b' % named
+    count = body.n or 1
+    tail = Tail(identity, count, wants_usage=wants_usage(body))
+    return [ChatEncoder(request_id, identity, body, tail, index=index) for index in range(count)]
+
+
+def encoder(request_id: str, model: str, created: int, body: ChatRequest) -> Encoder:
+    """The one of a body that wants one answer."""
+    return voices(request_id, model, created, body)[0]
+
+
+CHAT = Dialect(read, turn, encoder, OPENAI_ERRORS, "chat", voices)

@@ -13,10 +13,11 @@ import msgspec
 
 from engine.wire import Sampling
 from router.dialects.grammars import of_body
-from router.dialects.schema import Common, refuse_unsupported
+from router.dialects.schema import Common
 from router.errors import ErrorDetail, error_body
-from router.turn import Encoder, ErrorShape, Turn
+from router.turn import Encoder, ErrorShape, Turn, Usage
 
+LOGPROB_MIN = -9999.0  # JSON has no infinity; OpenAI says it so
 DONE = b"data: [DONE]\n\n"
 COMMENT = b": the request waits for its first token\n\n"
 
@@ -30,6 +31,7 @@ class Dialect:
     encoder: Callable[[str, str, int, Any], Encoder]  # of a request's id, model, second of creation and typed body
     errors: ErrorShape
     operation: str  # gen_ai.operation.name
+    voices: Callable[[str, str, int, Any], list[Encoder]] | None = None  # of a body that wants several answers
 
 
 def _openai_overflow(tokens: int, limit: int) -> str:
@@ -44,10 +46,8 @@ def failure(detail: ErrorDetail) -> bytes:
     return event(error_body(ErrorDetail(detail.message, "server_error", None, detail.code)))
 
 
-def sampling(body: Common) -> Sampling:
+def sampling(body: Common, logprobs: int = -1) -> Sampling:
     """How to choose tokens. A request without a seed gets one, so that an answer can be resumed elsewhere."""
-    if body.n not in (None, 1):
-        raise refuse_unsupported("n", "one answer a request is served")
     grammar = of_body(body)
     return Sampling(
         temperature=1.0 if body.temperature is None else body.temperature,
@@ -64,6 +64,60 @@ def sampling(body: Common) -> Sampling:
         logit_bias=tuple(body.logit_bias.items()) if body.logit_bias else (),
         grammar_kind=grammar.kind,
         grammar=grammar.source,
+        logprobs=logprobs,
+    )
+
+
+class Tail:
+    """What ends a response once all of its answers have ended: usage of all, and the end of a stream."""
+
+    def __init__(self, identity: bytes, answers: int = 1, *, wants_usage: bool = False) -> None:
+        self._identity = identity  # the JSON of a body or chunk up to its choices
+        self._choices = [b""] * answers
+        self._left = answers
+        self._wants_usage = wants_usage
+        self._usage = Usage(0, 0, 0)
+
+    def close(self, usage: Usage) -> bytes:
+        """One answer of a stream ended; empty unless it was the last."""
+        if not self._is_last(usage):
+            return b""
+        if not self._wants_usage:
+            return DONE
+        return event(self._identity + b',"choices":[],"usage":%b}' % usage_json(self._usage)) + DONE
+
+    def whole(self, index: int, choice: bytes, usage: Usage) -> bytes:
+        """One answer of a body ended; empty unless it was the last."""
+        self._choices[index] = choice
+        if not self._is_last(usage):
+            return b""
+        return b'%b,"choices":[%b],"usage":%b}' % (self._identity, b",".join(self._choices), usage_json(self._usage))
+
+    def _is_last(self, usage: Usage) -> bool:
+        """The prompt counts once; cached is what was there before any of them."""
+        known = self._usage
+        cached = min(known.cached, usage.cached) if known.output else usage.cached
+        output, reasoning = known.output + usage.output, known.reasoning + usage.reasoning
+        self._usage = Usage(usage.prompt, cached, output, reasoning)
+        self._left -= 1
+        return self._left == 0
+
+
+def finite(logprob: float) -> float:
+    """A log-probability as JSON can say it."""
+    return max(logprob, LOGPROB_MIN)
+
+
+def usage_json(usage: Usage) -> bytes:
+    """OpenAI's usage object: prompt_tokens includes the cached ones."""
+    return msgspec.json.encode(
+        {
+            "prompt_tokens": usage.prompt,
+            "completion_tokens": usage.output,
+            "total_tokens": usage.prompt + usage.output,
+            "prompt_tokens_details": {"cached_tokens": usage.cached},
+            "completion_tokens_details": {"reasoning_tokens": usage.reasoning},
+        }
     )
 
 

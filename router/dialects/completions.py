@@ -5,27 +5,27 @@ Owns the shapes of this dialect. Never touches sockets, tokens or policy."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import msgspec
 import numpy as np
 
 from engine.keys import Ids
-from router.dialects.chat import usage_json
 from router.dialects.common import (
     COMMENT,
-    DONE,
     OPENAI_ERRORS,
     Dialect,
-    event,
+    Tail,
     failure,
+    finite,
     sampling,
     stop_strings,
     wants_usage,
 )
 from router.dialects.schema import CompletionRequest, decode, refuse_unsupported, wrong_field
 from router.errors import ErrorDetail
-from router.turn import Ending, Part, PartStart, Turn, Usage
+from router.turn import Encoder, Ending, Part, PartStart, TokenScore, Turn, Usage
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 ID_MAX = 2**31 - 1
@@ -41,10 +41,8 @@ def read(body: bytes) -> CompletionRequest:
         raise refuse_unsupported("echo", "the prompt is not sent back")
     if request.suffix:
         raise refuse_unsupported("suffix", "text is only continued")
-    if request.logprobs:
-        raise refuse_unsupported("logprobs", "this server returns none")
-    if request.best_of not in (None, 1):
-        raise refuse_unsupported("best_of", "one answer a request is served")
+    if request.best_of not in (None, request.n or 1):
+        raise refuse_unsupported("best_of", "every answer is sent, so it must equal n")
     return request
 
 
@@ -53,7 +51,7 @@ def turn(request: CompletionRequest) -> Turn:
     prompt = _single(request.prompt)
     return Turn(
         model=request.model,
-        sampling=sampling(request),
+        sampling=sampling(request, -1 if request.logprobs is None else request.logprobs),
         max_tokens=request.max_tokens or DEFAULT_MAX_TOKENS,
         stop=stop_strings(request.stop),
         is_stream=request.stream,
@@ -80,16 +78,14 @@ def _single(prompt: str | list[Any]) -> str | Ids:
 class CompletionEncoder:
     """router.turn.Encoder for completions: one text, whatever it holds."""
 
-    def __init__(self, request_id: str, model: str, created: int, body: CompletionRequest) -> None:
-        self._identity = b'{"id":%b,"created":%d,"model":%b,"object":"text_completion"' % (
-            _quote(f"cmpl-{request_id}"),
-            created,
-            _quote(model),
-        )
-        self._wants_usage = wants_usage(body)
-        usage = b',"usage":null' if self._wants_usage else b""
-        self._before = b"data: " + self._identity + usage + b',"choices":[{"index":0,"text":'
+    def __init__(self, identity: bytes, body: CompletionRequest, tail: Tail, index: int) -> None:
+        self._index = index
+        self._tail = tail
+        usage = b',"usage":null' if wants_usage(body) else b""
+        self._before = b'data: %b%b,"choices":[{"index":%d,"text":' % (identity, usage, index)
         self._after = b',"logprobs":null,"finish_reason":null}]}\n\n'
+        self._scores: list[TokenScore] = []
+        self._offset = 0  # of the next scored token in the text
 
     def open(self, usage: Usage) -> bytes:
         del usage
@@ -101,7 +97,25 @@ class CompletionEncoder:
 
     # Hot: once per flush of a stream.
     def delta(self, text: str) -> bytes:
+        if self._scores:
+            scores = (self._before, _quote(text), self._take_scores())
+            return b'%b%b,"logprobs":%b,"finish_reason":null}]}\n\n' % scores
         return b"%b%b%b" % (self._before, _quote(text), self._after)
+
+    def scored(self, scores: Sequence[TokenScore]) -> None:
+        self._scores += scores
+
+    def _take_scores(self) -> bytes:
+        """OpenAI's logprobs of a completion."""
+        scores, self._scores = self._scores, []
+        if not scores:
+            return b"null"
+        tokens = [_spelt(score.token) for score in scores]
+        ends = list(accumulate(map(len, tokens), initial=self._offset))
+        self._offset = ends.pop()
+        top = [{_spelt(token): finite(logprob) for token, logprob in score.top} for score in scores]
+        logprobs = [finite(score.logprob) for score in scores]
+        return _quote({"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": top, "text_offset": ends})
 
     def end(self) -> bytes:
         return b""
@@ -110,10 +124,8 @@ class CompletionEncoder:
         return COMMENT
 
     def close(self, ending: Ending, usage: Usage) -> bytes:
-        last = self._before + b'"","logprobs":null,"finish_reason":%b}]}\n\n' % _quote(ending.reason)
-        if not self._wants_usage:
-            return last + DONE
-        return last + event(self._identity + b',"choices":[],"usage":%b}' % usage_json(usage)) + DONE
+        last = (self._before, self._take_scores(), _quote(ending.reason))
+        return b'%b"","logprobs":%b,"finish_reason":%b}]}\n\n' % last + self._tail.close(usage)
 
     def fail(self, status: int, detail: ErrorDetail) -> bytes:
         del status
@@ -121,8 +133,27 @@ class CompletionEncoder:
 
     def whole(self, parts: Sequence[Part], ending: Ending, usage: Usage) -> bytes:
         text = "".join([part.text for part in parts])
-        choice = b'{"index":0,"text":%b,"logprobs":null,"finish_reason":%b}' % (_quote(text), _quote(ending.reason))
-        return b'%b,"choices":[%b],"usage":%b}' % (self._identity, choice, usage_json(usage))
+        choice = (self._index, _quote(text), self._take_scores(), _quote(ending.reason))
+        said = b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b}' % choice
+        return self._tail.whole(self._index, said, usage)
 
 
-COMPLETIONS = Dialect(read, turn, CompletionEncoder, OPENAI_ERRORS, "text_completion")
+def _spelt(token: bytes) -> str:
+    return token.decode(errors="replace")
+
+
+def voices(request_id: str, model: str, created: int, body: CompletionRequest) -> list[Encoder]:
+    """An encoder for each answer that a body wants."""
+    named = (_quote(f"cmpl-{request_id}"), created, _quote(model))
+    identity = b'{"id":%b,"created":%d,"model":%b,"object":"text_completion"' % named
+    count = body.n or 1
+    tail = Tail(identity, count, wants_usage=wants_usage(body))
+    return [CompletionEncoder(identity, body, tail, index) for index in range(count)]
+
+
+def encoder(request_id: str, model: str, created: int, body: CompletionRequest) -> Encoder:
+    """The one of a body that wants one answer."""
+    return voices(request_id, model, created, body)[0]
+
+
+COMPLETIONS = Dialect(read, turn, encoder, OPENAI_ERRORS, "text_completion", voices)

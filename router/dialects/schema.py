@@ -17,6 +17,8 @@ STOP_CHARS_MAX = 256
 CHOICE_TEXTS_MAX = 256
 BIASES_MAX = 1024  # OpenAI's 300, and some
 ABSENT = msgspec.Raw(b"")  # a Raw cannot be null
+ANSWERS_MAX = 128  # to one request
+LOGPROBS_MAX = 20  # likeliest tokens told beside the chosen one
 SEED_MAX = 2**63 - 1
 
 Temperature = Annotated[float, Meta(ge=0, le=2)]
@@ -90,7 +92,7 @@ class Common(Struct, kw_only=True):
     response_format: ResponseFormat | None = None
     seed: Annotated[int, Meta(ge=-SEED_MAX, le=SEED_MAX)] | None = None
     stop: Annotated[str, Meta(max_length=STOP_CHARS_MAX)] | Stops | None = None
-    n: Annotated[int, Meta(ge=1, le=128)] | None = None
+    n: Annotated[int, Meta(ge=1, le=ANSWERS_MAX)] | None = None
     user: Annotated[str, Meta(max_length=512)] | None = None
     service_tier: Annotated[str, Meta(max_length=32)] | None = None
     prompt_cache_key: Annotated[str, Meta(max_length=256)] | None = None
@@ -113,6 +115,7 @@ class ChatRequest(Common, kw_only=True):
     max_completion_tokens: Positive | None = None
     tools: list[dict[str, Any]] | None = None
     logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=LOGPROBS_MAX)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     reasoning_effort: Annotated[str, Meta(max_length=32)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None  # vLLM's name; `enable_thinking` alone is read
@@ -124,7 +127,7 @@ class CompletionRequest(Common, kw_only=True):
     prompt: str | list[Any]
     echo: bool = False
     suffix: str | None = None
-    logprobs: int | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=LOGPROBS_MAX)] | None = None
     best_of: int | None = None
 
 

@@ -5,7 +5,7 @@ Owns no behaviour; a whole fake worker lives in engine/fake.py."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 import numpy as np
@@ -18,6 +18,7 @@ from engine.wire import (
     Hello,
     Load,
     Sampling,
+    Scored,
     Start,
     StepFrame,
     StepModelParts,
@@ -154,6 +155,9 @@ class Heard:
         self.events.append(np.frombuffer(ids, dtype="<i4").tolist())
         if self._on_tokens is not None:
             self._on_tokens()
+
+    def scored(self, scores: Sequence[Scored]) -> None:
+        self.events.append(list(scores))
 
     def ended(self, end: End) -> None:
         self.events.append(end)

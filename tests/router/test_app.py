@@ -37,7 +37,6 @@ BAD_BODIES: list[tuple[str, bytes, int, str | None]] = [
     ("negative", b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": -1}', 400, "max_tokens"),
     ("huge int", b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": ' + b"9" * 5000 + b"}", 400, None),
     ("n", b'{"messages": [{"role": "user", "content": "x"}], "n": 1000000000}', 400, "n"),
-    ("n of two", b'{"messages": [{"role": "user", "content": "x"}], "n": 2}', 400, "n"),
     ("many stops", json.dumps(chat(stop=["a"] * 10_000)).encode(), 400, "stop"),
     ("long stop", json.dumps(chat(stop="a" * 10_000)).encode(), 400, "stop"),
     (
@@ -46,7 +45,8 @@ BAD_BODIES: list[tuple[str, bytes, int, str | None]] = [
         400,
         "response_format.json_schema.schema",
     ),
-    ("logprobs", json.dumps(chat(logprobs=True)).encode(), 400, "logprobs"),
+    ("top logprobs", json.dumps(chat(logprobs=True, top_logprobs=21)).encode(), 400, "top_logprobs"),
+    ("top without logprobs", json.dumps(chat(top_logprobs=2)).encode(), 400, "top_logprobs"),
     ("model", json.dumps(chat(model=SECRET)).encode(), 404, "model"),
 ]
 
