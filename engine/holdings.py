@@ -8,7 +8,8 @@ from engine.blocks import Block, BlockTrie
 from engine.sequence import Sequence
 from engine.table import Table
 from engine.tiers import Tiers
-from policies.retention import CLASS_BANDS, SpanView, keep
+from policies.api import Keep
+from policies.retention import CLASS_BANDS, SpanView
 
 Twin = tuple[Sequence, int, Block]  # (sequence, block index, who was first to hold the same tokens)
 
@@ -16,11 +17,16 @@ Twin = tuple[Sequence, int, Block]  # (sequence, block index, who was first to h
 class Holdings:
     """Hot: `publish` and `adopt` run for each chunk, `publish` each block_tokens-th decode."""
 
-    def __init__(self, trie: BlockTrie, tiers: Tiers, table: Table) -> None:
+    def __init__(self, trie: BlockTrie, tiers: Tiers, table: Table, keep: Keep) -> None:
+        self._keep = keep
         self._trie = trie
         self._tiers = tiers
         self._table = table
         self._block_tokens = trie.block_tokens
+
+    @property
+    def block_tokens(self) -> int:
+        return self._block_tokens
 
     def take(self, sequence: Sequence, count: int, now: float) -> None:
         """So many blocks more. There must be room for them."""
@@ -32,7 +38,7 @@ class Holdings:
     def adopt(self, sequence: Sequence) -> bool:
         """Take over what another sequence computed meanwhile; False if one computes it in this very step."""
         table, size, row = self._table, self._block_tokens, sequence.row
-        context = int(table.context[row])
+        context, is_ready = int(table.context[row]), True
         while context % size == 0 and context + size <= sequence.length:
             index = context // size
             parent = sequence.blocks[index - 1] if index else None
@@ -40,10 +46,9 @@ class Holdings:
                 break
             salt = sequence.salt if index == sequence.public_blocks else b""
             found = self._trie.child(parent, sequence.ids[context : context + size].tobytes(), salt)
-            if found is None:
+            if found is None or found.is_pending:
+                is_ready = found is None  # what was adopted before a pending one stays adopted
                 break
-            if found.is_pending:
-                return False
             assert len(sequence.blocks) == index
             self._trie.hold([found])
             sequence.blocks.append(found)
@@ -52,7 +57,7 @@ class Holdings:
                 sequence.cached_tokens = min(sequence.cached_tokens + size, sequence.prompt_len)
         table.show_blocks(sequence)
         table.context[row] = context
-        return True
+        return is_ready
 
     def publish(self, sequence: Sequence, context: int, tokens: int) -> list[Twin]:
         """Enter the blocks that this step fills into the trie, pending. Those that others hold already are returned:
@@ -101,5 +106,6 @@ class Holdings:
         for span, is_shared in ((blocks[own_from:], False), (blocks[:own_from], True)):
             if span:
                 hits, born = span[-1].hits, span[-1].born
-                band, lease_s = keep(SpanView(sequence.request_class, is_shared, is_aborted, hits, born), now)
+                view = SpanView(sequence.request_class, is_shared, is_aborted, hits, born)
+                band, lease_s = self._keep(view, now)
                 self._trie.release(span, band, lease_s, now)

@@ -33,7 +33,8 @@ class Launch:
         self.sampled_rows: Int64 = np.empty(0, dtype=np.int64)
         self.has_preempted = False
         self.features = StepFeatures(0)
-        self.batch: StepBatch
+        self._table: Table
+        self._block_tokens = 0
         self.grammars: dict[int, Grammar] = {}  # by sampled row
         self._residents = residents  # rows of the table; the view's rows in front
         self._everyone = everyone
@@ -49,6 +50,12 @@ class Launch:
     def is_resident(self, number: int) -> bool:
         """Whether a row of the view had KV when the step was planned."""
         return number < len(self._residents)
+
+    @property
+    def is_pure_decode(self) -> bool:
+        """Every row of the view decodes, and nobody lost its KV for it."""
+        is_changed = bool(self._chunks or len(self.plan.paused) or self.has_preempted)
+        return not is_changed and len(self.rows) == len(self._everyone)
 
     def preemptable(self) -> list[Sequence]:
         """Residents that this step does not write to yet."""
@@ -72,7 +79,7 @@ class Launch:
         return rows, sequences
 
     def build(self, table: Table, block_tokens: int) -> bool:
-        """Make the arrays; False if the step is empty."""
+        """Settle who is in; False if the step is empty."""
         if not (self._decodes or self._chunks):
             return False
         decodes, chunks = self._decode_rows, self._chunks
@@ -80,6 +87,25 @@ class Launch:
         self.rows = np.concatenate((decodes, np.array([s.row for _, s, *_ in chunks], dtype=np.int64)))
         sizes = np.array([chunk.tokens for chunk, *_ in chunks], dtype=np.int64)
         self.tokens = np.concatenate((np.ones(len(decodes), dtype=np.int64), sizes))
+        before = table.context[self.rows]
+        wants = before + self.tokens == table.length[self.rows]
+        self.sampled_rows = self.rows[wants]
+        chunk_wants = zip(chunks, wants[len(decodes) :].tolist(), strict=True)
+        self.sampled = self._decodes + [s for (_, s, *_), is_wanted in chunk_wants if is_wanted]
+        self.grammars = {at: s.grammar for at, s in enumerate(self.sampled) if s.grammar is not None}
+        self.features = StepFeatures(
+            rows=int(self.tokens.sum()),
+            decode_context=int(before[: len(decodes)].sum()),
+            chunk_context=int((sizes * (before[len(decodes) :] + sizes / 2)).sum()),
+            sequences=len(self.rows),
+        )
+        self._table, self._block_tokens = table, block_tokens
+        return True
+
+    @property
+    def batch(self) -> StepBatch:
+        """The arrays for the runner, made when asked for: once, before collect, by whoever has a device."""
+        table, block_tokens, decodes, chunks = self._table, self._block_tokens, self._decode_rows, self._chunks
         before = table.context[self.rows]
         starts = np.concatenate(([0], np.cumsum(self.tokens)))
         positions = np.arange(starts[-1]) - np.repeat(starts[:-1] - before, self.tokens)
@@ -91,11 +117,7 @@ class Launch:
         ids = [s.ids[context : context + chunk.tokens] for chunk, s, context, _ in chunks]
         contexts = before + self.tokens
         wants = contexts == table.length[self.rows]
-        self.sampled_rows = self.rows[wants]
-        chunk_wants = zip(chunks, wants[len(decodes) :].tolist(), strict=True)
-        self.sampled = self._decodes + [s for (_, s, *_), is_wanted in chunk_wants if is_wanted]
-        self.grammars = {at: s.grammar for at, s in enumerate(self.sampled) if s.grammar is not None}
-        self.batch = StepBatch(
+        return StepBatch(
             ids=np.concatenate((table.last_id[decodes], *ids)),
             positions=positions.astype(np.int32),
             write_slots=slots,
@@ -107,10 +129,3 @@ class Launch:
             sample_positions=table.emitted[self.sampled_rows].astype(np.int32),
             histories={at: s.history for at, s in enumerate(self.sampled) if s.sampling.has_penalties},
         )
-        self.features = StepFeatures(
-            rows=int(starts[-1]),
-            decode_context=int(before[: len(decodes)].sum()),
-            chunk_context=int((sizes * (before[len(decodes) :] + sizes / 2)).sum()),
-            sequences=len(self.rows),
-        )
-        return True

@@ -16,16 +16,19 @@ from engine.launch import Launch
 from engine.masks import Grammar
 from engine.memory import PeakMemory
 from engine.outcome import Outcome
+from engine.repeat import advance, run_length
 from engine.sequence import WAITING, Sequence, fault, refusal
 from engine.step import ModelFacts, StepResult
 from engine.table import Table
 from engine.tiers import Tiers
 from engine.waiting import WaitingQueue
 from engine.wire import End, Load, Start, Submit
+from policies.api import EnginePolicy
+from policies.builtin import headway_engine
 from policies.costs import StepModel
 from policies.request import RequestClass
 from policies.retention import CLASS_BANDS
-from policies.step_plan import Chunk, PlanLimits, owe, plan, victims
+from policies.step_plan import Chunk, PlanLimits, owe, victims
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +58,7 @@ class Scheduler:
         plan_limits: PlanLimits = PlanLimits(),  # noqa: B008
         tiers: Tiers | None = None,
         *,
+        policy: EnginePolicy | None = None,  # None: Headway's, within `plan_limits`
         is_strict: bool = True,
     ) -> None:
         self._trie = trie
@@ -62,6 +66,7 @@ class Scheduler:
         self._is_strict = is_strict  # a leak is a crash; else it is mended and counted
         self._limits = limits
         self._plan_limits = plan_limits
+        self._policy = policy or headway_engine(plan_limits)
         self._block_tokens = trie.block_tokens
         self._blocks_total = trie.blocks_total
         self._context_max = min(facts.context_max, trie.blocks_total * trie.block_tokens)
@@ -71,7 +76,7 @@ class Scheduler:
         self._sequences: dict[tuple[int, int], Sequence] = {}
         self._serial = 0
         self._owed = (0.0, 0.0, 0.0)
-        self._holdings = Holdings(trie, self._tiers, self._table)
+        self._holdings = Holdings(trie, self._tiers, self._table, self._policy.keep)
         self._memory = PeakMemory(limits.output_guess_tokens, trie.block_tokens)
         self.preemptions = 0
         self.repairs = 0
@@ -132,7 +137,7 @@ class Scheduler:
         if not len(residents) and not heads:
             return None
         view = self._table.view(residents, heads, full_links, self._owed)
-        chosen = plan(view, model, now, self._plan_limits)
+        chosen = self._policy.plan(view, model, now)
         step = Launch(view, chosen, residents, self._table.at(residents) + heads, now)
         self._reserve_decodes(step)
         closed: set[RequestClass] = set()
@@ -164,9 +169,7 @@ class Scheduler:
         for sequence, bad in zip(step.sampled, is_bad.tolist(), strict=True):
             if bad:
                 self._tiers.forget(self._trie.forget(sequence.blocks))
-        for sequence, index, twin in step.twins:
-            self._holdings.replace(sequence, index, twin, now)
-        self._tiers.store(self._trie.commit())
+        self._commit(step, now)
         outcome = Outcome()
         answers = zip(step.sampled, result.ids.tolist(), is_bad.tolist(), strict=True)
         for at, (sequence, token, bad) in enumerate(answers):
@@ -187,6 +190,15 @@ class Scheduler:
                 outcome.ends.append(self._end(sequence, "error", now, stuck))
         self._owed = owe(step.plan, step.view, model, result.seconds, self._plan_limits)
         return outcome
+
+    def run_length(self, step: Launch, model: StepModel) -> int:
+        """How many equal decode steps `step` begins if no order comes; engine/repeat.py."""
+        return 1 if len(self._waiting) else run_length(step, self._table, self._trie, model)
+
+    def repeat(self, step: Launch, ids: list[int], ends: list[float]) -> None:
+        """All steps of a run but its last one, which is collected as ever. Each ended at one of `ends`."""
+        if ends:
+            advance(step, ids, ends, self._table, self._holdings, commit=self._commit)
 
     def load(self, now: float, step_s: float, steps: int) -> Load:
         """What the worker holds right now."""
@@ -351,6 +363,13 @@ class Scheduler:
         self._waiting.add(sequence)
 
     # Inside a collect ------------------------------------------------------------------------------------------------
+
+    def _commit(self, step: Launch, now: float) -> None:
+        """What the step wrote may be read."""
+        for sequence, index, twin in step.twins:
+            self._holdings.replace(sequence, index, twin, now)
+        step.twins.clear()
+        self._tiers.store(self._trie.commit())
 
     def _end(self, sequence: Sequence, reason: str, now: float, message: str = "") -> tuple[int, End]:
         del self._sequences[sequence.link, sequence.handle]

@@ -130,6 +130,16 @@ class Sequence:
             return "stop"
         return "length" if length >= self.length_max else None
 
+    def extend(self, token: int, count: int) -> None:
+        """The same token so many times, none of which ends the sequence."""
+        length = self.length + count
+        if length > len(self.ids):
+            grown = np.empty(length * 2, dtype=np.int32)
+            grown[: self.length] = self.known
+            self.ids = grown
+        self.ids[self.length : length] = token
+        self.length = length
+
     def next_due(self) -> float:
         """When the next token is due by the line alone."""
         emitted = self.output_tokens

@@ -91,6 +91,12 @@ class Table:
         """A step computed so many tokens of each row."""
         self.context[rows] += tokens
 
+    def skip(self, rows: Int64, steps: int) -> None:
+        """So many steps computed and sampled one token of each decoding row; the next `emit` sets when one is due."""
+        self.context[rows] += steps
+        self.length[rows] += steps
+        self.emitted[rows] += steps
+
     def emit(self, rows: Int64, ids: Int32, now: float) -> None:
         """A step sampled one token for each row."""
         # A first token that came early is no slack: the mean pace that a client sees counts from it.

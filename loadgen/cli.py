@@ -1,4 +1,4 @@
-"""The command line: `headway-loadgen compose`, `describe`, `convert`, `replay`, `judge`, `faults`.
+"""The command line: `headway-loadgen compose`, `describe`, `convert`, `replay`, `simulate`, `judge`, `faults`.
 
 Owns the entry and the exit codes: 0 done, 1 the run is invalid or failed, 2 misused."""
 
@@ -8,7 +8,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from loadgen import cli_runs, cli_traces
+from loadgen import cli_runs, cli_traces, simulate
 from loadgen.traces import TraceError
 
 TEACH = """\
@@ -16,6 +16,7 @@ examples:
   headway-loadgen compose --seed 1 --duration 100 --scale-tokens 1/32 --out mix.jsonl
   headway-loadgen describe mix.jsonl --html out/mix.html
   headway-loadgen replay mix.jsonl --target http://127.0.0.1:8080 --out out/replay
+  headway-loadgen simulate mix.jsonl --workers 4 --policy headway,lmetric
 
 A trace is JSON lines; every Mooncake trace is one as it stands (.zst and .gz too). The true class in it is the
 yardstick and is never sent. Every command has examples of its own: headway-loadgen COMMAND --help."""
@@ -45,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     commands = whole.add_subparsers(metavar="COMMAND", required=True)
     cli_traces.add(commands)
     cli_runs.add(commands)
+    simulate.add_command(commands)
     return whole
 
 

@@ -4,7 +4,7 @@ Owns the words. Every number in it is the verdict's; nothing is computed here.""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from loadgen.judge import FAIR_OFFERED_MIN, PASS_SHARE, Cell, Quantiles, Verdict
 from loadgen.traces import CLASSES
@@ -148,3 +148,32 @@ def _line(cells: Iterable[str], widths: Sequence[int]) -> str:
         for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
     ]
     return "  ".join([first, *rest]).rstrip()
+
+
+def simulated(verdicts: Mapping[str, Verdict]) -> str:
+    """Policies side by side: attainment by class, and what the cache and the worst user had of it."""
+    rows = [
+        ["policy", *(f"{name} met %" for name in CLASSES), "line %", "refused", "worst user %", "cached %", "good/s"]
+    ]
+    for policy, found in verdicts.items():
+        cells = [found.classes[name].cell if name in found.classes else None for name in CLASSES]
+        chat = cells[0]
+        asked = sum(cell.input_tokens for cell in cells if cell)
+        hits = sum(cell.cached_real for cell in cells if cell)
+        worst = found.worst_user
+        rows.append(
+            [
+                policy,
+                *(_percent(cell.attainment) if cell else "-" for cell in cells),
+                _percent(chat.on_line / chat.offered) if chat else "-",
+                str(sum(cell.outcomes["refused"] for cell in cells if cell)),
+                _percent(worst.met / worst.offered) if worst else "-",
+                _percent(hits / asked) if asked else "-",
+                f"{found.goodput_per_s:.2f}",
+            ]
+        )
+    return aligned(rows)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"

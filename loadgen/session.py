@@ -66,7 +66,7 @@ def carry_out(plan: Plan) -> Verdict:
             model=plan.model or served.model,
             seed=plan.seed,
             speed=plan.speed,
-            duration_s=plan.duration_s or _span_s(trace, plan.speed),
+            duration_s=plan.duration_s or span_s(trace, plan.speed),
             stripped_share=plan.stripped_share,
             grace_s=plan.grace_s,
         )
@@ -88,7 +88,7 @@ def carry_out(plan: Plan) -> Verdict:
         wall_s=time.monotonic() - began,
         started=started.isoformat(timespec="seconds"),
         machine=machine(),
-        version=_version(),
+        version=version(),
         client_cpu_s=time.process_time() - cpu,
         is_interrupted=is_interrupted,
         not_reached=replay.not_reached,
@@ -124,7 +124,7 @@ def _budgets(plan: Plan, served: Budgets | None) -> tuple[Budgets, str]:
     return PUBLISHED, "the published defaults: the target states none"
 
 
-def _span_s(trace: traces.Trace, speed: float) -> float:
+def span_s(trace: traces.Trace, speed: float) -> float:
     """Composed traces say how long they are; others last until their last nominal start."""
     noted = trace.header.notes.get("duration_s")
     whole_s = float(noted) if isinstance(noted, (int, float)) else max(traces.nominal_starts_s(trace.rows))
@@ -211,7 +211,7 @@ def machine() -> str:
     return f"{os.cpu_count()} cores of {name}, {platform.system()}, Python {platform.python_version()}"
 
 
-def _version() -> str:
+def version() -> str:
     try:
         return metadata.version("headway")
     except metadata.PackageNotFoundError:

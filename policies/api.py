@@ -18,6 +18,8 @@ from policies.costs import StepModel
 from policies.events import Event
 from policies.limits import Limits
 from policies.request import Budget, Request, RequestClass, WorkerId
+from policies.retention import Band, SpanView
+from policies.step_plan import BatchView, StepPlan
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -237,6 +239,24 @@ class RouterPolicy:
     order: Order
     place: Place
     learn: Callable[[Event], None] = field(default=ignore)
+
+
+class Plan(Protocol):
+    def __call__(self, batch: BatchView, model: StepModel, now: float) -> StepPlan:
+        """What the next step computes. Called once a step: views are arrays."""
+
+
+class Keep(Protocol):
+    def __call__(self, span: SpanView, now: float) -> tuple[Band, float]:
+        """The band of a span of blocks and its lease in seconds, asked when its state changes."""
+
+
+@dataclass(frozen=True, slots=True)
+class EnginePolicy:
+    """The engine's half of the mind: pure functions."""
+
+    plan: Plan
+    keep: Keep
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ from __future__ import annotations
 import importlib
 from importlib.metadata import entry_points
 
-from policies.api import PolicySpec, RouterPolicy
-from policies.builtin import BUILTINS
+from policies.api import EnginePolicy, PolicySpec, RouterPolicy
+from policies.builtin import BUILTINS, ENGINES
 
 GROUP = "headway.policies"  # entry points: name = "package.module:factory"
 
@@ -41,3 +41,14 @@ def _find(ref: str):  # type: ignore[no-untyped-def]  # whatever a stranger's mo
         names = ", ".join(sorted({*BUILTINS, *installed}))
         raise PolicyError(f"no policy is called {ref!r}; there are {names}, or module:attribute")
     return installed[ref].load()
+
+
+def load_engine(ref: str) -> EnginePolicy:
+    """The step policy called `ref`: a built-in one, or `module:attribute`, a factory without parameters."""
+    factory = ENGINES.get(ref) or (_find(ref) if ":" in ref else None)
+    if factory is None:
+        raise PolicyError(f"no engine policy is called {ref!r}; there are {', '.join(ENGINES)}, or module:attribute")
+    policy = factory()
+    if not isinstance(policy, EnginePolicy):
+        raise PolicyError(f"engine policy {ref!r} made a {type(policy).__name__}, not an EnginePolicy")
+    return policy

@@ -18,6 +18,8 @@ Bools = npt.NDArray[np.bool_]
 Owed = tuple[float, float, float]  # seconds, by class
 
 CHAT, BACKGROUND, BATCH = (int(c) for c in RequestClass)
+NOTHING_OWED: Owed = (0.0, 0.0, 0.0)
+NOBODY: Ints = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,7 @@ class StepPlan:
 def plan(batch: BatchView, model: StepModel, now: float, limits: PlanLimits = PlanLimits()) -> StepPlan:
     """The next step. Empty only when every sequence is blocked or there is none."""
     decodes, paused, excused = _decodes(batch, model)
-    prefills = np.flatnonzero(~batch.is_decoding & ~batch.is_blocked)
+    prefills = (~batch.is_decoding & ~batch.is_blocked).nonzero()[0]
     room_s = _room_s(batch, decodes, now, limits) if len(prefills) else limits.step_s_max
     step = _Step(batch, model, limits, decodes)
     step.fill(prefills[_order(batch, prefills, model, now, limits)], room_s)
@@ -89,8 +91,12 @@ def peak_tokens(known: Floats, remaining: Floats) -> float:
 
 def owe(chosen: StepPlan, batch: BatchView, model: StepModel, step_s: float, limits: PlanLimits) -> Owed:
     """What each class is owed after a step: its share of time while it waits, less what it was given."""
+    if not chosen.chunks and not len(chosen.paused) and batch.is_decoding.all():
+        return NOTHING_OWED
     chunk_rows = {chunk.row for chunk in chosen.chunks}
-    left = np.array([row for row in np.flatnonzero(~batch.is_decoding) if int(row) not in chunk_rows], dtype=np.int64)
+    left = np.array(
+        [row for row in (~batch.is_decoding).nonzero()[0].tolist() if row not in chunk_rows], dtype=np.int64
+    )
     waiting = set(batch.request_class[np.concatenate((left, chosen.paused))].tolist())
     given = [0.0, 0.0, 0.0]
     for chunk in chosen.chunks:
@@ -116,6 +122,8 @@ def _decodes(batch: BatchView, model: StepModel) -> tuple[Ints, Ints, tuple[int,
     """Every resident decodes, unless that alone breaks the pace of a more urgent class: then the lowest one pauses."""
     ready = batch.is_decoding & ~batch.is_blocked
     keep, excused = ready, []
+    if not len(batch.request_class) or batch.request_class.max() == batch.request_class.min():
+        return ready.nonzero()[0], NOBODY, ()
     for lowest in (BATCH, BACKGROUND):
         above = keep & (batch.request_class < lowest)
         below = keep & (batch.request_class == lowest)
@@ -128,7 +136,7 @@ def _decodes(batch: BatchView, model: StepModel) -> tuple[Ints, Ints, tuple[int,
             excused.append(lowest)
         else:
             keep = keep & ~below
-    return np.flatnonzero(keep), np.flatnonzero(ready & ~keep), tuple(excused)
+    return keep.nonzero()[0], (ready & ~keep).nonzero()[0], tuple(excused)
 
 
 def _room_s(batch: BatchView, decodes: Ints, now: float, limits: PlanLimits) -> float:

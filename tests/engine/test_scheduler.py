@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from engine.fake import Fault
 from engine.scheduler import SchedulerLimits
 from engine.wire import Sampling
+from policies.costs import StepModel
 from policies.request import RequestClass
 from tests.engine.rig import AGENT, BATCH, CHAT, FACTS, SIZE, VOCAB, Rig, expected, order, prompt
 
@@ -286,3 +287,13 @@ def test_whatever_shares_preempts_or_aborts_nobody_sees_a_wrong_token(
         tokens = rig.tokens.get(handle, [])
         assert tokens == expected(ids, len(tokens))
         assert rig.ends[handle].reason == "abort" or len(tokens) == work[handle - 1][3]
+
+
+def test_what_was_adopted_before_a_pending_block_stays_adopted() -> None:
+    rig = Rig(speed=StepModel(0.0, 0.25 / 64, 0.0, 0.0, 0.0, 0.0, version=1))  # 64 tokens fill a step
+    ids = prompt(1, 160)
+    rig.submit(order(1, ids, cls=AGENT))
+    rig.step()
+    rig.submit(order(2, ids))  # overtakes with the same prompt, and leaves room for the first beside its last chunk
+    rig.run()
+    assert rig.tokens[1] == rig.tokens[2] == expected(ids, 8)

@@ -1,0 +1,48 @@
+"""The command: two policies side by side, reports that repeat, words for every mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from loadgen import traces
+from loadgen.cli import main
+from tests.loadgen.sim.small import mix
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    path = tmp_path / "mix.jsonl"
+    traces.write(mix(duration_s=10.0, load=1.0), path)
+    return path
+
+
+def test_it_judges_each_policy_and_repeats_its_reports(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["simulate", str(trace), "--workers", "2", "--policy", "headway,round_robin", "--oracle"]
+    for name in ("one", "two"):
+        assert main([*words, "--out", str(trace.parent / name)]) == 0
+    printed = capsys.readouterr().out
+    assert "simulated, not validated" in printed
+    assert "round_robin" in printed.rpartition("simulated, not validated")[2]
+    for policy in ("headway", "round_robin"):
+        for suffix in (".json", ".jsonl", ".html"):
+            one, two = (trace.parent / f"{name}-{policy}{suffix}" for name in ("one", "two"))
+            assert one.read_bytes() == two.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--workers", "0"], "from 1 to 256"),
+        (["--policy", "nobody"], "nobody"),
+        (["--engine", "nothing"], "nothing"),
+        (["--profile", "nowhere"], "8b-h100"),
+        (["--fail", "kill:w9@1:1"], "w9"),
+        (["--fail", "burn:w0@1:1"], "kill:w1@120:30"),
+        (["--load", "0"], "load"),
+    ],
+)
+def test_a_mistake_is_told(trace: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", str(trace), "--workers", "1", *words]) == 1
+    assert said in capsys.readouterr().err
