@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from policies.api import PolicySpec, RouterPolicy
-from policies.builtin import BUILTINS, lmetric
+from policies.baselines.routers import lmetric
+from policies.builtin import BUILTINS
 from policies.plugins import PolicyError, load
 
 
@@ -29,7 +30,7 @@ def test_a_name_becomes_a_policy(ref: str) -> None:
 @pytest.mark.parametrize(
     ("spec", "complaint"),
     [
-        (PolicySpec("headwy"), r"no policy is called 'headwy'; there are headway, least_loaded, lmetric, round_robin"),
+        (PolicySpec("headwy"), r"no policy is called 'headwy'; there are cache_aware, dynamo, headway, "),
         (PolicySpec("no.such.module:thing"), "cannot be imported"),
         (PolicySpec("policies.builtin:nothing"), "cannot be imported"),
         (PolicySpec("tests.policies.test_plugins:nonsense"), "made a str, not a RouterPolicy"),
