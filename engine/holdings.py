@@ -53,7 +53,7 @@ class Holdings:
             self._trie.hold([found])
             sequence.blocks.append(found)
             context = min(context + size, sequence.length - 1)
-            if not sequence.preemptions:
+            if not sequence.has_yielded:
                 sequence.cached_tokens = min(sequence.cached_tokens + size, sequence.prompt_len)
         table.show_blocks(sequence)
         table.context[row] = context

@@ -32,6 +32,7 @@ class Launch:
         self.sampled: list[Sequence] = []
         self.sampled_rows: Int64 = np.empty(0, dtype=np.int64)
         self.has_preempted = False
+        self.full_links: frozenset[int] = frozenset()  # who listens there does not read: these give way first
         self.features = StepFeatures(0)
         self._table: Table
         self._block_tokens = 0

@@ -79,6 +79,7 @@ class Scheduler:
         self._holdings = Holdings(trie, self._tiers, self._table, self._policy.keep)
         self._memory = PeakMemory(limits.output_guess_tokens, trie.block_tokens)
         self.preemptions = 0
+        self.parks = 0
         self.repairs = 0
 
     @property
@@ -139,6 +140,7 @@ class Scheduler:
         view = self._table.view(residents, heads, full_links, self._owed)
         chosen = self._policy.plan(view, model, now)
         step = Launch(view, chosen, residents, self._table.at(residents) + heads, now)
+        step.full_links = full_links
         self._reserve_decodes(step)
         closed: set[RequestClass] = set()
         for chunk in chosen.chunks:
@@ -298,7 +300,7 @@ class Scheduler:
         self._waiting.remove(sequence)
         self._trie.hold(found)
         sequence.blocks = found
-        if not sequence.preemptions:
+        if not sequence.has_yielded:
             sequence.cached_tokens = min(len(found) * self._block_tokens, sequence.prompt_len)
         self._table.add(sequence, min(len(found) * self._block_tokens, sequence.length - 1))
         self._bring_up(sequence, step, model)
@@ -336,11 +338,12 @@ class Scheduler:
         return self._memory.fits(self._table, sequence, self._blocks_total + shared)
 
     def _victims(self, urgent: RequestClass, step: Launch) -> list[Sequence]:
-        """Less urgent residents that may be preempted, first victim first."""
+        """Residents that may give way, first victim first: those that nobody reads, then less urgent ones."""
+        parked = [sequence for sequence in step.preemptable() if sequence.link in step.full_links]
         since, most = step.now - self._limits.preempt_cooldown_s, self._limits.preemptions_max
         allowed = {s.serial for s in step.preemptable() if s.preempted_at <= since and s.preemptions < most}
         rows = victims(step.view, urgent, step.now).tolist()
-        return [step.sequence(row) for row in rows if step.sequence(row).serial in allowed]
+        return parked + [s for s in map(step.sequence, rows) if s.serial in allowed and s not in parked]
 
     def _make_room(self, blocks: int, urgent: RequestClass, step: Launch) -> bool:
         """Have so many blocks available, at the cost of less urgent sequences if need be."""
@@ -355,9 +358,13 @@ class Scheduler:
     def _preempt(self, sequence: Sequence, step: Launch) -> None:
         """Drop its KV and let it wait again; what the cache keeps of it, it finds again."""
         now, step.has_preempted = step.now, True
-        self.preemptions += 1
-        sequence.preemptions += 1
-        sequence.preempted_at = now
+        if sequence.link in step.full_links:
+            self.parks += 1  # until its link is read again it is shown to no planner; then it goes on
+            sequence.parks += 1
+        else:
+            self.preemptions += 1
+            sequence.preemptions += 1
+            sequence.preempted_at = now
         self._holdings.drop(sequence, now)
         self._table.remove(sequence)
         self._waiting.add(sequence)

@@ -35,6 +35,7 @@ class Sequence:
         "length_min",
         "link",
         "pace_s",
+        "parks",
         "preempted_at",
         "preemptions",
         "prefill_at",
@@ -87,6 +88,7 @@ class Sequence:
         self.row = WAITING
         self.preemptions = 0
         self.preempted_at = -math.inf
+        self.parks = 0
 
     @property
     def output_tokens(self) -> int:
@@ -111,6 +113,11 @@ class Sequence:
         except GrammarError as error:
             return f"the grammar could not go on: {error}"
         return ""
+
+    @property
+    def has_yielded(self) -> bool:
+        """Whether it gave its KV up before: what it finds again, it once computed itself."""
+        return bool(self.preemptions or self.parks)
 
     @property
     def known(self) -> Ids:

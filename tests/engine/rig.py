@@ -18,7 +18,7 @@ from engine.launch import Launch
 from engine.outcome import Outcome
 from engine.pool import PoolMemory, PoolShape, PoolWriter, attach
 from engine.scheduler import Scheduler, SchedulerLimits
-from engine.step import ModelFacts
+from engine.step import ModelFacts, Runner
 from engine.tiers import Tiers
 from engine.wire import End, Sampling, Start, Submit
 from policies.costs import StepModel
@@ -90,12 +90,17 @@ class Rig:
     disk: Disk | None = None
     hands: Hands = field(default_factory=Hands)
     copy_limits: CopyLimits = field(default_factory=CopyLimits)
+    plan_limits: PlanLimits = field(default_factory=lambda: PlanLimits(quantum_tokens=SIZE))
+    device: Runner | None = None  # a real one in place of the fake, with the facts and block size of its model
+    facts: ModelFacts = FACTS
+    block_tokens: int = SIZE
 
     def __post_init__(self) -> None:
-        self.trie = BlockTrie(self.blocks, SIZE, keys.root("digest"))
-        self.runner = FakeRunner(FACTS, (self.blocks, SIZE), self.speed, self._sleep, self.faults)
+        fake = FakeRunner(self.facts, (self.blocks, self.block_tokens), self.speed, self._sleep, self.faults)
+        self.runner: Runner = self.device or fake
+        self.trie = BlockTrie(self.runner.blocks_total, self.block_tokens, keys.root("digest"))
         self.tiers = Tiers(self.trie, self.runner.kv, self.host, self.disk, hands=self.hands, limits=self.copy_limits)
-        self.scheduler = Scheduler(self.trie, FACTS, self.limits, PlanLimits(quantum_tokens=SIZE), self.tiers)
+        self.scheduler = Scheduler(self.trie, self.facts, self.limits, self.plan_limits, self.tiers)
         self.tokens: dict[int, list[int]] = {}
         self.times: dict[int, list[float]] = {}
         self.starts: dict[int, Start] = {}
@@ -117,6 +122,7 @@ class Rig:
         if launch is not None:
             self.steps.append(launch)
             result = self.runner.run(launch.batch)
+            self.now += 0.0 if self.device is None else self.speed.step_s(launch.features)
             self._note(self.scheduler.collect(launch, result, self.speed, self.now))
         return launch
 
