@@ -174,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _model(parser: argparse.ArgumentParser, argument: argparse.Action) -> None:
-    argument.help = "smollm2 (embedded), a .gguf file or a Hugging Face folder"
+    argument.help = "smollm2 (embedded), a .gguf file, a Hugging Face folder, or org/name[@revision] on the hub"
     parser.add_argument("--cache", default="", help="where conversions are kept (~/.cache/headway/models)")
 
 

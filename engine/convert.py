@@ -1,6 +1,6 @@
 """A model a person names, as a Hugging Face folder on disk: found as it is, or converted once from GGUF and cached.
 
-Owns the cache: one folder a source, named by its SHA-256, complete or absent. Never imports torch, never downloads."""
+Owns the cache: one folder a source, named by its SHA-256, complete or absent. Never imports torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from engine import gguf_file, manifest
+from engine import gguf_file, hub, manifest
 from engine.gguf_file import Named
 from engine.models.config import ELSEWHERE, ModelError, read
 
@@ -39,14 +39,18 @@ def default_cache() -> Path:
 
 
 def locate(model: str) -> Path:
-    """The GGUF file or Hugging Face folder that `model` names: smollm2 (embedded), a .gguf path or a folder."""
+    """The GGUF file or Hugging Face folder that `model` names: smollm2 (embedded), a path, or org/name on the hub."""
     if model == EMBEDDED_NAME:
         return _embedded()
     path = Path(model).expanduser()
     if (path / "config.json").is_file() or (path.is_file() and path.suffix == ".gguf"):
         return path
+    if not path.exists() and hub.is_name(model):
+        return hub.fetch(model)
     what = "a folder without config.json" if path.is_dir() else "not there, or neither a .gguf file nor a folder"
-    raise ModelError(f"the model {model} is {what}; name {EMBEDDED_NAME}, a .gguf file or a folder, or {ELSEWHERE}")
+    raise ModelError(
+        f"the model {model} is {what}; name {EMBEDDED_NAME}, a .gguf file, a folder or org/name, or {ELSEWHERE}"
+    )
 
 
 def convert(source: Path, cache: Path, progress: Progress) -> Path:

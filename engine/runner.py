@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine import manifest, sampling, weights
-from engine.models.config import ModelConfig, ModelError
+from engine import manifest, room, sampling, weights
+from engine.models.config import ELSEWHERE, ModelConfig, ModelError, read
 from engine.models.decoder import Decoder
 from engine.models.pages import SPARE_BLOCKS, KVPool
 from engine.step import KVMemory, StepBatch, StepResult
@@ -27,6 +27,17 @@ class RunnerConfig:
     kv_bytes: int = 256 * 2**20  # 5,700 tokens of SmolLM2 in float32 (46 kB each)
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
+
+
+def _refuse_what_does_not_fit(folder: Path, config: RunnerConfig) -> None:
+    """Raise ModelError, so that no half-loaded worker is killed by the system."""
+    if torch.device(config.device).type != "cpu":
+        return
+    needed, free = read(folder).parameters * config.dtype.itemsize, room.available_bytes()
+    if needed + config.kv_bytes > free:
+        sizes = f"{needed / 2**30:.1f} GiB of weights and {config.kv_bytes / 2**30:.1f} of KV"
+        left = f"{free / 2**30:.1f} GiB of memory are free"
+        raise ModelError(f"{folder} needs {sizes}, and {left}; lower --kv-bytes, or {ELSEWHERE}")
 
 
 class TorchRunner:
@@ -45,6 +56,7 @@ class TorchRunner:
     def load(cls, folder: Path, config: RunnerConfig) -> TorchRunner:
         """A runner for a Hugging Face folder. Raises ModelError when the folder cannot be served, or is damaged."""
         manifest.verify(folder)
+        _refuse_what_does_not_fit(folder, config)
         with torch.inference_mode():
             return cls(weights.load(folder, config.dtype, torch.device(config.device)), config)
 

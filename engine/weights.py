@@ -13,9 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engine.models.config import ELSEWHERE, ModelConfig, ModelError, read, read_json
+from engine.models.config import ELSEWHERE, Fp8Config, ModelConfig, ModelError, read, read_json
 from engine.models.decoder import Decoder, Layer, rope_frequencies
 from engine.models.linear import Linear, pack
+from engine.models.mlp import Experts, Mlp
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -60,9 +61,27 @@ class _Source:
         tensor: Tensor = self.checkpoint[name].get_tensor(name)  # type: ignore[no-untyped-call]
         if tuple(tensor.shape) != shape:
             raise ModelError(f"the tensor {name} has shape {tuple(tensor.shape)}, the config says {shape}")
-        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
-            raise ModelError(f"the tensor {name} is {tensor.dtype}: quantised checkpoints are not read; {ELSEWHERE}")
+        if tensor.dtype == torch.float8_e4m3fn and self.config.fp8 is not None:
+            tensor = self._widened(name, tensor, self.config.fp8)
+        elif not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+            raise ModelError(f"the tensor {name} is {tensor.dtype}: of quantised ones only fp8 is read; {ELSEWHERE}")
         return tensor.to(self.device, self.dtype)
+
+    def _widened(self, name: str, tensor: Tensor, fp8: Fp8Config) -> Tensor:
+        """float32 from 8 bits and a scale: one a block (`_scale_inv`, as DeepSeek and Qwen write them), row, or all."""
+        suffix = next((suffix for suffix in ("_scale_inv", "_scale") if name + suffix in self.checkpoint), None)
+        if suffix is None:
+            raise ModelError(f"the tensor {name} is 8 bits wide and has no scale; {ELSEWHERE}")
+        scale: Tensor = self.checkpoint[name + suffix].get_tensor(name + suffix).float()  # type: ignore[no-untyped-call]
+        rows, columns = tensor.shape
+        per_row, per_column = fp8.block
+        if scale.shape == (-(-rows // per_row), -(-columns // per_column)) and suffix == "_scale_inv":
+            scale = scale.repeat_interleave(per_row, 0)[:rows].repeat_interleave(per_column, 1)[:, :columns]
+        elif scale.numel() == rows:
+            scale = scale.view(rows, 1)
+        elif scale.numel() != 1:
+            raise ModelError(f"the scales of {name} have shape {tuple(scale.shape)}, which fits no form; {ELSEWHERE}")
+        return tensor.float() * scale
 
     def linear(self, prefix: str, parts: dict[str, int], columns: int) -> Linear:
         """Projections of the same input as one matrix, their rows one below the other, with biases if any has one."""
@@ -106,9 +125,24 @@ def _layer(source: _Source, number: int) -> Layer:
         k_norm=source.norm(attention, "k_norm"),
         out=source.linear(attention, {"o_proj": config.hidden}, config.q_width),
         mlp_norm=source.tensor(prefix + "post_attention_layernorm.weight", (config.hidden,)),
-        gate_up=source.linear(mlp, {"gate_proj": config.ffn, "up_proj": config.ffn}, config.hidden),
-        down=source.linear(mlp, {"down_proj": config.hidden}, config.ffn),
+        mlp=_experts(source, mlp) if config.moe and number in config.moe.layers else _mlp(source, mlp, config.ffn),
     )
+
+
+def _mlp(source: _Source, prefix: str, ffn: int) -> Mlp:
+    hidden = source.config.hidden
+    return Mlp(
+        gate_up=source.linear(prefix, {"gate_proj": ffn, "up_proj": ffn}, hidden),
+        down=source.linear(prefix, {"down_proj": hidden}, ffn),
+    )
+
+
+def _experts(source: _Source, prefix: str) -> Experts:
+    moe = source.config.moe
+    assert moe is not None
+    router = source.tensor(f"{prefix}gate.weight", (moe.experts, source.config.hidden))
+    experts = tuple(_mlp(source, f"{prefix}experts.{number}.", moe.ffn) for number in range(moe.experts))
+    return Experts(router, experts, moe.chosen, moe.is_normed)
 
 
 @contextmanager

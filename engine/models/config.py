@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
 ELSEWHERE = "serve it with another engine and put Headway before it: headway serve --upstream URL"
 
 
@@ -25,6 +31,24 @@ class RopeScaling:
     low_freq_factor: float
     high_freq_factor: float
     original_context: int
+
+
+@dataclass(frozen=True, slots=True)
+class MoeConfig:
+    """Layers whose second half is many small ones of which each token takes a few."""
+
+    experts: int
+    chosen: int  # for each token
+    ffn: int  # of one expert
+    is_normed: bool
+    layers: frozenset[int]  # those that are so; the others are plain
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Config:
+    """8-bit weights with a scale a block of rows and columns, or one a row, or one in all: the checkpoint tells."""
+
+    block: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +69,17 @@ class ModelConfig:
     has_qk_norm: bool
     is_head_tied: bool
     eos_ids: tuple[int, ...]
+    moe: MoeConfig | None = None
+    fp8: Fp8Config | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Weights of all layers and both ends, biases and norms left out."""
+        attention = self.hidden * (2 * self.q_width + 2 * self.kv_width)
+        sparse = len(self.moe.layers) * self.moe.experts * self.moe.ffn if self.moe else 0
+        plain = (self.layers - (len(self.moe.layers) if self.moe else 0)) * self.ffn
+        ends = self.vocab_size * self.hidden * (1 if self.is_head_tied else 2)
+        return self.layers * attention + 3 * self.hidden * (sparse + plain) + ends
 
     @property
     def q_width(self) -> int:
@@ -85,9 +120,6 @@ def _parse(raw: dict[str, Any], eos_ids: tuple[int, ...]) -> ModelConfig:
     architecture = (raw.get("architectures") or ["none named"])[0]
     if architecture not in ARCHITECTURES:
         raise ModelError(f"the architecture {architecture} is not one of {', '.join(ARCHITECTURES)}; {ELSEWHERE}")
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
-        raise ModelError(f"a checkpoint quantised by {method} is not supported; {ELSEWHERE}")
     if raw.get("hidden_act", "silu") != "silu":
         raise ModelError(f"the activation {raw['hidden_act']} is not supported, only silu; {ELSEWHERE}")
     rope = _rope(raw)
@@ -103,10 +135,36 @@ def _parse(raw: dict[str, Any], eos_ids: tuple[int, ...]) -> ModelConfig:
         norm_eps=float(raw["rms_norm_eps"]),
         rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0),
         rope_scaling=_rope_scaling(rope),
-        has_qk_norm=architecture == "Qwen3ForCausalLM",
+        has_qk_norm=architecture in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
         is_head_tied=bool(raw.get("tie_word_embeddings", False)),
         eos_ids=eos_ids,
+        moe=_moe(raw) if architecture == "Qwen3MoeForCausalLM" else None,
+        fp8=_fp8(raw.get("quantization_config") or {}),
     )
+
+
+def _moe(raw: dict[str, Any]) -> MoeConfig:
+    experts, every = int(raw.get("num_local_experts") or raw["num_experts"]), int(raw.get("decoder_sparse_step", 1))
+    plain = set(raw.get("mlp_only_layers") or ())
+    layers = range(int(raw["num_hidden_layers"]))
+    return MoeConfig(
+        experts=experts,
+        chosen=int(raw["num_experts_per_tok"]),
+        ffn=int(raw["moe_intermediate_size"]),
+        is_normed=bool(raw.get("norm_topk_prob", False)),
+        layers=frozenset(layer for layer in layers if layer not in plain and (layer + 1) % every == 0),
+    )
+
+
+def _fp8(quantisation: dict[str, Any]) -> Fp8Config | None:
+    """Weights are widened at load, so how activations would be rounded does not matter here."""
+    if not quantisation:
+        return None
+    method, form = quantisation.get("quant_method", "unknown"), quantisation.get("format", "")
+    if method == "fp8" or (method == "compressed-tensors" and form == "float-quantized"):
+        rows, columns = quantisation.get("weight_block_size") or (128, 128)
+        return Fp8Config((int(rows), int(columns)))
+    raise ModelError(f"a checkpoint quantised by {method} is not supported, only fp8; {ELSEWHERE}")
 
 
 def _rope(raw: dict[str, Any]) -> dict[str, Any]:

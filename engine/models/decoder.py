@@ -1,4 +1,4 @@
-"""One decoder for Llama, SmolLM2, Mistral, Qwen2 and Qwen3: what differs is data (biases, q/k norm, tied head, rope).
+"""One decoder for Llama, SmolLM2, Mistral, Qwen2 and Qwen3: what differs is data (biases, norms, rope, experts).
 
 Owns the arithmetic of a step's rows. Never sees sequences, blocks or sampling; KV lies behind `Pages`."""
 
@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from engine.models.config import ModelConfig, RopeScaling
 from engine.models.linear import Linear
+from engine.models.mlp import Experts, Mlp
 from engine.models.pages import Pages
 
 
@@ -26,8 +27,7 @@ class Layer:
     k_norm: Tensor | None  # [head_dim]
     out: Linear  # [hidden, q_width]
     mlp_norm: Tensor  # [hidden]
-    gate_up: Linear  # [2 * ffn, hidden]
-    down: Linear  # [hidden, ffn]
+    mlp: Mlp | Experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +50,7 @@ class Decoder:
             normed = functional.rms_norm(x, x.shape[-1:], layer.attention_norm, eps)
             x += self._attention(number, normed, turn, pages)
             normed = functional.rms_norm(x, x.shape[-1:], layer.mlp_norm, eps)
-            gate, up = layer.gate_up(normed).chunk(2, dim=-1)
-            x += layer.down(functional.silu(gate).mul_(up))
+            x += layer.mlp(normed)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:

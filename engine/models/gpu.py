@@ -14,7 +14,8 @@ from torch import Tensor
 from engine.kernels import paged, plan, rows, tuned
 from engine.kernels.linear import Epilogue, Scratch, linear
 from engine.kernels.paged import Launch, Shape, Step
-from engine.models.config import ModelConfig
+from engine.models.config import ELSEWHERE, ModelConfig, ModelError
+from engine.models.mlp import Experts, Mlp
 
 if TYPE_CHECKING:
     from engine.models.decoder import Decoder
@@ -51,10 +52,15 @@ def from_decoder(decoder: Decoder) -> Weights:
     def folded(weight: Tensor, norm: Tensor) -> Tensor:
         return (weight.float() * norm.float()).to(weight.dtype)
 
+    def dense(mlp: Mlp | Experts) -> Mlp:
+        if isinstance(mlp, Experts):
+            raise ModelError(f"a mixture of experts runs on the CPU alone; {ELSEWHERE}")
+        return mlp
+
     layers = tuple(
         GpuLayer(
             folded(layer.qkv.weight, layer.attention_norm), layer.qkv.bias, layer.q_norm, layer.k_norm,
-            layer.out.weight, folded(layer.gate_up.weight, layer.mlp_norm), layer.down.weight,
+            layer.out.weight, folded(dense(layer.mlp).gate_up.weight, layer.mlp_norm), dense(layer.mlp).down.weight,
         )
         for layer in decoder.layers
     )  # fmt: skip

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import LocalEntryNotFoundError
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
@@ -279,6 +282,32 @@ def test_a_name_that_leads_nowhere_says_what_is_possible(model: str, tmp_path: P
     with pytest.raises(ModelError, match="smollm2") as error:
         convert.locate(str(tmp_path) if model == "." else model)
     assert "headway serve --upstream" in str(error.value)
+
+
+def test_a_hub_name_is_downloaded_without_pickle_or_code(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def download(name: str, **options: Any) -> str:
+        asked.update(options, name=name)
+        return str(tiny_llama)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+
+    assert convert.locate("some-org/Some-Model.v2@refs/pr/3") == tiny_llama
+    assert (asked["name"], asked["revision"]) == ("some-org/Some-Model.v2", "refs/pr/3")
+    assert not any(fnmatch(name, pattern) for pattern in asked["allow_patterns"] for name in ("a.bin", "modeling.py"))
+
+
+def test_a_hub_that_cannot_be_reached_is_said_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(name: str, **_: Any) -> str:
+        raise LocalEntryNotFoundError(f"{name} is not cached\nand more lines")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+
+    with pytest.raises(ModelError, match="org/model cannot be downloaded") as error:
+        convert.locate("org/model")
+    assert "--upstream" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_hugging_face_folder_is_used_as_it_is(tiny_llama: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from engine.models.config import ModelError, read
 from engine.models.linear import Linear, pack
@@ -26,6 +27,52 @@ def test_every_family_agrees_with_transformers_at_every_position(family: str, tm
     ours = all_logits(runner, IDS, chunks=[64, 1, 85])
 
     torch.testing.assert_close(ours, tiny.logits(model, IDS), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("sparse_step", "plain", "is_normed"), [(2, [], True), (1, [0], False)])
+def test_layers_with_and_without_experts_mix(
+    sparse_step: int, plain: list[int], is_normed: bool, tmp_path: Path
+) -> None:
+    changes = {"decoder_sparse_step": sparse_step, "mlp_only_layers": plain, "norm_topk_prob": is_normed}
+    model = tiny.save("qwen3-moe", tmp_path, **changes)
+    runner = TorchRunner.load(tmp_path, RunnerConfig(block_tokens=4, kv_bytes=2**20))
+
+    torch.testing.assert_close(all_logits(runner, IDS, chunks=[149, 1]), tiny.logits(model, IDS), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("form", ["block", "row", "tensor"])
+def test_an_fp8_checkpoint_computes_what_its_rounded_weights_compute(form: str, tmp_path: Path) -> None:
+    model = tiny.save("qwen2", tmp_path)
+    before = tiny.logits(model, IDS)
+    tiny.quantise(tmp_path, model, form)
+    after = tiny.logits(model, IDS)
+    assert (before - after).abs().max() > 1e-2
+
+    runner = TorchRunner.load(tmp_path, RunnerConfig(block_tokens=4, kv_bytes=2**20))
+
+    torch.testing.assert_close(all_logits(runner, IDS, chunks=[150]), after, atol=1e-4, rtol=0)
+
+
+def test_eight_bits_without_a_scale_are_refused(tmp_path: Path) -> None:
+    tiny.quantise(tmp_path, tiny.save("llama", tmp_path), "row")
+    stored = load_file(tmp_path / "model.safetensors")
+    save_file({name: tensor for name, tensor in stored.items() if "_scale" not in name}, tmp_path / "model.safetensors")
+
+    with pytest.raises(ModelError, match="has no scale"):
+        TorchRunner.load(tmp_path, RunnerConfig(block_tokens=4, kv_bytes=2**20))
+
+
+def test_the_count_of_parameters_is_the_checkpoints(tmp_path: Path) -> None:
+    for family in ("llama", "llama-tied", "qwen3-moe"):
+        model = tiny.save(family, tmp_path / family)
+        small = sum(each.numel() for name, each in model.named_parameters() if "norm" in name or "mlp.gate.w" in name)
+
+        assert read(tmp_path / family).parameters == model.num_parameters() - small
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(tiny_llama: Path) -> None:
+    with pytest.raises(ModelError, match="GiB of memory are free; lower --kv-bytes"):
+        TorchRunner.load(tiny_llama, RunnerConfig(block_tokens=4, kv_bytes=2**50))
 
 
 def test_shards_are_read_as_one_checkpoint(tmp_path: Path) -> None:

@@ -211,6 +211,26 @@ def test_a_scripted_death_is_sudden(tmp_path: Path) -> None:
         assert worker.exit_code() == 9
 
 
+@pytest.mark.parametrize("case", ["path", "cut", "architecture", "memory"])
+def test_a_model_that_cannot_be_served_is_one_sentence_and_exit_code_2(
+    case: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF" + bytes(40))
+    (tmp_path / "config.json").write_text('{"architectures": ["MambaForCausalLM"]}')
+    model = {"path": "/no/such/model", "cut": tmp_path / "cut.gguf", "architecture": tmp_path, "memory": tiny_llama}[
+        case
+    ]
+    command = [sys.executable, "-m", "engine", "worker", "--socket", str(tmp_path / "s"), "--model", str(model)]
+    command += ["--cache", str(tmp_path / "cache"), "--kv-bytes", str(2**50 if case == "memory" else 2**24)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+    told = [line for line in run.stderr.splitlines() if line.startswith("engine: ")]
+    assert run.returncode == 2
+    assert len(told) == 1
+    assert "--upstream" in told[0] or case == "cut"
+    assert "Traceback" not in run.stderr
+
+
 def test_a_fault_nobody_knows_is_explained(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "engine", "fake", "--socket", str(tmp_path / "s"), "--fault", "fire@x"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)

@@ -1,14 +1,17 @@
-"""Tiny random models of the families the decoder covers, made and saved by transformers.
+"""Tiny random models of the families the decoder covers, made and saved by transformers; and as fp8 checkpoints.
 
 Owns their shapes: grouped heads, a head size that is not hidden / heads, odd widths."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+from torch.nn import functional
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 48,
@@ -37,6 +40,17 @@ FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
     "llama3-rope": (transformers.LlamaConfig, {"rope_parameters": LLAMA3_ROPE}),
     "mistral": (transformers.MistralConfig, {"sliding_window": None, "head_dim": 16}),
     "qwen2": (transformers.Qwen2Config, {"use_sliding_window": False}),
+    "qwen3-moe": (
+        transformers.Qwen3MoeConfig,
+        {
+            "head_dim": 16,
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+        },
+    ),
     "qwen3": (transformers.Qwen3Config, {"use_sliding_window": False, "head_dim": 16}),
 }
 
@@ -65,3 +79,31 @@ def logits(model: Any, ids: list[int]) -> torch.Tensor:
     with torch.inference_mode():
         result: torch.Tensor = model(torch.tensor([ids])).logits[0]
     return result
+
+
+def quantise(folder: Path, model: Any, form: str) -> None:
+    """The saved model's projections in 8 bits, with scales as `form` has them: block, row or tensor; and the same
+    rounding in `model`, which stays the oracle."""
+    path = folder / "model.safetensors"
+    stored, own = load_file(path), dict(model.named_parameters())
+    for name in [name for name in stored if name.endswith("_proj.weight")]:
+        weight = stored[name]
+        tiles = {"block": (16, 16), "row": (1, weight.shape[1]), "tensor": tuple(weight.shape)}[form]
+        grown = functional.pad(weight, (0, -weight.shape[1] % tiles[1], 0, -weight.shape[0] % tiles[0]))
+        blocks = grown.unfold(0, tiles[0], tiles[0]).unfold(1, tiles[1], tiles[1])
+        scale = blocks.abs().amax((-1, -2)) / 448.0
+        spread = scale.repeat_interleave(tiles[0], 0).repeat_interleave(tiles[1], 1)
+        spread = spread[: weight.shape[0], : weight.shape[1]]
+        small = (weight / spread).to(torch.float8_e4m3fn)
+        stored[name] = small
+        stored[name + ("_scale_inv" if form == "block" else "_scale")] = scale if form != "tensor" else scale.view(1)
+        with torch.no_grad():
+            own[name].copy_(small.float() * spread)
+    save_file(stored, path)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = (
+        {"quant_method": "fp8", "weight_block_size": [16, 16]}
+        if form == "block"
+        else {"quant_method": "compressed-tensors", "format": "float-quantized"}
+    )
+    (folder / "config.json").write_text(json.dumps(config))

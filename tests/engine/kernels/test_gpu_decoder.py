@@ -13,6 +13,7 @@ from engine.models import gpu
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder, Layer, rope_frequencies
 from engine.models.linear import Linear
+from engine.models.mlp import Mlp
 from engine.models.pages import KVPool
 from tests.engine.kernels.attention_case import error
 
@@ -56,8 +57,7 @@ def on_cpu(made: gpu.Weights) -> Decoder:
             norm(x.k_norm),
             plain(x.out),
             ones,
-            plain(x.gate_up),
-            plain(x.down),
+            Mlp(plain(x.gate_up), plain(x.down)),
         )
         for x in made.layers
     )
