@@ -1,4 +1,4 @@
-"""The admin listener's answers: metrics, workers and receipts, for the operator on this machine.
+"""The admin listener's answers: dashboard, metrics, workers and receipts, for the operator on this machine.
 
 Owns what they show. Never reachable but from loopback, never changes anything, never shows a prompt."""
 
@@ -7,6 +7,7 @@ from __future__ import annotations
 import ipaddress
 import time
 from collections.abc import Callable
+from importlib import resources
 from urllib.parse import parse_qs, urlsplit
 
 import msgspec
@@ -20,6 +21,13 @@ from router.receipts import Receipts
 
 RECEIPTS_DEFAULT = 100
 JSON_TYPE = b"application/json"
+HTML_TYPE = b"text/html; charset=utf-8"
+SELF_ONLY = (  # the page asks this listener alone, and nobody may frame it
+    b"content-security-policy",
+    b"default-src 'none'; connect-src 'self'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    b"frame-ancestors 'none'",
+)
+NO_SNIFF = (b"x-content-type-options", b"nosniff")
 
 
 def gate(head: Head) -> int:
@@ -44,7 +52,9 @@ class Admin:
         self._fleet = fleet
         self._receipts = receipts
         self._clock = clock
+        self._dashboard = resources.files("router").joinpath("dashboard.html").read_bytes()
         self._routes = {
+            "/": self._show_dashboard,
             "/metrics": self._show_metrics,
             "/workers": self._show_workers,
             "/receipts": self._show_receipts,
@@ -60,7 +70,10 @@ class Admin:
         except RequestError as error:
             exchange.respond(error.status, [(b"content-type", JSON_TYPE)], error.body())
         else:
-            exchange.respond(200, [(b"content-type", content_type)], body)
+            exchange.respond(200, [(b"content-type", content_type), SELF_ONLY, NO_SNIFF], body)
+
+    def _show_dashboard(self, _: Head) -> tuple[bytes, bytes]:
+        return HTML_TYPE, self._dashboard
 
     def _show_metrics(self, _: Head) -> tuple[bytes, bytes]:
         return CONTENT_TYPE_LATEST.encode(), self._metrics.exposition()

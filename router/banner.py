@@ -26,7 +26,7 @@ def banner(address: Any, admin_port: int, ready: Mapping[str, Any]) -> str:
     body = json.dumps({"model": ready["model"], "messages": messages, "temperature": 0})
     lines = [
         "",
-        f"Headway serves {ready['model']} at {url}  (metrics: http://127.0.0.1:{admin_port}/metrics)",
+        f"Headway serves {ready['model']} at {url}  (dashboard: http://127.0.0.1:{admin_port}/)",
         "",
         f"  curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'",
         "",

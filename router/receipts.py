@@ -40,6 +40,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     output_tokens: int = 0
     budget_ttft_s: float | None = None
     budget_tpot_s: float | None = None
+    budget_deadline_s: float | None = None
     predicted_ttft_s: float | None = None
     predicted_cached_tokens: int = 0
     traceparent: str = ""  # W3C, as the client sent it

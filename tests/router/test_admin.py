@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import re
+import shutil
 import socket
+import time
+from asyncio.subprocess import DEVNULL, PIPE
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
@@ -20,27 +26,45 @@ from tests.router.test_fleet import Quiet, linked
 from tests.router.test_metrics import receipt
 
 
-def ask(
-    path: str, receipts: Receipts | None = None, method: str = "GET", headers: dict[str, str] | None = None
-) -> httpx.Response:
-    """One request to an admin listener whose fleet has one live worker and one that never came."""
+@contextlib.asynccontextmanager
+async def served(receipts: Receipts) -> AsyncIterator[str]:
+    """The URL of an admin listener whose fleet has one live worker and one that never came."""
     fleet = Fleet([("w0", "/a"), ("w1", "/b")], Quiet(), "{}")
     link, _ = linked(fleet, 0, hello())
     link.load = load(running=3)
-    operator = admin.Admin(Metrics(), fleet, receipts or Receipts(10), clock=lambda: 1.0)
+    operator = admin.Admin(Metrics(), fleet, receipts, clock=lambda: 1.0)
+    listener = Listener(admin.gate, operator.answer)
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        await listener.start(bound)
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+        await listener.close()
+
+
+def ask(
+    path: str, receipts: Receipts | None = None, method: str = "GET", headers: dict[str, str] | None = None
+) -> httpx.Response:
+    """One request to an admin listener."""
 
     async def scene() -> httpx.Response:
-        listener = Listener(admin.gate, operator.answer)
-        bound = socket.create_server(("127.0.0.1", 0))
-        await listener.start(bound)
-        url = f"http://127.0.0.1:{bound.getsockname()[1]}{path}"
-        async with httpx.AsyncClient(timeout=30) as client:
-            answer = await client.request(method, url, headers=headers)
-        await listener.close()
-        bound.close()
-        return answer
+        async with served(receipts or Receipts(10)) as url, httpx.AsyncClient(timeout=30) as client:
+            return await client.request(method, url + path, headers=headers)
 
     return asyncio.run(scene())
+
+
+CHROMIUM = shutil.which("chromium")
+SWITCHES = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
+--disable-component-update --disable-sync --virtual-time-budget=3000 --dump-dom"""
+
+
+async def browse(receipts: Receipts, profile: Path) -> str:
+    """The dashboard's document after a browser has run it for three seconds."""
+    assert CHROMIUM is not None
+    async with served(receipts) as url:
+        command = (CHROMIUM, *SWITCHES.split(), f"--user-data-dir={profile}", url)
+        browser = await asyncio.create_subprocess_exec(*command, stdout=PIPE, stderr=DEVNULL)
+        page, _ = await asyncio.wait_for(browser.communicate(), 60)
+    return page.decode()
 
 
 def test_workers_are_shown_as_they_are() -> None:
@@ -101,4 +125,37 @@ def test_this_machine_is_served(headers: dict[str, str]) -> None:
 
 def test_it_only_shows() -> None:
     assert ask("/workers", method="POST").status_code == 405
-    assert ask("/").status_code == 404
+    assert ask("/nothing").status_code == 404
+
+
+def test_the_dashboard_stands_alone() -> None:
+    page = ask("/")
+
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert "connect-src 'self'" in page.headers["content-security-policy"]
+    outside = set(re.findall(r"https?://[^\"'\s)]+", page.text))
+    assert outside == {"http://www.w3.org/2000/svg"}, "a name space, never fetched"
+    assert "innerHTML" not in page.text, "receipts hold what clients sent: it is shown as text alone"
+
+
+def test_every_route_forbids_guessing_its_type() -> None:
+    for path in ("/", "/metrics", "/workers", "/receipts"):
+        assert ask(path).headers["x-content-type-options"] == "nosniff"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_a_browser_draws_the_dashboard(tmp_path: Path) -> None:
+    receipts, now = Receipts(10), time.time()
+    receipts.ended(receipt(request="r1", arrived_unix_s=now - 5))
+    receipts.ended(receipt(request="r2", arrived_unix_s=now - 4, ttft_s=1.5, reason="<img src=x onerror=alert(1)>"))
+    receipts.ended(receipt(request="r3", arrived_unix_s=now - 3, outcome="cancelled"))
+
+    page = asyncio.run(browse(receipts, tmp_path))
+
+    assert "1 of 2 workers up, 3 requests ended in ten minutes" in page
+    assert "1 of 2 requests in budget" in page, "who left is neither met nor missed; who waited 1.5 s of 1 s was late"
+    assert page.count("<circle") == 2
+    assert "not connected yet" in page
+    assert "&lt;img src=x" in page
+    assert "<img" not in page
