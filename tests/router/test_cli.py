@@ -50,7 +50,9 @@ def test_a_policy_that_is_not_there_is_found_by_the_check(tmp_path: Path, capsys
     path.write_text('[policy]\nref = "nobody"\n')
 
     assert main(["check-config", str(path)]) == 1
-    assert "no policy is called 'nobody'; there are headway, " in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "no policy is called 'nobody'; there are " in error
+    assert "headway, " in error
 
 
 def test_the_file_here_is_found_without_being_named(
