@@ -27,6 +27,7 @@ class Block:
     __slots__ = (
         "band",
         "born",
+        "busy_children",
         "children",
         "edge",
         "hits",
@@ -47,11 +48,12 @@ class Block:
         self.edge: Edge | None = None  # None: not in the trie
         self.parent: Block | None = None
         self.children = 0  # in the trie; while there are any, this one stays
+        self.busy_children = 0  # of them, those in use: while there are any, this one is in use as well
         self.key = b""
         self.is_pending = False  # published by a step that has not been collected
         self.band = Band.EXPIRED
         self.lease_until = 0.0
-        self.queue: OrderedDict[int, Block] | None = None  # where it waits for eviction; None: free or held
+        self.queue: OrderedDict[int, Block] | None = None  # where it waits for eviction; None: free or in use
         self.hits = 0
         self.born = 0.0
 
@@ -135,8 +137,7 @@ class BlockTrie:
         """One more sequence uses these published blocks."""
         for block in blocks:
             assert block.edge is not None, "only what is in the trie can be found"
-            if block.refs == 0:
-                self._unqueue(block)
+            self._rouse(block)
             block.refs += 1
             block.hits += 1
 
@@ -149,29 +150,26 @@ class BlockTrie:
             band = max(block.band, band) if block.refs or block.children > 1 else band
             block.band = band
             block.lease_until = max(block.lease_until, now + lease_s)
-            if block.refs == 0:
-                self._let_go(block, now)
+            self._settle(block, now)
 
     def pin(self, block: Block) -> None:
         """Keep a published block while a copy from it, or behind it, is under way: a hold that is no hit."""
         assert block.edge is not None
-        if block.refs == 0:
-            self._unqueue(block)
+        self._rouse(block)
         block.refs += 1
 
     def unpin(self, block: Block, now: float) -> None:
         """End what `pin` began; the block's worth is what it was."""
         assert block.refs > 0, "double free"
         block.refs -= 1
-        if block.refs == 0:
-            self._let_go(block, now)
+        self._settle(block, now)
 
     def rank(self, block: Block, band: Band, lease_until: float, now: float) -> None:
         """Give a published block another worth: where it stands among those to be evicted follows."""
         block.band, block.lease_until = band, lease_until
         if block.queue is not None:
             self._unqueue(block)
-            self._let_go(block, now)
+            self._enqueue(block, now)
 
     def drop(self, block: Block) -> bool:
         """Free a cached block at once, if nothing holds it or stands behind it."""
@@ -198,6 +196,7 @@ class BlockTrie:
             block.parent = parent
             if parent is not None:
                 parent.children += 1
+                parent.busy_children += 1
             self._keys[block.key] = block
             self._pending.append(block)
         return found
@@ -212,7 +211,7 @@ class BlockTrie:
         self._pending.clear()
         return committed
 
-    def forget(self, blocks: Sequence[Block]) -> list[bytes]:
+    def forget(self, blocks: Sequence[Block], now: float) -> list[bytes]:
         """Take blocks, and all behind them, out of the trie: what they hold is not to be believed. Who holds them keeps
         them. Returns their keys. O(blocks), for faults."""
         doubted = {block.serial for block in blocks if block.edge is not None}
@@ -221,12 +220,18 @@ class BlockTrie:
             level = {b.serial for b in self._nodes.values() if b.edge is not None and b.edge[0] in level} - doubted
             doubted |= level
         gone = [b for b in self._nodes.values() if b.serial in doubted]
-        forgotten = [block.key for block in gone]
+        forgotten, parents = [block.key for block in gone], [block.parent for block in gone]
         for block in gone:
-            self._unpublish(block)
-            if block.refs == 0:
+            if block.parent is not None and block.queue is None:
+                block.parent.busy_children -= 1
+            if block.queue is not None:
                 self._unqueue(block)
-                self._free.append(block)
+            self._unpublish(block)
+        for block in gone:
+            self._settle(block, now)
+        for parent in parents:
+            if parent is not None and parent.edge is not None:
+                self._settle(parent, now)
         return forgotten
 
     def reset(self, held: Iterable[Block]) -> None:
@@ -240,8 +245,8 @@ class BlockTrie:
             queue.clear()
         self._cached = 0
         for block in self._blocks:
-            block.refs, block.children, block.edge, block.parent, block.queue = 0, 0, None, None, None
-            block.is_pending = False
+            block.refs, block.children, block.busy_children, block.is_pending = 0, 0, 0, False
+            block.edge, block.parent, block.queue = None, None, None
         for block in held:
             block.refs += 1
         self._free = [block for block in reversed(self._blocks) if not block.refs]
@@ -269,11 +274,12 @@ class BlockTrie:
         """Assert that no block is lost or in two places. O(blocks): for tests and idle moments."""
         queues = (*self._bands, *self._leases)
         cached = sum(len(queue) for queue in queues)
-        held = sum(1 for block in self._blocks if block.refs)
+        held = sum(1 for block in self._blocks if block.refs or block.busy_children)
         assert cached == self._cached, f"{cached} blocks are queued, {self._cached} counted as cached"
         assert len(self._free) + cached + held == len(self._blocks), "a block is lost or in two places"
         assert all(b.refs == 0 and b.edge is None and b.queue is None for b in self._free), "a free block is in use"
-        assert all(b.refs == 0 and b.edge and b.queue is q for q in queues for b in q.values()), "a queue is wrong"
+        queued = [(block, queue) for queue in queues for block in queue.values()]
+        assert all(b.refs == b.busy_children == 0 and b.edge and b.queue is q for b, q in queued), "a queue is wrong"
         assert all(self._keys[b.key] is b for b in self._nodes.values()), "a key names another block"
         assert len(self._keys) == len(self._nodes), "a key outlived its block"
         published = sum(1 for block in self._blocks if block.edge is not None)
@@ -282,13 +288,33 @@ class BlockTrie:
         parents = Counter(b.edge[0] for b in self._blocks if b.edge is not None and b.edge[0] != ROOT)
         assert all(b.children == parents.pop(b.serial, 0) for b in self._blocks if b.edge), "children are miscounted"
         assert not parents, "a child outlived its parent"
+        busy = Counter(b.parent.serial for b in self._blocks if b.parent is not None and b.queue is None)
+        assert all(b.busy_children == busy.get(b.serial, 0) for b in self._blocks), "children in use are miscounted"
 
     # Inside ----------------------------------------------------------------------------------------------------------
 
-    def _let_go(self, block: Block, now: float) -> None:
-        if block.edge is None:
-            self._free.append(block)
-            return
+    def _rouse(self, block: Block) -> None:
+        """A cached block comes into use, and with it those before it: none is evicted from under what needs it."""
+        while block.queue is not None:
+            self._unqueue(block)
+            if block.parent is None:
+                return
+            block = block.parent
+            block.busy_children += 1
+
+    def _settle(self, block: Block, now: float) -> None:
+        """Free or cache a block, if nothing holds it or what stands behind it; and so with those before it."""
+        while block.refs == 0 and block.busy_children == 0 and block.queue is None:
+            if block.edge is None:
+                self._free.append(block)
+                return
+            self._enqueue(block, now)
+            if block.parent is None:
+                return
+            block = block.parent
+            block.busy_children -= 1
+
+    def _enqueue(self, block: Block, now: float) -> None:
         left_s = block.lease_until - now
         queue = self._leases[bisect_left(LEASES_S, left_s)] if left_s > 0.0 else self._bands[block.band]
         queue[block.id] = block
@@ -319,7 +345,7 @@ class BlockTrie:
         for queue in self._leases:
             while queue and (block := next(iter(queue.values()))).lease_until <= now:
                 self._unqueue(block)
-                self._let_go(block, now)
+                self._enqueue(block, now)
 
     def _unpublish(self, block: Block) -> None:
         assert block.edge is not None

@@ -9,7 +9,7 @@ import fcntl
 import mmap
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -236,6 +236,12 @@ class PoolWriter:
         for key in keys:
             if key in self.slot_of:
                 self.slot_of.move_to_end(key)
+
+    def age(self, keys: Sequence[bytes]) -> None:
+        """These go next, the first one first."""
+        for key in reversed(keys):
+            if key in self.slot_of:
+                self.slot_of.move_to_end(key, last=False)
 
     def pin(self, slot: int) -> None:
         """Keep a slot while a copy from it runs."""

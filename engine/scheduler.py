@@ -170,7 +170,7 @@ class Scheduler:
         is_bad = result.is_bad | (result.ids < 0) | (result.ids >= self._facts.vocab_size)
         for sequence, bad in zip(step.sampled, is_bad.tolist(), strict=True):
             if bad:
-                self._tiers.forget(self._trie.forget(sequence.blocks))
+                self._tiers.forget(self._trie.forget(sequence.blocks, now))
         self._commit(step, now)
         outcome = Outcome()
         answers = zip(step.sampled, result.ids.tolist(), is_bad.tolist(), strict=True)
@@ -225,12 +225,11 @@ class Scheduler:
         """With no sequence left, only copies hold blocks: anything else is a leak. A test fails of it; a worker starts
         its cache over and counts that, as a slow death would be worse."""
         assert not self._sequences
-        held = self._tiers.held
-        if self._trie.counts().held != len({block.id for block in held}):
+        if self._trie.counts().held != self._tiers.lent:
             assert not self._is_strict, "blocks are held by nobody"
             self.repairs += 1
             log.error("blocks were held by nobody: the cache starts over")
-            self._trie.reset(held)
+            self._trie.reset(self._tiers.held)
 
     # Inside a launch -------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ Owns what is known of those tiers. Never copies (engine/copies.py does) and neve
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from engine.blocks import Block, BlockTrie
@@ -54,8 +55,15 @@ class Tiers:
 
     @property
     def lent(self) -> int:
-        """Blocks that nobody but a copy holds."""
-        return len({block.id for block in self.held if block.refs == 1})
+        """Blocks in use for copies alone: those they hold, and those before them."""
+        holds = Counter(block.id for block in self.held)
+        lent: set[int] = set()
+        for held in self.held:
+            block: Block | None = held
+            while block is not None and block.id not in lent and block.refs == holds[block.id]:
+                lent.add(block.id)
+                block = block.parent
+        return len(lent)
 
     def store(self, blocks: Sequence[Block]) -> None:
         """Write blocks through that have just become readable."""
@@ -155,6 +163,11 @@ class Tiers:
         """A sequence used this chain: in the host pool, too, its head is to outlive its tail."""
         if self._host is not None:
             self._host.touch([block.key for block in reversed(blocks) if block.edge is not None])
+
+    def age(self, blocks: Sequence[Block]) -> None:
+        """Nobody will ask for these again: the pool gives them up first, the first of them first of all."""
+        if self._host is not None:
+            self._host.age([block.key for block in blocks])
 
     def forget(self, keys: Sequence[bytes]) -> None:
         """These blocks are not to be believed, nor what was stored behind them. O(slots), for faults."""

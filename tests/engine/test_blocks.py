@@ -123,7 +123,7 @@ def test_what_is_forgotten_is_found_no_more_and_neither_is_what_is_behind_it() -
     trie = BlockTrie(4, SIZE, ROOT)
     chain = fill(trie, ids(1, 2, 3))
     trie.release(chain, Band.CHATBOT, 0.0, now=0.0)
-    trie.forget([chain[1]])
+    trie.forget([chain[1]], 0.0)
 
     assert trie.match(ids(1, 2, 3), b"", 0) == chain[:1]
     assert trie.counts().free == 3
@@ -176,7 +176,7 @@ class TrieMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def doubt(self, data: st.DataObject) -> None:
         blocks, _ = self.held[data.draw(st.integers(0, len(self.held) - 1))]
-        self.trie.forget(blocks)
+        self.trie.forget(blocks, 0.0)
 
     @rule(seconds=st.sampled_from([0.5, 20.0]))
     def wait(self, seconds: float) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +16,9 @@ from engine.disk import QUEUE_MAX, Disk
 from engine.pool import EXTENT_SLOTS, PoolWriter
 from engine.scheduler import SchedulerLimits
 from policies.retention import Band
+from tests.engine.later import Later
 from tests.engine.process import fake_worker
 from tests.engine.rig import AGENT, BATCH, CHAT, FAKE_BLOCK_BYTES, SIZE, Rig, expected, order, pool_of, prompt
-
-
-class Later(Executor):
-    """Runs its jobs when told to."""
-
-    def __init__(self) -> None:
-        self.jobs: list[tuple[Future[Any], Any, tuple[Any, ...]]] = []
-
-    def submit(self, fn: Any, /, *args: Any, **_: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        self.jobs.append((future, fn, args))
-        return future
-
-    def run(self) -> None:
-        jobs, self.jobs = self.jobs, []
-        for future, fn, args in jobs:
-            if future.set_running_or_notify_cancel():
-                future.set_result(fn(*args))
 
 
 def rig_with_pool(blocks: int = 256, extents: int = 4, **options: Any) -> Rig:
