@@ -2,6 +2,7 @@
 # Nothing here needs more than Python 3.11+ with pip and venv.
 PYTHON  ?= python3
 PORT    ?= 8080
+ADMIN_PORT ?= 8081
 WORKERS ?= 2
 MODEL   ?= smollm2
 VENV    := .venv
@@ -46,13 +47,13 @@ $(VENV)/.dev: $(VENV)/.serve
 	@$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[engine,dev]'
 	@touch $@
 
-serve: $(VENV)/.serve  ## start keeper, router and engine workers (PORT= WORKERS= MODEL=)
-	@$(BIN)/headway serve --port $(PORT) --workers $(WORKERS) --model $(MODEL)
+serve: $(VENV)/.serve  ## start keeper, router and engine workers (PORT= ADMIN_PORT= WORKERS= MODEL=)
+	@$(BIN)/headway serve --port $(PORT) --admin-port $(ADMIN_PORT) --workers $(WORKERS) --model $(MODEL)
 
 REPLAY_PORT ?= 18080
 REPLAY_ON   := --serve "$(BIN)/headway serve --port $(REPLAY_PORT) --admin-port 0" --target http://127.0.0.1:$(REPLAY_PORT)
 
-replay: $(VENV)/.serve  ## judge a server of its own with a mix of all classes, about 2 minutes; report in out/
+replay: $(VENV)/.serve  ## judge a server of its own with a mix of all classes, about 2 minutes; report in out/ (REPLAY_PORT=)
 	@mkdir -p out
 	@$(BIN)/headway-loadgen compose --seed 1 --duration 100 --scale-tokens 1/32 --context 8192 -o out/mix.jsonl
 	@$(BIN)/headway-loadgen replay out/mix.jsonl $(REPLAY_ON) --out out/replay

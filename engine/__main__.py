@@ -31,6 +31,11 @@ def main(argv: list[str] | None = None) -> int:
     except (StartError, ValueError) as error:
         print(f"engine: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("engine", "policies", ""):
+            raise  # our own mistake
+        print(f"engine: {error.name} is not installed: pip install 'headway[engine]'", file=sys.stderr)
+        return 2
 
 
 def _worker(arguments: argparse.Namespace) -> int:

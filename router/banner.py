@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 READY_TIMEOUT_S = 0.5  # the listening socket is the keeper's: it accepts before anyone is there to answer
-TERMS = (  # title, key of /readyz, factor, unit
-    ("first token", "ttft_s", 1.0, "s"),
-    ("per new prompt token", "ttft_s_per_new_token", 1000.0, "ms"),
-    ("per output token", "tpot_s", 1000.0, "ms"),
-    ("whole answer", "deadline_s", 1.0, "s"),
+TERMS = (  # title, key of /readyz, key of what each prompt token adds
+    ("first token", "ttft_s", "ttft_s_per_new_token"),
+    ("per output token", "tpot_s", ""),
+    ("whole answer", "deadline_s", "deadline_s_per_new_token"),
 )
 
 
@@ -30,7 +29,7 @@ def banner(address: Any, admin_port: int, ready: Mapping[str, Any]) -> str:
         "",
         f"  curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'",
         "",
-        "Budgets in force:",
+        "Budgets in force (never tighter than this machine can keep):",
         *(f"  {name:17} {_budget(budget)}" for name, budget in ready["budgets"].items()),
         "",
         "Ctrl-C drains and stops.",
@@ -40,8 +39,19 @@ def banner(address: Any, admin_port: int, ready: Mapping[str, Any]) -> str:
 
 
 def _budget(budget: Mapping[str, float | None]) -> str:
-    parts = [f"{title} {value * factor:.4g} {unit}" for title, key, factor, unit in TERMS if (value := budget.get(key))]
-    return ", ".join(parts) or "no promise"
+    return ", ".join(filter(None, (_term(budget, *term) for term in TERMS))) or "no promise"
+
+
+def _term(budget: Mapping[str, float | None], title: str, key: str, slope_key: str) -> str:
+    if not (value_s := budget.get(key)):
+        return ""
+    slope_s = budget.get(slope_key) or 0.0
+    return f"{title} {_time(value_s)}" + (f" + {_time(slope_s)} per new prompt token" if slope_s >= 5e-6 else "")
+
+
+def _time(seconds: float) -> str:
+    """Three digits: what a machine measured in one second differs by more from start to start."""
+    return f"{seconds:.3g} s" if seconds >= 1.0 else f"{seconds * 1000:.3g} ms"
 
 
 def ask_ready(address: Any) -> dict[str, Any] | None:

@@ -21,6 +21,7 @@ class Chorus:
         self._request_id = request_id.encode()
         self.voices = [Voice(self, exchange) for _ in range(count)]
         self._left = count
+        exchange.on_cut = self._cut
         exchange.on_gone = self._gone
         exchange.on_writable = self._writable
 
@@ -51,6 +52,11 @@ class Chorus:
     def _named(self, headers: Headers) -> Headers:
         return [(name, self._request_id if name == REQUEST_HEADER else value) for name, value in headers]
 
+    def _cut(self) -> None:
+        for voice in self.voices:
+            if voice.on_cut is not None:
+                voice.on_cut()
+
     def _gone(self) -> None:
         for voice in self.voices:
             voice.leave()
@@ -64,12 +70,13 @@ class Chorus:
 class Voice:
     """router.ports.Outlet of one answer."""
 
-    __slots__ = ("_chorus", "_exchange", "has_ended", "on_gone", "on_writable")
+    __slots__ = ("_chorus", "_exchange", "has_ended", "on_cut", "on_gone", "on_writable")
 
     def __init__(self, chorus: Chorus, exchange: Exchange) -> None:
         self._chorus = chorus
         self._exchange = exchange
         self.has_ended = False
+        self.on_cut: Callable[[], None] | None = None
         self.on_gone: Callable[[], None] | None = None
         self.on_writable: Callable[[], None] | None = None
 
@@ -105,4 +112,4 @@ class Voice:
 
     def _over(self) -> None:
         self.has_ended = True
-        self.on_gone = self.on_writable = None
+        self.on_cut = self.on_gone = self.on_writable = None

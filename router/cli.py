@@ -26,6 +26,23 @@ examples:
 Every key of the file has a variable, HEADWAY_SERVER_PORT for server.port; a flag wins over both."""
 
 
+CHECK = """\
+Names file, line and key of whatever is wrong, the nearest key that exists, and paths that are not there; the
+environment counts, too. Exit code 0: good.
+
+example:
+  headway check-config headway.toml"""
+
+REPLAY = """\
+Feeds the recorded events to the same mind and compares its actions with those recorded. Exit code 1: they differ.
+
+example:
+  headway serve --record run.jsonl      ... requests, Ctrl-C
+  headway replay-events run.jsonl"""
+
+RAW = argparse.RawDescriptionHelpFormatter
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The `headway` command. Returns the exit code: 0 good, 1 no, 2 misused."""
     arguments = _parser().parse_args(argv)
@@ -41,16 +58,22 @@ def _parser() -> argparse.ArgumentParser:
         epilog=TEACH,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"headway {code_version()}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_serve(commands)
-    check = commands.add_parser("check-config", help="explain what is wrong with a configuration")
+    check = commands.add_parser(
+        "check-config", help="explain what is wrong with a configuration", epilog=CHECK, formatter_class=RAW
+    )
     check.add_argument("file", nargs="?", type=Path, help=f"default: {DEFAULT_FILE} if it exists")
     check.set_defaults(run=_check_config)
-    replay = commands.add_parser("replay-events", help="decide a recording again and compare byte for byte")
+    replay = commands.add_parser(
+        "replay-events",
+        help="decide a recording again and compare byte for byte",
+        epilog=REPLAY,
+        formatter_class=RAW,
+    )
     replay.add_argument("file", type=Path, help="what `headway serve --record` wrote")
     replay.set_defaults(run=_replay_events)
-    shown = commands.add_parser("version", help="print the version")
-    shown.set_defaults(run=_version)
     return parser
 
 
@@ -63,7 +86,7 @@ def _add_serve(commands: Any) -> None:
     )
     serve.add_argument("--config", type=Path, metavar="FILE", help=f"default: {DEFAULT_FILE} if it exists")
     serve.add_argument("--port", type=int, help="where clients connect; 0 takes a free one [server.port]")
-    serve.add_argument("--admin-port", type=int, help="metrics, workers and receipts [server.admin_port]")
+    serve.add_argument("--admin-port", type=int, help="dashboard and metrics; 0 takes a free one [server.admin_port]")
     serve.add_argument("--workers", type=int, metavar="N", help="engine processes [workers.count]")
     serve.add_argument("--model", metavar="MODEL", help="smollm2, a GGUF file or a directory [model.name]")
     serve.add_argument("--device", metavar="DEVICE", help="cpu, cuda, or fake: made-up tokens [workers.device]")
@@ -84,9 +107,12 @@ FLAGS = {  # flag -> key
 
 
 def _serve(arguments: argparse.Namespace) -> int:
+    from policies.plugins import PolicyError
+    from policies.plugins import load as load_policy
     from router.config_load import ConfigError, load
     from router.keeper import Keeper
     from router.plan import make_plan
+    from router.reducer import policy_spec
 
     given = vars(arguments)
     flags = {
@@ -94,7 +120,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     }
     try:
         config = load(arguments.config or _default_file(), os.environ, flags)
-    except ConfigError as error:
+        load_policy(policy_spec(config))  # the router does it again: here it costs no start of a model to be told no
+    except (ConfigError, PolicyError) as error:
         return _complain(error)
     return Keeper(make_plan(config, os.environ)).run()
 
@@ -132,11 +159,6 @@ def _replay_events(arguments: argparse.Namespace) -> int:
         return 0
     print(f"event {outcome.events} gives other actions than were recorded:\n{explain(outcome.difference)}")
     return 1
-
-
-def _version(_: argparse.Namespace) -> int:
-    print(f"headway {code_version()}")
-    return 0
 
 
 def _default_file() -> Path | None:

@@ -159,13 +159,13 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
         return hashlib.sha256(self.to_json()).hexdigest()[:16]
 
 
-def contradictions(config: Config) -> list[tuple[str, str]]:
-    """What each key alone allows and the whole does not: (key, why)."""
-    found = []
+def contradictions(config: Config) -> list[tuple[str, ...]]:
+    """What each key alone allows and the whole does not: the keys that have a part in it, the main one first; why."""
+    found: list[tuple[str, ...]] = []
     if not _is_loopback(config.server.host):
         found.append(("server.host", "must be a loopback address: without keys anyone else could use it too"))
     if config.server.port and config.server.port == config.server.admin_port:
-        found.append(("server.admin_port", "must differ from server.port"))
+        found.append(("server.admin_port", "server.port", "must differ from server.port"))
     if config.model.calls not in CALL_FORMS:
         found.append(("model.calls", f"must be one of {', '.join(CALL_FORMS)}"))
     if config.model.thoughts not in THOUGHT_FORMS:

@@ -5,9 +5,10 @@ Owns how a mistake is explained: file, line, key, what was expected, the nearest
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,14 +61,28 @@ def load(path: Path | None, env: Mapping[str, str], flags: Mapping[str, tuple[st
         values[tuple(key.split("."))] = _Value(value, flag)
     config = _build(leaves, values, problems)
     if not problems:
-        problems += [Problem(_where(values, tuple(key.split("."))), key, why) for key, why in contradictions(config)]
+        found = (*contradictions(config), *absent(config))
+        problems += [Problem(_where(values, keys), keys[0], why) for *keys, why in found]
     if problems:
         raise ConfigError(problems)
     return config
 
 
-def _where(values: Mapping[Key, _Value], key: Key) -> str:
-    return values[key].where if key in values else "default"
+def _where(values: Mapping[Key, _Value], keys: Sequence[str]) -> str:
+    """Where the first of these keys that was set at all was set."""
+    set_keys = [key for name in keys if (key := tuple(name.split("."))) in values]
+    return values[set_keys[0]].where if set_keys else "default"
+
+
+def absent(config: Config) -> Iterator[tuple[str, str]]:
+    """What the configuration names on this machine and is not there: (key, why)."""
+    name = config.model.name
+    is_path = name.endswith(".gguf") or name.startswith(("/", "./", "../", "~"))
+    if is_path and not Path(name).expanduser().exists():
+        yield "model.name", f"{name} is not there"
+    for key, path in (("record.path", config.record.path), ("receipts.path", config.receipts.path)):
+        if path and not os.access(Path(path).expanduser().absolute().parent, os.W_OK):
+            yield key, f"no file can be made at {path}"
 
 
 # Schema: the tree of structs as flat keys -----------------------------------------------------------------------------
@@ -145,11 +160,16 @@ def _unknown(key: Key, leaves: Mapping[Key, Any]) -> str:
     sections = _sections(leaves)
     if key in sections:
         return "is a section, not a value"
-    siblings = {known[-1]: ".".join(known) for known in (*sections, *leaves) if known[:-1] == key[:-1]}
+    siblings = {known[-1]: _dotted(known) for known in (*sections, *leaves) if known[:-1] == key[:-1]}
     near = difflib.get_close_matches(key[-1], siblings, n=1)
     if near:
         return f"no such key; did you mean {siblings[near[0]]}?"
     return f"no such key; there are {', '.join(sorted(siblings.values()))}"
+
+
+def _dotted(key: Key) -> str:
+    """As TOML wants it written: classes."chatbot+"."""
+    return ".".join(part if re.fullmatch(r"[A-Za-z0-9_-]+", part) else f'"{part}"' for part in key)
 
 
 # Lines: tomllib keeps none, so a second look at the text finds them ---------------------------------------------------

@@ -45,8 +45,8 @@ class Connection(Protocol):
 
 
 class Exchange:
-    """A request being answered. `on_gone` is called once when the client leaves before the end; `on_writable` each
-    time a slow client has caught up."""
+    """A request being answered. `on_gone` is called once when the client leaves before the end; `on_cut` when the
+    server stops before it; `on_writable` each time a slow client has caught up."""
 
     __slots__ = (
         "_connection",
@@ -58,6 +58,7 @@ class Exchange:
         "has_started",
         "head",
         "is_gone",
+        "on_cut",
         "on_gone",
         "on_writable",
     )
@@ -67,6 +68,7 @@ class Exchange:
         self.body = body
         self.arrived = arrived  # local monotonic seconds of the last body byte
         self.has_started = self.has_ended = self.is_gone = False
+        self.on_cut: Callable[[], None] | None = None
         self.on_gone: Callable[[], None] | None = None
         self.on_writable: Callable[[], None] | None = None
         self._connection = connection
@@ -125,6 +127,13 @@ class Exchange:
         if self.on_gone is not None:
             self.on_gone()
 
+    def cut(self) -> None:
+        """The server waits no longer: end with an error if the answer knows how."""
+        if self.on_cut is not None:
+            self.on_cut()
+        else:
+            self.abort()
+
     def writable(self) -> None:
         """The connection says that the client has caught up."""
         if self.on_writable is not None and not self.is_gone:
@@ -145,5 +154,5 @@ class Exchange:
 
     def _end(self) -> None:
         self.has_ended = True
-        self.on_gone = self.on_writable = None
+        self.on_cut = self.on_gone = self.on_writable = None
         self._connection.response_ended(self, keep_open=self._keep_open)

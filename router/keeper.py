@@ -22,9 +22,11 @@ from typing import Any
 from router.banner import ask_ready, banner
 from router.child import Child, ending
 
+BAD_SETTINGS = 2  # a child's exit code: it said in one sentence what cannot be had, and trying again will not help
 START_DEATHS_MAX = 3  # of one child before anything was ever ready: a wrong model or no memory, so say it and stop
 READY_POLL_S = 0.1
 COMPLETE_S = 5.0  # so long the banner waits for the other workers once the first one serves
+ERROR_S = 3.0  # beyond the grace: the router ends what is left with errors and leaves
 STOP_WORKERS_S = 5.0  # a worker whose router is gone has nothing to finish
 BACKLOG = 2048  # connections that wait while a router restarts
 ASK_MAX_BYTES = 4096  # names of workers to kill, from the router
@@ -79,6 +81,7 @@ class Keeper:
                 pool = stack.enter_context(_pool(self.plan.pool_bytes))
                 self._plan_children(run, model, pool, (listen.fileno(), admin.fileno(), ask))
                 self._serve(wake, asks, listen.getsockname(), admin.getsockname()[1])
+                listen.close()  # from here on a connection is refused, not left waiting for nobody
                 self._drain(wake)
             except StartError as error:
                 self.say(f"headway: {error}")
@@ -155,8 +158,8 @@ class Keeper:
         code = child.ended(now)
         if code is None:
             return
-        if not self._is_ready and child.deaths >= START_DEATHS_MAX:
-            raise StartError(f"{child.name} cannot start ({ending(code)}, {child.deaths} times); see its lines above")
+        if not self._is_ready and (code == BAD_SETTINGS or child.deaths >= START_DEATHS_MAX):
+            raise StartError(f"{child.name} cannot start ({ending(code)}); see its lines above")
         again_s = child.start_at - now
         self.say(f"headway: {child.name} ended ({ending(code)}) after {lived_s:.0f} s; again in {again_s:g} s")
 
@@ -175,7 +178,7 @@ class Keeper:
             self.say(f"headway: draining for up to {self.plan.drain_grace_s:g} s; Ctrl-C again to stop now")
         routers = [child for child in self._children if child.name == "router"]
         workers = [child for child in self._children if child.name != "router"]
-        self._stop(routers, self.plan.drain_grace_s + 2.0, wake)
+        self._stop(routers, self.plan.drain_grace_s + ERROR_S, wake)
         self._stop(workers, STOP_WORKERS_S, wake)
         self._kill_all()
         self.say("headway: stopped")

@@ -55,6 +55,7 @@ class Sink(Protocol):
 class Outlet(Protocol):
     """Where an answer goes: the client's exchange, or one voice of a chorus."""
 
+    on_cut: Callable[[], None] | None
     on_gone: Callable[[], None] | None
     on_writable: Callable[[], None] | None
 

@@ -30,6 +30,8 @@ from router.turn import Scoring, TokenScore, Usage
 
 log = logging.getLogger(__name__)
 
+RETRY_AFTER_STOP_S = 1.0  # a restart, or the next router behind the same name
+STOPPING = ErrorDetail("The server stops; ask again.", "server_error", None, "stopping")
 BROKEN = ErrorDetail("The router failed on this request.", "server_error", None, "internal_error")
 
 
@@ -57,6 +59,7 @@ class Relay:
     def begin(self) -> None:
         """Offer the request. It may be answered before this returns."""
         self._exchange.on_gone = self._client_gone
+        self._exchange.on_cut = self._stop
         self._exchange.on_writable = self._answer.flush
         self._services.mind.offer(self._order.request, self)
 
@@ -252,6 +255,12 @@ class Relay:
         self._answer.drop()
         self._services.mind.gone(self._order.request.id)
         self._settle("cancelled", 499, "client-gone")
+
+    def _stop(self) -> None:
+        """The router stops and waits no longer for this answer."""
+        self._drop_attempt("the router stops")
+        self._services.mind.gone(self._order.request.id)
+        self._end_with_error(503, STOPPING, "failed", retry_headers(RETRY_AFTER_STOP_S))
 
     def _settle(self, outcome: str, status: int, reason: str) -> None:
         assert not self.over.done(), "a request ends exactly once"

@@ -27,6 +27,7 @@ HOST = re.compile(rb"(?:[A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 TARGET = re.compile(rb"/[!-~]*")
 
 CUT_S = 1.0  # what a handler may take to notice that its client is gone
+CUT_POLL_S = 0.02
 
 Gate = Callable[[Head], int]
 Handler = Callable[[Exchange], Awaitable[None]]
@@ -85,7 +86,17 @@ class Listener:
             connection.close_if_idle()
         if self.tasks:
             await asyncio.wait(self.tasks, timeout=grace_s)
+        await self._cut()
         await self.close()
+
+    async def _cut(self) -> None:
+        """End every answer that still runs with an error that says so, and let the errors reach their clients."""
+        cut = sum(connection.cut() for connection in list(self._connections))
+        if cut:
+            log.warning("%d answers took longer than the drain and were cut with an error", cut)
+        until = asyncio.get_running_loop().time() + CUT_S
+        while self._connections and asyncio.get_running_loop().time() < until:  # noqa: ASYNC110 -- at the end, once
+            await asyncio.sleep(CUT_POLL_S)
 
     async def close(self) -> None:
         """Cut everything."""
@@ -349,6 +360,14 @@ class HttpConnection(asyncio.Protocol):
             self._refuse(RequestError(408, "The request took too long to arrive."))
         else:
             self.transport.abort()
+
+    def cut(self) -> bool:
+        """End of the drain. Whether an answer was cut."""
+        if self._answering is None:
+            self.transport.abort()
+            return False
+        self._answering.cut()
+        return True
 
     def close_if_idle(self) -> None:
         """Drain: between requests there is nothing to wait for."""

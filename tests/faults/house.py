@@ -178,10 +178,10 @@ class House:
 
         await poll(is_ready)
 
-    def ask(self, prompt: str, *, tokens: int = 20, stream: bool = True, **headers: str) -> Stream:
+    def ask(self, prompt: str, *, tokens: int = 20, stream: bool = True, n: int = 1, **headers: str) -> Stream:
         """Send a request; its answer is read in the background."""
         body = {"model": "tiny", "messages": [{"role": "user", "content": prompt}], "stream": stream}
-        body |= {"max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+        body |= {"max_tokens": tokens, "temperature": 0, "ignore_eos": True, "n": n}
         answer = Stream(prompt)
         answer.task = asyncio.create_task(answer.read(self.client, body, headers))
         return answer

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +17,7 @@ import httpx
 import pytest
 
 from router.cli import main
-from router.config import Config, Record
+from router.config import Config, Record, Server
 from tests.faults.house import DEADLINE_S, house
 from tests.router.test_keeper import is_alive, until
 
@@ -32,6 +34,30 @@ def test_a_draining_router_finishes_its_streams_and_leaves(tmp_path: Path, model
 
             await stream.end()
             assert stream.is_done
+            assert await asyncio.get_running_loop().run_in_executor(None, built.router.wait, DEADLINE_S) == 0
+
+    asyncio.run(scene())
+
+
+def test_a_drain_that_runs_out_of_time_tells_clients_so(tmp_path: Path, model_folder: Path) -> None:
+    config = Config(server=Server(drain_grace_s=0.5))
+
+    async def scene() -> None:
+        async with house(tmp_path, model_folder, config, slower=20) as built:
+            stream = await built.ask("a long story", tokens=2000).until(lambda seen: len(seen.text) > 0)
+            whole = built.ask("another", tokens=2000, stream=False)
+            several = built.ask("three", tokens=2000, n=3)
+            await built.until(lambda seen: sum(worker["requests"] for worker in seen.values()) == 5)
+            assert built.router is not None
+
+            built.router.send_signal(signal.SIGTERM)
+
+            for answer in (stream, several):
+                await answer.end()
+                assert not answer.is_done
+                assert answer.errors[0]["code"] == "stopping"
+            await whole.end()
+            assert (whole.status, whole.headers["retry-after"]) == (503, "1")
             assert await asyncio.get_running_loop().run_in_executor(None, built.router.wait, DEADLINE_S) == 0
 
     asyncio.run(scene())
@@ -79,6 +105,16 @@ def test_a_recorded_run_replays_byte_for_byte(
     assert re.match(r"\d{2,} events, \d{2,} actions: equal byte for byte", capsys.readouterr().out)
 
 
+def takes_connections(base: str) -> bool:
+    url = httpx.URL(base)
+    with (
+        contextlib.suppress(ConnectionRefusedError),
+        socket.create_connection((url.host, url.port), timeout=DEADLINE_S),
+    ):
+        return True
+    return False
+
+
 def test_serve_answers_survives_a_killed_worker_and_leaves_no_process(tmp_path: Path, model_folder: Path) -> None:
     del model_folder  # converted already, so that the start is quick
     printed = tmp_path / "printed"
@@ -105,7 +141,9 @@ def test_serve_answers_survives_a_killed_worker_and_leaves_no_process(tmp_path: 
             assert again["usage"]["prompt_tokens_details"]["cached_tokens"] >= 32  # the KV outlived the worker
             assert again["choices"] == first.json()["choices"]
 
-        keeper.terminate()
+        with httpx.stream("POST", f"{base[0]}/v1/chat/completions", json=body | {"max_tokens": 200, "stream": True}):
+            keeper.terminate()
+            until(lambda: not takes_connections(base[0]), "who comes during the drain is refused, not left waiting")
         assert keeper.wait(DEADLINE_S) == 0
         assert not any(map(is_alive, children))
         assert not list(tmp_path.glob("headway-*"))

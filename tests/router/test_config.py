@@ -53,7 +53,7 @@ def test_every_mistake_is_named_with_its_line_and_the_nearest_key(tmp_path: Path
     assert problems(path, {"HEADWAY_SERVER_PROT": "1", "HEADWAY_WORKERS_THREADS": "two"}) == [
         f"{path}:2: server.prt: no such key; did you mean server.port?",
         f"{path}:5: worker: no such key; did you mean workers?",
-        f"{path}:10: classes.chatbot+.ttft: no such key; did you mean classes.chatbot+.ttft_s?",
+        f'{path}:10: classes.chatbot+.ttft: no such key; did you mean classes."chatbot+".ttft_s?',
         "HEADWAY_SERVER_PROT: no key has this name; did you mean HEADWAY_SERVER_PORT?",
         f"{path}:3: server.port: expected a whole number, got 'x'",
         f"{path}:8: workers.count: expected a whole number >= 1, got 0",
@@ -104,3 +104,27 @@ def test_a_configuration_survives_its_way_to_another_process() -> None:
 
     assert Config.from_json(config.to_json()) == config
     assert config.digest != Config().digest
+
+
+def test_what_several_keys_forbid_is_said_where_one_of_them_stands(tmp_path: Path) -> None:
+    path = written(tmp_path, "[server]\nport = 8081\n")
+
+    assert problems(path) == [f"{path}:2: server.admin_port: must differ from server.port"]
+
+
+def test_a_near_name_is_written_as_toml_wants_it(tmp_path: Path) -> None:
+    (problem,) = problems(written(tmp_path, "[classes.chatbot]\ntpot_s = 1\n"))
+
+    assert problem.endswith(':1: classes.chatbot: no such key; did you mean classes."chatbot+"?')
+
+
+def test_what_is_not_there_is_said_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = '[model]\nname = "./none.gguf"\n[record]\npath = "/none/run.jsonl"\n[receipts]\npath = "receipts.jsonl"\n'
+
+    path = written(tmp_path, text)
+
+    assert problems(path) == [
+        f"{path}:2: model.name: ./none.gguf is not there",
+        f"{path}:4: record.path: no file can be made at /none/run.jsonl",
+    ]

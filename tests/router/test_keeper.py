@@ -156,7 +156,8 @@ def test_children_die_with_a_killed_keeper(tmp_path: Path) -> None:
     ("commands", "words"),
     [
         ({"prepare": ["raise SystemExit(3)"]}, "the model could not be prepared (exit code 3)"),
-        ({"worker": ["raise SystemExit(4)"], "router": [WORKER, "router"]}, "w0 cannot start (exit code 4, 3 times)"),
+        ({"worker": ["raise SystemExit(4)"], "router": [WORKER, "router"]}, "w0 cannot start (exit code 4)"),
+        ({"worker": ["raise SystemExit(2)"], "router": [WORKER, "router"]}, "w0 cannot start (exit code 2)"),
     ],
 )
 def test_what_cannot_start_is_said_and_nothing_is_left(tmp_path: Path, commands: object, words: str) -> None:
@@ -164,6 +165,7 @@ def test_what_cannot_start_is_said_and_nothing_is_left(tmp_path: Path, commands:
         assert keeper.process.wait(DEADLINE_S) == 1
 
         assert words in keeper.text()
+        assert ("again in" in keeper.text()) == ("exit code 4" in words), "bad settings are not tried again"
         assert not any(map(is_alive, keeper.all_pids()))
 
 
@@ -216,5 +218,5 @@ def test_the_banner_shows_address_curl_and_budgets() -> None:
 
     assert "Headway serves smollm2 at http://127.0.0.1:8080" in text
     assert "curl http://127.0.0.1:8080/v1/chat/completions" in text
-    assert "chatbot+          first token 1 s, per new prompt token 3.1 ms, per output token 50 ms" in text
+    assert "chatbot+          first token 1 s + 3.1 ms per new prompt token, per output token 50 ms" in text
     assert "data-processor    whole answer 900 s" in text
