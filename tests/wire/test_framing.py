@@ -254,14 +254,16 @@ def test_draining_lets_running_answers_end_and_takes_nothing_new() -> None:
     run(work())
 
 
-def test_draining_cuts_what_outlives_the_grace() -> None:
+def test_draining_ends_what_outlives_the_grace_with_an_error() -> None:
     async def work() -> None:
         async with desk() as d:
             asking = asyncio.create_task(d.client.post("/v1/chat/completions", json=chat()))
             attempt = await d.fleet.next()
             await d.listener.drain(0.05)
-            await asyncio.gather(asking, return_exceptions=True)
-            assert attempt.aborted == "client gone"
-            assert d.receipts[0].outcome == "cancelled"
+            answer = await asking
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+            assert answer.json()["error"]["code"] == "stopping"
+            assert attempt.aborted == "the router stops"
+            assert d.receipts[0].outcome == "failed"
 
     run(work())
