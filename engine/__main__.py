@@ -12,11 +12,16 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from engine.config import EngineConfig
+from engine.config import GPU_BLOCK_TOKENS, GPU_KV_BYTES, EngineConfig
 from engine.worker import StartError
+
+if TYPE_CHECKING:
+    from engine.gpu_runner import GpuRunner
+    from engine.runner import TorchRunner
 
 T = TypeVar("T")
 
@@ -45,18 +50,24 @@ def _worker(arguments: argparse.Namespace) -> int:
 
     from engine import build, manifest
     from engine.grammar import GrammarCompiler
-    from engine.runner import RunnerConfig, TorchRunner
     from engine.step import ModelFacts
 
     torch.set_num_threads(config.threads)
-    options = RunnerConfig(block_tokens=config.block_tokens, kv_bytes=config.kv_bytes, device=config.device)
-    _explained(lambda: manifest.verify(folder))
-    runner = _explained(lambda: TorchRunner.load(folder, options))
+    if config.device == "auto":
+        config = replace(config, device="cuda:0" if torch.cuda.is_available() else "cpu")
+    runner: TorchRunner | GpuRunner
+    if config.device.startswith("cuda"):
+        config = _for_gpu(config, arguments)
+        runner, kv_dtype = _explained(lambda: _gpu_runner(folder, config)), "bfloat16"
+        device = f"{config.device} {torch.cuda.get_device_name(config.device)}"
+    else:
+        runner, kv_dtype = _explained(lambda: _torch_runner(folder, config)), "float32"
+        device = config.device if config.device != "cpu" else f"cpu x{config.threads}"
     facts = ModelFacts(
         name=config.model_name or Path(config.model).stem,
         digest=manifest.digest_of(folder),
-        device=config.device if config.device != "cpu" else f"cpu x{config.threads}",
-        kv_dtype=str(options.dtype).removeprefix("torch."),
+        device=device,
+        kv_dtype=kv_dtype,
         vocab_size=runner.model.vocab_size,
         context_max=runner.model.context_max,
         eos_ids=tuple(runner.model.eos_ids),
@@ -66,6 +77,40 @@ def _worker(arguments: argparse.Namespace) -> int:
         return build.serve(runner, facts, config)
     grammars = GrammarCompiler(tokenizer.read_text(encoding="utf-8"), facts.vocab_size, facts.eos_ids)
     return build.serve(runner, facts, config, compile=grammars.compile)
+
+
+def _torch_runner(folder: Path, config: EngineConfig) -> TorchRunner:
+    from engine import manifest
+    from engine.runner import RunnerConfig, TorchRunner
+
+    manifest.verify(folder)
+    options = RunnerConfig(block_tokens=config.block_tokens, kv_bytes=config.kv_bytes, device=config.device)
+    return TorchRunner.load(folder, options)
+
+
+def _for_gpu(config: EngineConfig, arguments: argparse.Namespace) -> EngineConfig:
+    """What is not said on the command line gets the GPU's default instead of the CPU's."""
+    return replace(
+        config,
+        device="cuda:0" if config.device == "cuda" else config.device,
+        block_tokens=arguments.block_tokens or GPU_BLOCK_TOKENS,
+        kv_bytes=arguments.kv_bytes or GPU_KV_BYTES,
+        ahead_tokens=1,
+    )
+
+
+def _gpu_runner(folder: Path, config: EngineConfig) -> TorchRunner | GpuRunner:
+    import torch
+
+    from engine import gpu_build
+
+    return gpu_build.load(
+        folder,
+        torch.device(config.device),
+        block_tokens=config.block_tokens,
+        kv_bytes=config.kv_bytes,
+        sequences_max=config.sequences_max,
+    )
 
 
 def _convert_command(arguments: argparse.Namespace) -> int:
@@ -117,7 +162,8 @@ def _config(arguments: argparse.Namespace) -> EngineConfig:
         die_with_parent()
     os.environ.setdefault("OMP_NUM_THREADS", str(getattr(arguments, "threads", 1)))  # before torch is imported
     names = set(EngineConfig.__dataclass_fields__) & set(vars(arguments))
-    return EngineConfig(**{name: getattr(arguments, name) for name in names})
+    said = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    return EngineConfig(**said)
 
 
 def die_with_parent() -> None:
@@ -145,9 +191,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     _common(worker)
     _model(worker, worker.add_argument("--model", required=True))
-    worker.add_argument("--device", default="cpu", help="torch device (cpu)")
+    worker.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, or auto: cuda where one is (cpu)")
     worker.add_argument("--threads", type=int, default=1, help="CPU threads (1)")
-    worker.add_argument("--kv-bytes", type=int, default=EngineConfig("").kv_bytes, help="memory for KV (512 MiB)")
+    worker.add_argument("--kv-bytes", type=int, help="memory for KV (512 MiB; on a GPU all that is free)")
     worker.set_defaults(command=_worker)
     convert = commands.add_parser(
         "convert",
@@ -188,7 +234,7 @@ def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--socket", required=True, help="Unix socket to listen on; made with mode 0600")
     parser.add_argument("--name", default=default.name, help="the worker's name, stable over restarts (w0)")
     parser.add_argument("--model-name", default="", help="the name that clients use")
-    parser.add_argument("--block-tokens", type=int, default=default.block_tokens, help="tokens a KV block (16)")
+    parser.add_argument("--block-tokens", type=int, help="tokens a KV block (16; on a GPU 64)")
     parser.add_argument("--sequences-max", type=int, default=default.sequences_max, help="resident at once (256)")
     parser.add_argument("--waiting-max", type=int, default=default.waiting_max, help="waiting, then refused (1024)")
     parser.add_argument("--drain-s", type=float, default=default.drain_s, help="grace on SIGTERM, seconds (30)")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from engine import keys
 from engine.blocks import BlockTrie
-from engine.config import PRIOR, EngineConfig
+from engine.config import GPU_PRIOR, PRIOR, EngineConfig
 from engine.copies import Hands
 from engine.core import Core, Inbox, Wake, parts
 from engine.disk import Disk, DiskError
@@ -39,7 +39,8 @@ def build(
     root = keys.root(facts.digest, kv_dtype=facts.kv_dtype)
     trie = BlockTrie(runner.blocks_total, config.block_tokens, root)
     tiers = _tiers(trie, runner, config, lambda: inbox.put(Wake()))
-    limits = SchedulerLimits(sequences_max=config.sequences_max, waiting_max=config.waiting_max)
+    limits = SchedulerLimits(config.sequences_max, config.waiting_max, ahead_tokens=config.ahead_tokens)
+    prior = GPU_PRIOR if config.device.startswith("cuda") else PRIOR
     scheduler = Scheduler(trie, facts, limits, PlanLimits(quantum_tokens=config.block_tokens), tiers, is_strict=False)
     hello = Hello(
         protocol=PROTOCOL_VERSION,
@@ -54,11 +55,11 @@ def build(
         vocab_size=facts.vocab_size,
         root=root,
         policy_digest=PolicySpec().digest,
-        step_model=parts(PRIOR),
+        step_model=parts(prior),
         cached=b"",
         nonce=b"",
     )
-    return Core(runner, scheduler, trie, tiers=tiers, fit=StepFit(PRIOR), hello=hello, inbox=inbox, clock=clock)
+    return Core(runner, scheduler, trie, tiers=tiers, fit=StepFit(prior), hello=hello, inbox=inbox, clock=clock)
 
 
 def _tiers(trie: BlockTrie, runner: Runner, config: EngineConfig, wake: Callable[[], None]) -> Tiers:

@@ -41,10 +41,33 @@ SHAPES = (
 )
 
 
-def calibrate(runner: Runner, fit: StepFit, trie: BlockTrie, budget_s: float, clock: Callable[[], float]) -> StepModel:
+GPU_SHAPES = (
+    Shape(1, 0, 512),
+    Shape(0, 512, 0),
+    Shape(64, 0, 512),
+    Shape(0, 2048, 0),
+    Shape(8, 256, 2048),
+    Shape(256, 0, 512),
+    Shape(0, 64, 0),
+    Shape(1, 0, 8192),
+    Shape(32, 0, 2048),
+    Shape(0, 1024, 8192),
+    Shape(128, 0, 64),
+)
+
+
+def calibrate(
+    runner: Runner,
+    fit: StepFit,
+    trie: BlockTrie,
+    budget_s: float,
+    clock: Callable[[], float],
+    *,
+    shapes: tuple[Shape, ...] = SHAPES,
+) -> StepModel:
     """Run shapes round and round until the time is up; the first step of all only warms up."""
     tokens_max = trie.blocks_total * trie.block_tokens
-    shapes = [shape for shape in SHAPES if shape.context + max(shape.chunk, 1) <= tokens_max]
+    shapes = tuple(shape for shape in shapes if shape.context + max(shape.chunk, 1) <= tokens_max)
     runner.run(batch_of(shapes[0], trie.block_tokens)[0])
     until, count = clock() + budget_s, 0
     while clock() < until:

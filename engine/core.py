@@ -14,7 +14,7 @@ from dataclasses import replace as replaced
 from msgspec.structs import replace
 
 from engine.blocks import BlockTrie
-from engine.calibrate import calibrate
+from engine.calibrate import GPU_SHAPES, SHAPES, calibrate
 from engine.keys import KEY_BYTES
 from engine.masks import Grammar, MaskMaker
 from engine.outbox import Outbox
@@ -139,7 +139,8 @@ class Core:
 
     def calibrate(self, budget_s: float) -> StepModel:
         """Learn the device's speed from made-up steps; before the first request."""
-        return calibrate(self._runner, self._fit, self._trie, budget_s, self._clock)
+        shapes = GPU_SHAPES if self._hello.device.startswith("cuda") else SHAPES
+        return calibrate(self._runner, self._fit, self._trie, budget_s, self._clock, shapes=shapes)
 
     def run(self) -> None:
         """Turn until drained."""
@@ -176,7 +177,9 @@ class Core:
         now = self._clock()
         news.outcomes.append(self._scheduler.collect(step, result, self._fit.model, now))
         self._steps += 1
-        self._step_s = now - started  # what residents wait: the host's share is in it, and so in the model
+        # What residents wait: the host's share is in it, and so in the model. A step that began before it was asked for
+        # took longer than the asking.
+        self._step_s = max(now - started, result.seconds)
         changed = self._fit.observe(step.features, self._step_s)
         news.model = parts(changed) if changed else None
         return True

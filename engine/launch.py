@@ -48,6 +48,10 @@ class Launch:
         """The one behind a row of the view."""
         return self._everyone[number]
 
+    def rows_of(self, numbers: Int64) -> Int64:
+        """Rows of the table of residents of the view."""
+        return self._residents[numbers]
+
     def is_resident(self, number: int) -> bool:
         """Whether a row of the view had KV when the step was planned."""
         return number < len(self._residents)
@@ -124,9 +128,10 @@ class Launch:
             write_slots=slots,
             row_starts=starts.astype(np.int32),
             contexts=contexts.astype(np.int32),
-            block_tables=table.block_table[self.rows, : int(-(-contexts.max() // block_tokens))],
+            block_tables=table.block_table[self.rows, : int(table.blocks[self.rows].max())],
             sample_rows=(starts[1:] - 1)[wants].astype(np.int32),
             sampling=tuple(s.sampling for s in self.sampled),
             sample_positions=table.emitted[self.sampled_rows].astype(np.int32),
             histories={at: s.history for at, s in enumerate(self.sampled) if s.sampling.has_penalties},
+            room=(table.blocks[self.rows] * block_tokens).astype(np.int32),
         )

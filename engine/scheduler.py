@@ -45,6 +45,7 @@ class SchedulerLimits:
     preemptions_max: int = 2  # of one sequence, in favour of more urgent ones
     preempt_cooldown_s: float = 5.0
     output_guess_tokens: int = 128  # until a class has finished something
+    ahead_tokens: int = 0  # KV reserved beyond a decode's next token: 1 lets a runner begin the step after
 
 
 class Scheduler:
@@ -235,8 +236,10 @@ class Scheduler:
 
     def _reserve_decodes(self, step: Launch) -> None:
         """A block for each decode that begins one; if none can be had, the least urgent and latest gives way."""
-        decodes = step.plan.decodes
-        needy = decodes[step.view.context[decodes] % self._block_tokens == 0].tolist()
+        for ahead in (self._limits.ahead_tokens, 0):
+            needy = self._short_of_blocks(step, 1 + ahead)
+            if len(needy) <= self._trie.available:
+                break
         if len(needy) <= self._trie.available:
             sequences = [step.sequence(number) for number in needy]
             self._table.extend(sequences, self._trie.take(len(needy), step.now) or [])
@@ -251,6 +254,14 @@ class Scheduler:
                 self._preempt(max(step.preemptable(), key=_yields_first), step)
             if sequence.row != WAITING:
                 self._holdings.take(sequence, 1, step.now)
+
+    def _short_of_blocks(self, step: Launch, tokens: int) -> list[int]:
+        """Decodes whose blocks do not hold so many tokens more."""
+        decodes = step.plan.decodes
+        held = self._table.blocks[step.rows_of(decodes)] * self._block_tokens
+        wanted = np.minimum(step.view.context[decodes] + tokens, self._context_max)
+        short: list[int] = decodes[held < wanted].tolist()
+        return short
 
     def _launch_chunk(self, chunk: Chunk, sequence: Sequence, step: Launch, model: StepModel) -> bool:
         """Reserve and enter a prompt chunk; False if there is no room for it. True also if it must wait a step."""

@@ -63,6 +63,8 @@ class StepBatch:
     sample_positions: Int32  # [sampled] output index of the wanted token, from 0: with the seed it keys the randomness
     histories: Mapping[int, History] = field(default_factory=dict)  # by sampled row, of those with penalties
     masks: Masks | None = None
+    # [sequences] tokens that its blocks can hold, or empty: not said. A runner may compute ahead within them.
+    room: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,7 +89,7 @@ def _add_serve(commands: Any) -> None:
     serve.add_argument("--admin-port", type=int, help="dashboard and metrics; 0 takes a free one [server.admin_port]")
     serve.add_argument("--workers", type=int, metavar="N", help="engine processes [workers.count]")
     serve.add_argument("--model", metavar="MODEL", help="smollm2, a GGUF file or a directory [model.name]")
-    serve.add_argument("--device", metavar="DEVICE", help="cpu, cuda, or fake: made-up tokens [workers.device]")
+    serve.add_argument("--device", metavar="DEVICE", help="auto, cpu, cuda, or fake: made-up tokens [workers.device]")
     serve.add_argument("--policy", metavar="REF", help="a built-in, an entry point or module:factory [policy.ref]")
     serve.add_argument("--record", metavar="FILE", help="record what the mind sees and decides [record.path]")
     serve.set_defaults(run=_serve)

@@ -13,7 +13,7 @@ from msgspec import Meta, Struct, field
 
 CALL_FORMS = ("auto", "hermes", "llama", "mistral", "pythonic", "none")
 THOUGHT_FORMS = ("auto", "think", "magistral", "none")
-DEVICES = ("cpu", "cuda", "fake")
+DEVICES = ("auto", "cpu", "cuda", "fake")
 
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Count = Annotated[int, Meta(ge=1)]
@@ -53,8 +53,8 @@ class Workers(Struct, frozen=True, forbid_unknown_fields=True):
 
     count: Annotated[int, Meta(ge=1, le=64)] = 2  # two show affinity and survive one death; 64 is what is measured
     threads: Count = 1  # of each: more processes beat more threads for a 135M model on few cores
-    device: str = "cpu"  # cpu | cuda | fake: made-up tokens at a fixed speed, to try clients without a model
-    kv_mib: Count = 512  # KV of each worker: 11,650 tokens of the embedded model (45 KiB each): 8k of context fit
+    device: str = "auto"  # cuda where a card is, else cpu | cpu | cuda | fake: made-up tokens, to try clients
+    kv_mib: Count = 512  # on a CPU: 11,650 tokens of the embedded model (45 KiB each); a GPU takes what is free
 
 
 class KV(Struct, frozen=True, forbid_unknown_fields=True):

@@ -23,8 +23,9 @@ CGROUP_FILES = (
 )
 
 
-def make_plan(config: Config, env: Mapping[str, str]) -> Plan:
+def make_plan(config: Config, env: Mapping[str, str], devices: Path = Path("/dev")) -> Plan:
     """What `headway serve` runs with this configuration."""
+    gpus = _gpus(devices) if config.workers.device in ("auto", "cuda") else 0
     return Plan(
         host=config.server.host,
         port=config.server.port,
@@ -32,10 +33,10 @@ def make_plan(config: Config, env: Mapping[str, str]) -> Plan:
         drain_grace_s=config.server.drain_grace_s,
         config=config.to_json(),
         prepare=(*PYTHON, "engine", "convert", config.model.name),
-        workers={f"w{number}": _worker(config, number) for number in range(config.workers.count)},
+        workers={f"w{number}": _worker(config, number, gpus) for number in range(_count(config, gpus))},
         router=(*PYTHON, "router", "--config", "{run}/config.json", "--model", "{model}"),
         env=_environment(config, env),
-        pool_bytes=pool_bytes(config),
+        pool_bytes=pool_bytes(config, gpus),
     )
 
 
@@ -51,12 +52,12 @@ def state_folder(config: Config, env: Mapping[str, str]) -> Path:
     return Path(env.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "headway"
 
 
-def pool_bytes(config: Config) -> int:
+def pool_bytes(config: Config, gpus: int) -> int:
     """The host pool's size. Its memory is only touched as KV comes to lie there."""
     if config.kv.host_gib is not None:
         return int(config.kv.host_gib * GIB)
     most = min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4, _cgroup_leaves() // 2)
-    if config.workers.device == "cuda":
+    if gpus:
         return most
     return min(most, POOL_PER_KV * config.workers.count * config.workers.kv_mib * 1024 * 1024)
 
@@ -71,16 +72,30 @@ def _cgroup_leaves() -> int:
     return max(0, int(limit) - int(usage)) if limit.isdigit() and usage.isdigit() else 2**62
 
 
-def _worker(config: Config, number: int) -> tuple[str, ...]:
+def _gpus(devices: Path) -> int:
+    """Cards of this host, asked of the driver's files: the keeper loads no CUDA."""
+    return len(list(devices.glob("nvidia[0-9]*")))
+
+
+def _count(config: Config, gpus: int) -> int:
+    """One worker a card: two would halve each other's KV."""
+    return min(config.workers.count, gpus) if gpus else config.workers.count
+
+
+def _worker(config: Config, number: int, gpus: int) -> tuple[str, ...]:
     name, workers = f"w{number}", config.workers
     place: tuple[str, ...] = ("--socket", f"{{run}}/{name}.sock", "--name", name, "--model-name", served_name(config))
-    place += ("--pool-fd", "{pool}", "--pool-share", str(workers.count))
+    place += ("--pool-fd", "{pool}", "--pool-share", str(_count(config, gpus)))
     if config.kv.disk_dir:
-        place += ("--disk-dir", config.kv.disk_dir, "--disk-bytes", str(int(config.kv.disk_gib * GIB) // workers.count))
+        disk_bytes = int(config.kv.disk_gib * GIB) // _count(config, gpus)
+        place += ("--disk-dir", config.kv.disk_dir, "--disk-bytes", str(disk_bytes))
     if workers.device == "fake":
         return (*PYTHON, "engine", "fake", *place)
-    memory = ("--threads", str(workers.threads), "--kv-bytes", str(workers.kv_mib * 1024 * 1024))
-    return (*PYTHON, "engine", "worker", *place, "--model", "{model}", "--device", workers.device, *memory)
+    command = (*PYTHON, "engine", "worker", *place, "--model", "{model}", "--threads", str(workers.threads))
+    if gpus:
+        return (*command, "--device", f"cuda:{number}")
+    device = "cpu" if workers.device == "auto" else workers.device
+    return (*command, "--device", device, "--kv-bytes", str(workers.kv_mib * 1024 * 1024))
 
 
 def _environment(config: Config, env: Mapping[str, str]) -> dict[str, str]:

@@ -99,9 +99,11 @@ TOKEN_US, READ_US = 0.013, 0.00017  # a token of an item alone; a token when the
 ITEM_US, MERGE_US = 2.0, 2.5
 
 
-def part_tokens(own: np.typing.NDArray[np.integer], kv_heads: int) -> int:
-    """The part size of the least predicted time for sequences with `own` old tokens each; WHOLE asks for no merge."""
-    return min(SIZES, key=lambda size: _predicted_us(own, kv_heads, size))
+def part_tokens(own: np.typing.NDArray[np.integer], kv_heads: int, parts_max: int = 1 << 12) -> int:
+    """The part size of the least predicted time for sequences with `own` old tokens each, of those that make no more
+    than `parts_max` parts; WHOLE asks for no merge."""
+    sizes = [size for size in SIZES if size == WHOLE or int((-(-own // size)).sum()) <= parts_max]
+    return min(sizes, key=lambda size: _predicted_us(own, kv_heads, size))
 
 
 def _predicted_us(own: np.typing.NDArray[np.integer], kv_heads: int, size: int) -> float:

@@ -16,10 +16,18 @@ from engine.kernels.linear import silu_mul
 
 
 @triton.jit
-def embed(ids, positions, table, frequencies, x, turn, WIDTH, HALF, W: tl.constexpr, D: tl.constexpr):
-    """x[row] = table[id]; turn[row] = cos and sin of position * frequency, once for all layers."""
+def embed(
+    ids, sources, sampled, positions, table, frequencies, x, turn, WIDTH, HALF,
+    W: tl.constexpr, D: tl.constexpr, GATHERED: tl.constexpr,
+):  # fmt: skip
+    """x[row] = table[id]; turn[row] = cos and sin of position * frequency, once for all layers. GATHERED: rows with a
+    source take the id that the step before sampled there, which the host does not know yet."""
     row = tl.program_id(0).to(tl.int64)
-    token = tl.load(ids + row).to(tl.int64)
+    token = tl.load(ids + row)
+    if GATHERED:
+        source = tl.load(sources + row)
+        token = tl.where(source >= 0, tl.load(sampled + tl.maximum(source, 0)), token)
+    token = tl.maximum(token, 0).to(tl.int64)
     column = tl.arange(0, W)
     tl.store(
         x + row * WIDTH + column, tl.load(table + token * WIDTH + column, mask=column < WIDTH), mask=column < WIDTH
@@ -126,11 +134,14 @@ def embedded(ids: Tensor, positions: Tensor, table: Tensor, frequencies: Tensor)
 
 
 def embed_into(
-    ids: Tensor, positions: Tensor, table: Tensor, frequencies: Tensor, x: Tensor, turns: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`embedded` without allocating."""
+    ids: Tensor, positions: Tensor, table: Tensor, frequencies: Tensor, x: Tensor, turns: Tensor,
+    sources: Tensor | None = None, sampled: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`embedded` without allocating. Rows with a source (not -1) take `sampled[source]` for their id."""
+    is_gathered = sources is not None and sampled is not None
     embed[(len(ids),)](
-        ids, positions, table, frequencies, x, turns, table.shape[1], len(frequencies),
-        W=triton.next_power_of_2(table.shape[1]), D=triton.next_power_of_2(len(frequencies)), num_warps=4,
+        ids, sources if is_gathered else ids, sampled if is_gathered else ids, positions, table, frequencies, x, turns,
+        table.shape[1], len(frequencies), W=triton.next_power_of_2(table.shape[1]),
+        D=triton.next_power_of_2(len(frequencies)), GATHERED=is_gathered, num_warps=4,
     )  # fmt: skip
     return x, turns

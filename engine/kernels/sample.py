@@ -218,7 +218,7 @@ def choose(
             else:
                 token = limited(logits, held, V, top * 0.0 + LOWEST, top, scale, k, p, lowest, u, V, False)
     tl.store(ids + row, token)
-    tl.store(is_bad + row, bad.to(tl.int8))
+    tl.store(is_bad + row, bad.to(tl.int32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,8 +242,7 @@ class Sampler:
     names: Tensor  # [rows, ROOM] int32
     values: Tensor  # [rows, ROOM] float32
     subs: Tensor  # [rows, subs padded] int32
-    ids: Tensor  # [rows] int32
-    is_bad: Tensor  # [rows] int8
+    answer: Tensor  # [2, rows] int32: ids, then whether the row was bad; one copy takes both
 
     @classmethod
     def make(cls, rows: int, vocab: int, device: torch.device) -> Sampler:
@@ -258,18 +257,18 @@ class Sampler:
         return cls(
             vocab, buffer(subs, torch.float32), buffer(chunks, torch.float32), buffer(room, torch.int32),
             buffer(room, torch.float32), buffer(triton.next_power_of_2(subs), torch.int32),
-            buffer(1, torch.int32)[:, 0], buffer(1, torch.int8)[:, 0],
+            torch.zeros(2, rows, device=device, dtype=torch.int32),
         )  # fmt: skip
 
     def choose(self, logits: Tensor, knobs: Knobs) -> tuple[Tensor, Tensor]:
-        """[rows, vocab] float32 -> ids int32 and is_bad int8, views of this sampler's buffers."""
+        """[rows, vocab] float32 -> ids and is_bad, int32, views of this sampler's buffers."""
         rows, (chunks, subs) = len(logits), (self.chunk_sum.shape[1], self.sub_best.shape[1])
         scan[(rows, chunks)](
             logits, knobs.temperature, self.sub_best, self.chunk_sum, self.vocab, subs, chunks, num_warps=8
         )
         choose[(rows,)](
             logits, knobs.temperature, knobs.top_k, knobs.top_p, knobs.min_p, knobs.uniform, self.sub_best,
-            self.chunk_sum, self.names, self.values, self.subs, self.ids, self.is_bad, self.vocab, subs, chunks,
+            self.chunk_sum, self.names, self.values, self.subs, *self.answer, self.vocab, subs, chunks,
             SUBS=triton.next_power_of_2(subs), CHUNKS_PAD=triton.next_power_of_2(chunks), num_warps=8,
         )  # fmt: skip
-        return self.ids[:rows], self.is_bad[:rows]
+        return self.answer[0, :rows], self.answer[1, :rows]

@@ -46,10 +46,17 @@ class Table:
     device: str
     linear: dict[tuple[str, int, int], dict[int, Choice]]
 
+    is_library: bool = False  # every product by cuBLAS: the fall-back when our kernels fail their self-check
+
     @classmethod
     def empty(cls, device: str) -> Table:
         """A table that knows nothing: every choice is the rule's."""
         return cls(device, {})
+
+
+def library(device: str) -> Table:
+    """A table that chooses cuBLAS for everything."""
+    return Table(device, {}, is_library=True)
 
 
 def slug(device: str) -> str:
@@ -77,6 +84,8 @@ def parse(raw: dict[str, Any]) -> Table:
 
 def choose(table: Table, role: Role, rows: int, outputs: int, columns: int) -> Choice:
     """The measured choice of the next larger row count, else the rule's. `outputs` counts what is stored."""
+    if table.is_library:
+        return CUBLAS
     measured = table.linear.get((role, outputs, columns), {})
     at_least = [count for count in measured if count >= rows]
     return measured[min(at_least)] if at_least else rule(role, rows, outputs, columns)

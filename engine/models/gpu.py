@@ -15,6 +15,7 @@ from engine.kernels import paged, plan, rows, tuned
 from engine.kernels.linear import Epilogue, Scratch, linear
 from engine.kernels.paged import Launch, Shape, Step
 from engine.models.config import ELSEWHERE, ModelConfig, ModelError
+from engine.models.decoder import rope_frequencies
 from engine.models.mlp import Experts, Mlp
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class Inputs:
     positions: Tensor  # [rows] int32
     sample_rows: Tensor  # [sampled] int32
     step: Step
+    sources: Tensor | None = None  # [rows] int32: whose id the step before sampled there; -1: `ids` has it
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,7 @@ class Buffers:
         config, like = weights.config, weights.embedding
 
         def room(width: int, count: int = row_count) -> Tensor:
-            return torch.empty(count, width, device=like.device, dtype=like.dtype)
+            return torch.zeros(count, width, device=like.device, dtype=like.dtype)  # padding rows stay finite
 
         return cls(
             room(config.hidden), room(config.hidden), room(config.q_width + 2 * config.kv_width), room(config.q_width),
@@ -133,11 +135,14 @@ class GpuDecoder:
     launch: Launch
 
     # Hot: captured once per bucket, so Python's share is paid at start. Budget: the floor of gpu floors in bench.
-    def forward(self, inputs: Inputs, kind: Kind, room: Buffers) -> Tensor:
-        """Write the rows' KV; [sampled, vocab] float32 logits, a view of the room's."""
+    def forward(self, inputs: Inputs, kind: Kind, room: Buffers, sampled_ids: Tensor | None = None) -> Tensor:
+        """Write the rows' KV; [sampled, vocab] float32 logits, the room's. `sampled_ids`: the step before's."""
         room = room.first(len(inputs.ids))
         weights = self.weights
-        rows.embed_into(inputs.ids, inputs.positions, weights.embedding, weights.frequencies, room.x, inputs.step.turns)
+        rows.embed_into(
+            inputs.ids, inputs.positions, weights.embedding, weights.frequencies, room.x, inputs.step.turns,
+            inputs.sources, sampled_ids,
+        )  # fmt: skip
         has_chunks = kind.chunk_tiles_max > 0
         paged.run_plan(self.shape, inputs.step, room.lists, kind.has_shared, has_chunks)
         pool_map = paged.pool_map(self.shape, self.pool) if has_chunks else None
@@ -232,6 +237,5 @@ def random_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype
     )  # fmt: skip
     embedding = normal(config.vocab_size, config.hidden)
     head = embedding if config.is_head_tied else normal(config.vocab_size, config.hidden)
-    exponents = torch.arange(0, config.head_dim, 2, device=device) / config.head_dim
     norm = torch.ones(config.hidden, device=device, dtype=dtype)
-    return Weights(config, embedding, layers, norm, head, config.rope_theta**-exponents)
+    return Weights(config, embedding, layers, norm, head, rope_frequencies(config).to(device))

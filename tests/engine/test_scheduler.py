@@ -266,12 +266,13 @@ def test_a_resident_goes_on_where_a_newcomer_of_its_class_finds_no_row() -> None
     ),
     blocks=st.integers(20, 60),
     residents=st.integers(1, 6),
+    ahead=st.integers(0, 1),
 )
 def test_whatever_shares_preempts_or_aborts_nobody_sees_a_wrong_token(
-    work: list[tuple[int, int, int, int, bytes, int, int]], blocks: int, residents: int
+    work: list[tuple[int, int, int, int, bytes, int, int]], blocks: int, residents: int, ahead: int
 ) -> None:
     """Tokens depend on the prompt alone: not on caching, chunking, company, preemption or the aborts of others."""
-    rig = Rig(blocks=blocks, limits=SchedulerLimits(sequences_max=residents, preempt_cooldown_s=0.0))
+    rig = Rig(blocks=blocks, limits=SchedulerLimits(residents, preempt_cooldown_s=0.0, ahead_tokens=ahead))
     prompts = {}
     for handle, (seed, size, cls, output, salt, steps, abort_after) in enumerate(work, start=1):
         prompts[handle] = prompt(seed, 260)[:size]
@@ -297,3 +298,17 @@ def test_what_was_adopted_before_a_pending_block_stays_adopted() -> None:
     rig.submit(order(2, ids))  # overtakes with the same prompt, and leaves room for the first beside its last chunk
     rig.run()
     assert rig.tokens[1] == rig.tokens[2] == expected(ids, 8)
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_block_is_reserved_a_step_ahead_where_there_is_room(ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig, batches = Rig(limits=SchedulerLimits(ahead_tokens=ahead)), []
+    run = rig.runner.run
+    monkeypatch.setattr(rig.runner, "run", lambda batch: batches.append(batch) or run(batch))
+    rig.submit(*(order(handle, prompt(handle, 20 + handle), max_tokens=24) for handle in range(2)))
+    rig.run()
+
+    decodes = [batch for batch in batches if (np.diff(batch.row_starts) == 1).all()]
+    beyond = [int((batch.room - batch.contexts).min()) for batch in decodes]
+    assert min(beyond) == ahead
+    assert all(rig.tokens[handle] == expected(prompt(handle, 20 + handle), 24) for handle in range(2))

@@ -66,6 +66,18 @@ def test_the_file_here_is_found_without_being_named(
     assert "headway.toml:2: workers.count: expected a whole number >= 1, got 0" in capsys.readouterr().err
 
 
+def test_each_card_gets_one_worker_that_sizes_its_own_memory(tmp_path: Path) -> None:
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "null"):
+        (tmp_path / name).touch()
+
+    plan = make_plan(Config(workers=Workers(count=5)), {}, tmp_path)
+
+    assert [command[command.index("--device") + 1] for command in plan.workers.values()] == ["cuda:0", "cuda:1"]
+    assert "--kv-bytes" not in plan.workers["w0"]
+    alone = make_plan(Config(workers=Workers(count=5, device="cpu")), {}, tmp_path)
+    assert len(alone.workers) == 5
+
+
 def test_children_run_the_same_code_with_their_share_of_threads() -> None:
     plan = make_plan(Config(workers=Workers(count=3, threads=2)), {"PYTHONPATH": "/mine"})
 

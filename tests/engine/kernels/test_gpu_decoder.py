@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from engine.graphs import StepInputs, bucket
+from engine.arrange import Arranged, Size, bucket
+from engine.graphs import StepInputs
 from engine.kernels import tuned
 from engine.kernels.paged import Launch
 from engine.models import gpu
@@ -107,14 +108,17 @@ def test_a_chunk_then_a_mixed_step_give_the_logits_of_the_cpu(
         back = np.argsort(pages.order)
         wanted = decoder.logits(hidden[torch.from_numpy(back[step.sample_rows])])
         rows, sequences = len(step.ids), len(step.contexts)
-        held = StepInputs.make(rows, sequences, 4, len(step.sample_rows), model.head_dim, device)
-        held.write(
-            ids=step.ids, positions=step.positions, slots=step.write_slots.astype(np.int32), row_starts=step.row_starts,
-            contexts=step.contexts, sample_rows=step.sample_rows, table=step.block_tables,
-            part_size=np.array([BLOCK], np.int32),
-        )  # fmt: skip
+        size = Size(rows, sequences, len(step.sample_rows))
+        held = StepInputs.make(size, 4, model.head_dim, device)
+        arrays = {
+            "ids": step.ids, "positions": step.positions, "slots": step.write_slots.astype(np.int32),
+            "row_starts": step.row_starts, "contexts": step.contexts, "sample_rows": step.sample_rows,
+            "part_size": np.array([BLOCK], np.int32),
+        }  # fmt: skip
+        held.write(0, Arranged(size, few, rows - few, 0, True, step.block_tables, arrays))
+        inputs, _ = held.view(size)
         room = gpu.Buffers.make(made, shape, rows, sequences, sequences, 32)
-        return error(ours.forward(held.inputs, gpu.Kind(few, 8 if rows > few else 0), room).cpu(), wanted)
+        return error(ours.forward(inputs, gpu.Kind(few, 8 if rows > few else 0), room).cpu(), wanted)
 
     assert compare(batch([(0, 0, 40)]), 0) < 1e-2
     assert compare(batch([(0, 40, 1), (1, 0, 20)]), 1) < 1e-2

@@ -1,0 +1,71 @@
+"""Real steps of the GPU engine as (features, seconds): the simulator's clock, and what the step model is judged by.
+
+    python3 bench/step_samples.py MODEL_DIR [--samples 5000] [--out DIR]
+
+Owns the draw of shapes: decodes alone, chunks alone, both; contexts log-uniform. One JSON line a sample."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+import torch
+
+from engine import gpu_build
+from engine.arrange import CHUNK_BUCKETS, DECODE_BUCKETS
+from engine.calibrate import Shape, batch_of
+from engine.config import GPU_BLOCK_TOKENS, GPU_PRIOR
+from policies.costs import StepFit
+
+CONTEXTS = (32, 32_768)
+REPEATS = 3  # of each drawn shape: the first may be launched kernel by kernel, and is not kept
+
+
+def draw(random: np.random.Generator) -> Shape:
+    """Half decodes alone, a quarter chunks alone, a quarter both."""
+    kind = random.integers(4)
+    context = int(np.exp(random.uniform(*np.log(CONTEXTS))))
+    decodes = int(random.choice(DECODE_BUCKETS)) if kind < 3 else 0
+    chunk = int(random.choice(CHUNK_BUCKETS)) if kind > 1 else 0
+    return Shape(decodes, chunk, context if decodes or random.integers(2) else 0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--samples", type=int, default=5000)
+    parser.add_argument("--seconds", type=float, default=240.0, help="stop after so long")
+    parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    options = parser.parse_args()
+    device = torch.device("cuda:0")
+    runner = gpu_build.load(options.model, device, block_tokens=GPU_BLOCK_TOKENS, kv_bytes=0, sequences_max=256)
+    random, fit = np.random.default_rng(0), StepFit(GPU_PRIOR)
+    until, count, errors = time.monotonic() + options.seconds, 0, []
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"step_samples-{options.model.name}.jsonl"
+    with path.open("w") as file:
+        file.write(json.dumps({"device": torch.cuda.get_device_name(), "model": options.model.name}) + "\n")
+        while count < options.samples and time.monotonic() < until:
+            batch, features = batch_of(draw(random), GPU_BLOCK_TOKENS)
+            runner.run(batch)
+            for _ in range(REPEATS):
+                taken = runner.run(batch).seconds
+                errors.append(abs(fit.model.step_s(features) / taken - 1))
+                fit.observe(features, taken)
+                file.write(json.dumps([*asdict(features).values(), round(taken, 6)]) + "\n")
+                count += 1
+    late = errors[len(errors) // 2 :]
+    print(f"{count} samples in {path}; the learned model errs by {statistics.median(late):.1%} in the median, ")
+    print(f"{np.quantile(late, 0.9):.1%} at p90 (second half, each predicted before it was seen)")
+
+
+if __name__ == "__main__":
+    main()

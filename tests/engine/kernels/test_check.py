@@ -1,0 +1,31 @@
+"""The self-check passes kernels that are right and names one that is not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine.kernels import check
+from engine.kernels.paged import Shape
+
+SHAPE = Shape(6, 2, 32, 2, 16, 1e-5, has_qk_norm=True)
+
+
+def test_kernels_that_agree_with_their_oracles_pass(device: torch.device, dtype: torch.dtype) -> None:
+    assert check.failures(device, dtype, SHAPE) == {}
+
+
+def test_a_kernel_that_is_wrong_or_does_not_run_is_named(
+    device: torch.device, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(check, "linear", lambda *tensors, **_: tensors[2].zero_())
+    monkeypatch.setattr(check.paged, "run_prefill", broken)
+
+    found = check.failures(device, dtype, SHAPE)
+
+    assert found["products"] == "relative error 1"
+    assert "no such instruction" in found["prefill"]
+    assert set(found) == {"products", "prefill"}

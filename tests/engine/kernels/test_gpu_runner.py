@@ -1,0 +1,158 @@
+"""The GPU runner gives the CPU's text whatever is in flight: ends, newcomers, chunks beside decodes, lost guesses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from engine import arrange
+from engine.gpu_runner import PARTS_MAX, GpuRunner
+from engine.kernels import tuned
+from engine.kernels.plan import WHOLE, part_tokens
+from engine.models import gpu
+from engine.runner import RunnerConfig, TorchRunner
+from engine.step import StepBatch
+from engine.wire import Sampling
+from tests.engine.driver import Blocks, Generation, batch_of
+from tests.engine.kernels.test_gpu_decoder import BLOCK, config, on_cpu, weights
+
+BLOCKS = 40
+
+
+@pytest.fixture
+def made(dtype: torch.dtype, device: torch.device) -> gpu.Weights:
+    small = replace(config(has_qk_norm=False), hidden=64, layers=1, heads=2, kv_heads=1, ffn=64)
+    return weights(small, dtype, device)
+
+
+def on_gpu(made: gpu.Weights) -> GpuRunner:
+    return GpuRunner(made, BLOCK, BLOCKS, 8, tuned.Table.empty("none"))
+
+
+def with_room(batch: StepBatch, turns: list[tuple[Generation, int]]) -> StepBatch:
+    """What the scheduler says: how far each sequence's blocks reach."""
+    return replace(batch, room=np.array([len(one.blocks) * BLOCK for one, _ in turns], np.int32))
+
+
+def step(runner: GpuRunner | TorchRunner, turns: list[tuple[Generation, int]], *, says_room: bool = True) -> None:
+    """Each sequence in turn with so many rows; tokens are taken where all is computed."""
+    ends = [one for one, rows in turns if one.computed + rows == len(one.ids)]
+    batch = batch_of(turns, BLOCK)
+    result = runner.run(with_room(batch, turns) if says_room else batch)
+    for one, rows in turns:
+        one.computed += rows
+    for one, token in zip(ends, result.ids.tolist(), strict=True):
+        one.ids.append(token)
+
+
+def story(runner: GpuRunner | TorchRunner, *, says_room: bool = True) -> list[list[int]]:
+    """Six steps of two, a newcomer in two chunks, an end, a prompt of one row, a pause."""
+    blocks = Blocks(BLOCKS, BLOCK)
+    first, second, third = (blocks.start(list(range(at, at + n)), 16) for at, n in ((3, 20), (50, 33), (90, 40)))
+    single = blocks.start([7], 8, Sampling(temperature=0.8, top_k=20, seed=5))
+    step(runner, [(first, 20), (second, 33)], says_room=says_room)
+    for _ in range(3):
+        step(runner, [(first, 1), (second, 1)], says_room=says_room)
+    step(runner, [(first, 1), (second, 1), (third, 25)], says_room=says_room)
+    step(runner, [(first, 1), (second, 1), (third, 15)], says_room=says_room)
+    step(runner, [(second, 1), (third, 1), (single, 1)], says_room=says_room)
+    for _ in range(2):
+        step(runner, [(second, 1), (third, 1), (single, 1)], says_room=says_room)
+    step(runner, [(third, 1), (single, 1)], says_room=says_room)  # one ended: the step in flight is used in part
+    step(runner, [(single, 1)], says_room=says_room)
+    step(runner, [(third, 1), (single, 1)], says_room=says_room)  # one paused and came back
+    step(runner, [(third, 1), (single, 1), (first, 1)], says_room=says_room)
+    return [one.output for one in (first, second, third, single)]
+
+
+def test_a_story_of_steps_gives_the_text_of_the_cpu(made: gpu.Weights) -> None:
+    cpu = TorchRunner(on_cpu(made), RunnerConfig(block_tokens=BLOCK, kv_bytes=2**21))
+
+    told = story(on_gpu(made))
+
+    assert [len(output) for output in told] == [7, 9, 7, 7]
+    assert told == story(on_gpu(made), says_room=False)  # every step launched when it is asked for
+    assert told[:3] == story(cpu)[:3]  # the fourth draws: the GPU walks tokens by id, the CPU by rank
+
+
+def test_steps_are_launched_ahead_and_used(made: gpu.Weights, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, launched = on_gpu(made), []
+    launch = GpuRunner._launch
+    monkeypatch.setattr(GpuRunner, "_launch", lambda self, *what: launched.append(what) or launch(self, *what))
+    one = Blocks(BLOCKS, BLOCK).start(list(range(3, 23)), 8)
+
+    step(runner, [(one, 20)])
+    for _ in range(5):
+        step(runner, [(one, 1)])
+
+    assert len(launched) == 1 + 1 + 5  # the prompt, the first decode, and one ahead of each decode
+    assert [sources is not None for _, sources in launched] == [False, False] + [True] * 5
+
+
+def test_nothing_is_launched_ahead_where_no_block_is(made: gpu.Weights, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, launched = on_gpu(made), []
+    launch = GpuRunner._launch
+    monkeypatch.setattr(GpuRunner, "_launch", lambda self, *what: launched.append(what) or launch(self, *what))
+    one = Blocks(BLOCKS, BLOCK).start(list(range(3, 3 + BLOCK - 1)), 1)
+
+    step(runner, [(one, BLOCK - 1)])
+    step(runner, [(one, 1)])
+
+    assert len(launched) == 2
+
+
+def test_a_text_does_not_end_before_its_least_length(made: gpu.Weights) -> None:
+    greedy = Sampling(temperature=0.0)
+    ends = on_gpu(made)
+    one = Blocks(BLOCKS, BLOCK).start(list(range(3, 23)), 8, greedy)
+    step(ends, [(one, 20)])
+    banned = one.output[0]
+
+    other = Blocks(BLOCKS, BLOCK).start(
+        list(range(3, 23)), 8, Sampling(temperature=0.0, min_tokens=1, stop_ids=(banned,))
+    )
+    step(on_gpu(made), [(other, 20)])
+
+    assert other.output[0] != banned
+
+
+def test_rows_in_device_order_are_all_rows_once() -> None:
+    blocks = Blocks(BLOCKS, BLOCK)
+    chunk, decode, single = blocks.start(list(range(40)), 4), blocks.start(list(range(10)), 4), blocks.start([1], 4)
+    decode.computed = 9
+    batch = batch_of([(chunk, 30), (decode, 1), (single, 1)], BLOCK)
+
+    arranged = arrange.arrange(batch, 2, 64)
+
+    assert (arranged.decodes, arranged.chunk_rows, arranged.chunked) == (4, 64, 1)
+    assert arranged.arrays["row_starts"].tolist() == [0, 1, 2, 3, 4, 34]
+    assert arranged.arrays["ids"].tolist() == [9, 1, 0, 0, *range(30)]
+    assert arranged.arrays["slots"].tolist()[2:4] == [-1, -1]
+    assert arranged.arrays["sample_rows"].tolist() == [0, 1]
+    assert arranged.arrays["contexts"].tolist() == [10, 1, 1, 1, 30]
+
+
+def test_parts_are_larger_where_they_would_be_too_many() -> None:
+    own = np.full(2, 4000)
+
+    assert part_tokens(own, 1, PARTS_MAX) == 64
+    assert part_tokens(own, 1, parts_max=40) == 256
+    assert part_tokens(own, 1, parts_max=1) == WHOLE
+
+
+def test_a_block_copied_out_and_in_is_the_same(made: gpu.Weights) -> None:
+    runner = on_gpu(made)
+    memory = runner.kv
+    assert memory is not None
+    content = np.random.default_rng(3).integers(0, 100, memory.block_bytes).astype(np.uint8)
+    back = np.zeros_like(content)
+
+    memory.load(7, content)
+    memory.save(7, back)
+
+    assert (back == content).all()
+    memory.save(6, back)
+    assert not back.any()
