@@ -73,13 +73,12 @@ class Answer:
         exchange = self._exchange
         if not self._unsent or not self._is_stream or not exchange.is_writable or exchange.has_ended:
             return
-        data = _encoded(self._encoder, self._unsent)
-        self._unsent.clear()
-        self._unsent_tokens = 0
-        if not self._has_opened:
+        data = self._taken()
+        if self._has_opened:
+            if data:
+                exchange.write(data)
+        else:
             self._open(data)
-        elif data:
-            exchange.write(data)
         if not self._teller.is_watched:
             self._flushed_at = self._services.clock()
 
@@ -93,7 +92,7 @@ class Answer:
             whole = self._encoder.whole(parts_of(self._unsent), ending, usage)
             self._exchange.respond(200, JSON + self._teller.headers(), whole)
             return
-        last = _encoded(self._encoder, self._unsent) + self._encoder.close(ending, usage)
+        last = self._taken() + self._encoder.close(ending, usage)
         if self._has_opened:
             self._exchange.end(last)
         else:
@@ -118,15 +117,22 @@ class Answer:
         self._disarm()
         self._unsent.clear()
 
+    def _taken(self) -> bytes:
+        """The bytes of what is unsent; in front of the first ones, what opens an answer."""
+        opening = b"" if self._has_opened else self._encoder.open(self._teller.usage())
+        data = _encoded(self._encoder, self._unsent)
+        self._unsent.clear()
+        self._unsent_tokens = 0
+        return opening + data
+
     def _open(self, data: bytes) -> None:
         """The first bytes of the answer; with them the status, unless it stands already."""
         self._disarm()
         self._has_opened = True
-        first = self._encoder.open(self._teller.usage()) + data
         if self._exchange.has_started:
-            self._exchange.write(first)
+            self._exchange.write(data)
         else:
-            self._exchange.start(200, SSE + self._teller.headers(), first)
+            self._exchange.start(200, SSE + self._teller.headers(), data)
 
     # Waiting ----------------------------------------------------------------------------------------------------------
 

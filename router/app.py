@@ -25,10 +25,12 @@ from router.dialects.chat import CHAT
 from router.dialects.common import OPENAI_ERRORS
 from router.dialects.completions import COMPLETIONS
 from router.dialects.messages import ANTHROPIC_ERRORS, MESSAGES
+from router.dialects.responses import RESPONSES
 from router.errors import RequestError
 from router.exchange import Exchange, Head
 from router.fleet import ModelView
 from router.generate import Count, Desk, Generate
+from router.openapi import document
 from router.order import Services
 from router.text import Text
 from router.turn import ErrorShape
@@ -38,6 +40,7 @@ MESSAGES_BODY_BYTES_MAX = 32 * MIB  # histories of agents, images in them
 BODY_BYTES_MAX = {
     "/v1/chat/completions": 8 * MIB,
     "/v1/completions": 8 * MIB,
+    "/v1/responses": MESSAGES_BODY_BYTES_MAX,
     "/v1/messages": MESSAGES_BODY_BYTES_MAX,
     "/v1/messages/count_tokens": MESSAGES_BODY_BYTES_MAX,
 }
@@ -68,12 +71,14 @@ class App:
         self._posts: dict[str, Callable[[Exchange], Awaitable[None]]] = {
             "/v1/chat/completions": Generate(desk, CHAT),
             "/v1/completions": Generate(desk, COMPLETIONS),
+            "/v1/responses": Generate(desk, RESPONSES),
             "/v1/messages": Generate(desk, MESSAGES),
             "/v1/messages/count_tokens": Count(desk, MESSAGES),
         }
         self._routes = Router(
             [
                 Route("/", self._root, methods=["GET"]),
+                Route("/openapi.json", self._openapi, methods=["GET"]),
                 Route("/v1/models", self._list_models, methods=["GET"]),
                 Route("/v1/models/{model:path}", self._show_model, methods=["GET"]),
                 Route("/livez", self._livez, methods=["GET"]),
@@ -111,6 +116,9 @@ class App:
 
     async def _root(self, _: HttpRequest) -> Response:
         return _json({"name": "headway"})  # Claude Code asks HEAD / whether anybody is there
+
+    async def _openapi(self, _: HttpRequest) -> Response:
+        return Response(document(), media_type="application/json")
 
     async def _list_models(self, request: HttpRequest) -> Response:
         return _json(self._catalogue.page(request.query_params))

@@ -21,8 +21,8 @@ from router.dialects.common import (
     stop_strings,
     wants_usage,
 )
-from router.dialects.media import Media
-from router.dialects.schema import ChatMessage, ChatRequest, ContentPart, decode, wrong_field
+from router.dialects.media import Media, part_text
+from router.dialects.schema import ChatMessage, ChatRequest, decode, wrong_field
 from router.errors import ErrorDetail
 from router.turn import Encoder, Ending, Message, Part, PartKind, PartStart, TokenScore, Turn, Usage
 
@@ -35,13 +35,6 @@ ROLES = {  # what clients may say, and what templates know it as
     "function": "function",
 }
 
-MEDIA = {
-    "image_url": "image",
-    "input_image": "image",
-    "input_audio": "audio",
-    "file": "document",
-    "input_file": "document",
-}
 FINISH = {"stop": "stop", "length": "length", "calls": "tool_calls"}
 
 _decoder = msgspec.json.Decoder(ChatRequest)
@@ -100,7 +93,7 @@ def _message(number: int, message: ChatMessage, media: Media) -> Message:
     role, content = ROLES.get(message.role), message.content
     if role is None:
         raise wrong_field(f"messages[{number}].role", f"must be one of {', '.join(ROLES)}")
-    text = content if isinstance(content, str) else "".join([_text(part, media) for part in content or ()])
+    text = content if isinstance(content, str) else "".join([part_text(part, media) for part in content or ()])
     if message.tool_calls or message.name or message.tool_call_id or message.reasoning_content:
         return Message(role, text, _extra(message))
     return Message(role, text)
@@ -121,12 +114,6 @@ def _call(call: dict[str, Any]) -> dict[str, Any]:
         return call
     value = json_or_none(text)
     return call | {"function": function | {"arguments": value if isinstance(value, dict) else text}}
-
-
-def _text(part: ContentPart, media: Media) -> str:
-    if part.type in ("text", "input_text", "output_text"):
-        return part.text
-    return part.refusal if part.type == "refusal" else media.omitted(MEDIA.get(part.type, "part"))
 
 
 class ChatEncoder:

@@ -5,7 +5,7 @@ Owns what a dialect is, and defaults of the API. Never reads HTTP."""
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from engine.wire import Sampling
 from router.dialects.grammars import of_body
 from router.dialects.schema import Common
 from router.errors import ErrorDetail, error_body
-from router.turn import Encoder, ErrorShape, Turn, Usage
+from router.turn import Encoder, ErrorShape, Message, Turn, Usage
 
 LOGPROB_MIN = -9999.0  # JSON has no infinity; OpenAI says it so
 DONE = b"data: [DONE]\n\n"
@@ -129,6 +129,17 @@ def random_seed() -> int:
 def stop_strings(given: str | list[str] | None) -> tuple[str, ...]:
     """Stop strings, empty ones dropped: they would stop everything."""
     return tuple(stop for stop in ([given] if isinstance(given, str) else given or []) if stop)
+
+
+def joined_system(messages: Sequence[Message]) -> list[Message]:
+    """Neighbouring system messages as one: templates know one at the beginning, clients send several blocks."""
+    merged: list[Message] = []
+    for message in messages:
+        if merged and message.role == merged[-1].role == "system":
+            merged[-1] = Message("system", f"{merged[-1].content}\n\n{message.content}")
+        else:
+            merged.append(message)
+    return merged
 
 
 def json_or_none(text: str) -> Any:

@@ -4,6 +4,16 @@ Owns the words. A refused image would stay in the history of its session and end
 
 from __future__ import annotations
 
+from router.dialects.schema import ContentPart
+
+KINDS = {
+    "image_url": "image",
+    "input_image": "image",
+    "input_audio": "audio",
+    "file": "document",
+    "input_file": "document",
+}
+
 
 class Media:
     """Counts what was left out of one request."""
@@ -20,3 +30,10 @@ class Media:
     def notices(self) -> tuple[str, ...]:
         """For x-headway-notice."""
         return tuple(f"{kind} omitted: {count}" for kind, count in self._omitted.items())
+
+
+def part_text(part: ContentPart, media: Media) -> str:
+    """What a part of OpenAI's content says to a model that reads text alone."""
+    if part.type in ("text", "input_text", "output_text", "reasoning_text"):
+        return part.text
+    return part.refusal if part.type == "refusal" else media.omitted(KINDS.get(part.type, "part"))

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from engine.wire import Sampling
-from router.dialects.common import Dialect, json_or_none, random_seed, stop_strings
+from router.dialects.common import Dialect, joined_system, json_or_none, random_seed, stop_strings
 from router.dialects.grammars import ANY_TEXT, Grammar
 from router.dialects.media import Media
 from router.dialects.messages_schema import AnthropicMessage, AnthropicTool, Block, MessagesRequest, OutputConfig
@@ -44,7 +44,7 @@ def read(body: bytes) -> MessagesRequest:
 def turn(request: MessagesRequest) -> Turn:
     """The Turn that a body asks for. Raises RequestError 400."""
     media = Media(request.model)
-    messages = _merged_system([*_system(request), *_conversation(request.messages, media)])
+    messages = joined_system([*_system(request), *_conversation(request.messages, media)])
     may_call = bool(request.tools) and (request.tool_choice or {}).get("type") != "none"
     tools = [_tool(tool) for tool in request.tools or () if tool.input_schema is not None] if may_call else []
     grammar = _grammar(request.output_config)
@@ -99,17 +99,6 @@ def _system(request: MessagesRequest) -> list[Message]:
     if isinstance(request.system, str):
         return [Message("system", request.system)]
     return [Message("system", block.text) for block in request.system if block.text]
-
-
-def _merged_system(messages: Sequence[Message]) -> list[Message]:
-    """Neighbouring system messages as one: templates know one at the beginning, clients send several blocks."""
-    merged: list[Message] = []
-    for message in messages:
-        if merged and message.role == merged[-1].role == "system":
-            merged[-1] = Message("system", f"{merged[-1].content}\n\n{message.content}")
-        else:
-            merged.append(message)
-    return merged
 
 
 def _conversation(messages: Sequence[AnthropicMessage], media: Media) -> Iterator[Message]:

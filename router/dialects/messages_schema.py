@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from msgspec import Meta, Raw, Struct
+from msgspec import Meta, Raw, Struct, field
 
 from router.dialects.schema import ABSENT, STOP_CHARS_MAX, Common, Stops
 
@@ -51,7 +51,7 @@ class OutputFormat(Struct):
     """Its schema goes to the worker as it was written."""
 
     type: str = ""
-    schema: Raw = ABSENT
+    schema: Raw = field(default_factory=lambda: ABSENT)
 
 
 class OutputConfig(Struct):

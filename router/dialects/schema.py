@@ -8,7 +8,7 @@ import re
 from typing import Annotated, Any, TypeVar
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, field
 
 from router.errors import RequestError
 
@@ -39,7 +39,7 @@ class StreamOptions(Struct):
 class JsonSchema(Struct):
     """What OpenAI's `response_format` of type json_schema holds. Its schema goes to the worker as it was written."""
 
-    schema: msgspec.Raw = ABSENT
+    schema: msgspec.Raw = field(default_factory=lambda: ABSENT)
 
 
 class ResponseFormat(Struct):
@@ -52,7 +52,7 @@ class ResponseFormat(Struct):
 class StructuredOutputs(Struct):
     """What an answer must be beyond `response_format`, named as in vLLM. One of them."""
 
-    json: msgspec.Raw = ABSENT
+    json: msgspec.Raw = field(default_factory=lambda: ABSENT)
     regex: str | None = None
     choice: Annotated[list[str], Meta(min_length=1, max_length=CHOICE_TEXTS_MAX)] | None = None
     grammar: str | None = None  # in lark's notation
