@@ -26,7 +26,7 @@ import uvloop
 from policies.events import PolicyFault, Started
 from policies.plugins import PolicyError
 from policies.request import Tenant
-from router import admin
+from router import admin, canonical
 from router.app import App, House
 from router.config import Config
 from router.fleet import Fleet
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         return uvloop.run(serve(config, place))
-    except (PolicyError, OSError) as error:
+    except (PolicyError, OSError, canonical.RuleError) as error:
         log.error("the router cannot start: %s", error)
         return BAD_START
 
@@ -174,7 +174,7 @@ def _build(config: Config, place: Place, stack: contextlib.ExitStack) -> Parts:
 def _text(config: Config, folder: Path) -> Text:
     template = ChatTemplate.load(folder)
     voice = Voice.of(template.source if template is not None else "", config.model.calls, config.model.thoughts)
-    return Text(Vocabulary.load(folder), template, voice=voice)
+    return Text(Vocabulary.load(folder), template, voice=voice, rules=canonical.load(config.model.canonical))
 
 
 def _recorder(config: Config, seed: int, stack: contextlib.ExitStack) -> Recorder | None:

@@ -35,9 +35,9 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True):
 
     name: str = "smollm2"  # the embedded model; else a GGUF file or a directory with safetensors
     served_as: str = ""  # the name that clients use; empty: the model's own
-    calls: str = (
-        "auto"  # how it writes tool calls: auto (by its chat template) | hermes | llama | mistral | pythonic | none
-    )
+    calls: str = "auto"  # how it writes tool calls: auto (by its template) | hermes | llama | mistral | pythonic | none
+    # Rules for what clients change in their system prompts, and the model need not see; also module:function.
+    canonical: tuple[str, ...] = ("claude-code-billing",)
     thoughts: str = "auto"  # how it marks its reasoning: auto | think | magistral | none
 
 

@@ -45,6 +45,7 @@ class _Row:
     tpot: Histogram
     tokens_in: Histogram
     tokens_out: Histogram
+    lost: Histogram
 
 
 class Metrics:
@@ -62,6 +63,9 @@ class Metrics:
         self._duration = self._histogram("gen_ai_server_request_duration_seconds", "Arrival to the end", SECONDS)
         self._ttft = self._histogram("gen_ai_server_time_to_first_token_seconds", "Arrival to first token", SECONDS)
         self._tpot = self._histogram("gen_ai_server_time_per_output_token_seconds", "Mean pace", PACE_SECONDS)
+        self._lost = self._histogram(
+            "headway_lost_prefix_tokens", "Last turn's tokens behind the first that differs", TOKENS
+        )
         self._tokens = self._histogram("gen_ai_client_token_usage", "Tokens", TOKENS, "gen_ai_token_type")
         self._rows: dict[str, _Row] = {}
 
@@ -78,6 +82,8 @@ class Metrics:
         row.ttft.observe(receipt.ttft_s)
         row.tokens_in.observe(receipt.prompt_tokens)
         row.tokens_out.observe(receipt.output_tokens)
+        if receipt.lost_tokens is not None:
+            row.lost.observe(receipt.lost_tokens)
         row.cached.inc(receipt.cached_tokens)
         if receipt.budget_ttft_s is not None:
             (row.in_time if receipt.ttft_s <= receipt.budget_ttft_s else row.late).inc()
@@ -96,6 +102,7 @@ class Metrics:
             tpot=self._tpot.labels(cls),
             tokens_in=self._tokens.labels(cls, "input"),
             tokens_out=self._tokens.labels(cls, "output"),
+            lost=self._lost.labels(cls),
         )
         return row
 

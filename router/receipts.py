@@ -38,6 +38,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
+    lost_tokens: int | None = None  # of the conversation's last turn, behind the first that differs now
     budget_ttft_s: float | None = None
     budget_tpot_s: float | None = None
     budget_deadline_s: float | None = None

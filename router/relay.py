@@ -51,6 +51,7 @@ class Relay:
         self._emitted = array("i")
         self._answer = Answer(order, exchange, services, self)
         self._cached_tokens = 0
+        self._lost_tokens: int | None = None
         self._queue_s: float | None = None
         self._prefill_s: float | None = None
         self._ttft_s: float | None = None
@@ -188,7 +189,8 @@ class Relay:
         if room < 1:
             words = self._order.errors.overflow(len(prompt.ids), self._order.context_max)
             raise RequestError(400, words, param="messages", code="context_length_exceeded")
-        self._prompt = prompt
+        self._prompt, order = prompt, self._order
+        self._lost_tokens = order.text.lost_tokens(order.turn, order.identity, prompt, order.request.session)
         wanted = self._order.turn.max_tokens
         self._max_tokens = room if wanted is None else min(wanted, room)  # clamped, never refused: agents ask for 64k
         self._services.mind.arrived(self._order.request.id, len(prompt.ids), prompt.chain)
@@ -236,7 +238,14 @@ class Relay:
         self._answer.hear_the_end()
         ending = self._answer.speech.ending(reason)
         self._answer.finish(ending, self.usage())
+        self._remember()
         self._settle("finished", 200, ending.reason)
+
+    def _remember(self) -> None:
+        """The answer has left: its ids serve when the client sends it back."""
+        order, stopped = self._order, self._answer.speech.has_stopped
+        if self._prompt is not None and not stopped:
+            order.text.heard(order.turn, order.identity, self._prompt, self._emitted, order.request.session)
 
     def _refuse(self, error: RequestError) -> None:
         """The client's fault, found before anything was placed."""
@@ -294,6 +303,7 @@ class Relay:
             prompt_tokens=usage.prompt,
             cached_tokens=usage.cached,
             output_tokens=usage.output,
+            lost_tokens=self._lost_tokens,
             budget_ttft_s=_finite(placed.budget.ttft_s) if placed is not None else None,
             budget_tpot_s=_finite(placed.budget.tpot_s) if placed is not None else None,
             budget_deadline_s=_finite(placed.budget.deadline_s) if placed is not None else None,

@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex, cast
 
 import jinja2
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from router.echoes import Echo
 from router.errors import RequestError
 from router.turn import Message
 
@@ -29,6 +30,7 @@ FRAMES_MAX = 256  # kept frames; one of a long conversation has a few thousand p
 FRAME_PARTS_MAX = 4096  # a longer one is rendered each time
 
 
+NO_ECHOES: Mapping[int, Echo] = {}
 FrameName = tuple[bool | str | None, ...]  # is_thinking, then roles
 Part = str | int  # the template's own text, or the number of a client's string
 
@@ -38,6 +40,7 @@ class Piece(NamedTuple):
 
     text: str
     is_client: bool
+    echo: Echo | None = None  # the ids that the model itself gave for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +49,14 @@ class Rendering:
 
     frame: tuple[Part, ...]
     texts: Sequence[str]
+    echoes: Mapping[int, Echo] = field(default_factory=dict)  # by number: what the model said, to be read as its ids
 
     def pieces(self, begin: int = 0) -> list[Piece]:
         """The runs from part `begin` on."""
-        texts = self.texts
+        texts, echoes = self.texts, self.echoes
         return [
-            Piece(texts[part], True) if isinstance(part, int) else Piece(part, False) for part in self.frame[begin:]
+            Piece(texts[part], True, echoes.get(part)) if isinstance(part, int) else Piece(part, False)
+            for part in self.frame[begin:]
         ]
 
 
@@ -87,7 +92,7 @@ class ClientText(str):
         return self._text
 
     def _like(self, text: str) -> ClientText:
-        return ClientText(text, self.book)
+        return self if text == self._text else ClientText(text, self.book)
 
     def __len__(self) -> int:
         return len(self.text)
@@ -126,6 +131,35 @@ class ClientText(str):
         return [self._like(part) for part in self.text.split(sep, maxsplit)]
 
 
+class Said(ClientText):
+    """Stands for an answer as the model wrote it, marks and all: a template must take it as it is, not look into it."""
+
+    __slots__ = ()
+
+    def __new__(cls, text: str, book: Book) -> Said:
+        book.is_asked = True  # what a template writes around this one it may not write around others
+        return cast(Said, super().__new__(cls, text, book))
+
+    def __contains__(self, key: object) -> bool:
+        return False
+
+    def _like(self, text: str) -> ClientText:
+        del text
+        return self
+
+    def startswith(self, *args: Any) -> bool:
+        del args
+        return False
+
+    def endswith(self, *args: Any) -> bool:
+        del args
+        return False
+
+    def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
+        del sep, maxsplit
+        return [self]
+
+
 class ChatTemplate:
     """The compiled template of one model."""
 
@@ -154,9 +188,46 @@ class ChatTemplate:
 
     # Hot: once per request; a few hundred ns a message when its frame is known. bench/router.py.
     def render(
-        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = (), is_thinking: bool | None = None
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]] = (),
+        is_thinking: bool | None = None,
+        echoes: Mapping[int, Echo] = NO_ECHOES,
     ) -> Rendering:
-        """The prompt up to where the assistant speaks. Raises RequestError 400 when the template refuses."""
+        """The prompt up to where the assistant speaks. Raises RequestError 400 when the template refuses.
+
+        `echoes`: messages that the model wrote itself, by their place."""
+        if echoes and (rendering := self._with_said(messages, tools, is_thinking, echoes)) is not None:
+            return rendering
+        rendering = self._plainly(messages, tools, is_thinking)
+        plain = {number: echo for number, echo in echoes.items() if echo.is_plain}
+        return replace(rendering, echoes=plain) if plain else rendering
+
+    def _with_said(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]],
+        is_thinking: bool | None,
+        echoes: Mapping[int, Echo],
+    ) -> Rendering | None:
+        """With answers as they were written in place of calls and thoughts; None if the template will not have it."""
+        said = [number for number, echo in echoes.items() if not echo.is_plain]
+        if not said:
+            return None
+        whole = list(messages)
+        for number in said:
+            whole[number] = Message(messages[number].role, echoes[number].text)
+        try:
+            frame, book = self._framed(whole, tools, is_thinking, frozenset(said))
+        except RequestError:
+            return None
+        if any(frame.count(number) != 1 for number in said):
+            return None
+        return Rendering(frame, book.texts, echoes)
+
+    def _plainly(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], is_thinking: bool | None
+    ) -> Rendering:
         if tools or not all([message.extra is None for message in messages]):  # noqa: C419 -- a list is twice as fast
             frame, book = self._framed(messages, tools, is_thinking)
             return Rendering(frame, book.texts)
@@ -178,12 +249,18 @@ class ChatTemplate:
         return self._ends[is_thinking]
 
     def _framed(
-        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], is_thinking: bool | None
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]],
+        is_thinking: bool | None,
+        said: Collection[int] = (),
     ) -> tuple[tuple[Part, ...], Book]:
         """What the template writes, with numbers where a client's strings stand."""
         switches = self._marks if is_thinking is None else self._marks | {"enable_thinking": is_thinking}
         book = Book()
-        contents = [ClientText(message.content, book) for message in messages]
+        contents = [
+            (Said if number in said else ClientText)(message.content, book) for number, message in enumerate(messages)
+        ]
         views = [
             {"role": message.role, "content": content, **_hidden(message.extra or {}, book)}
             for message, content in zip(messages, contents, strict=True)

@@ -7,20 +7,25 @@ template's text into a client's, whatever the client wrote."""
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import xxhash
 
 from engine import keys
 from engine.keys import KEY_BYTES, ChainKey, Ids
+from router.canonical import Rule, canonical
+from router.echoes import Echoes
 from router.errors import RequestError
+from router.lineage import Lineages
 from router.parsers.voice import NONE, SHOWN, Voice
 from router.speech import Parser, Speech
 from router.template import ChatTemplate, Piece, Rendering
-from router.turn import Turn
+from router.turn import Part, PartKind, Turn, parts_of
 from router.vocabulary import Detokeniser, Vocabulary
+
+OPENING_MESSAGES, OPENING_CHARS = 4, 256  # up to the first user's: they tell conversations of one session apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +34,8 @@ class TextLimits:
 
     segment_bytes_max: int = 64 * 1024 * 1024  # ids of pieces; 4 bytes a token
     prefix_bytes_max: int = 128 * 1024 * 1024  # ids and chains of whole prompts: 200 conversations of 150k tokens
+    echo_bytes_max: int = 64 * 1024 * 1024  # answers as the model wrote them: 10,000 of 1000 tokens
+    lineage_bytes_max: int = 32 * 1024 * 1024  # last turns, for the figure of what was lost: 50 of 150k tokens
     inline_chars_max: int = 32 * 1024  # more cold text than this (about 10 ms) is tokenised in a thread
 
 
@@ -105,14 +112,18 @@ class Text:
         template: ChatTemplate | None,
         limits: TextLimits | None = None,
         voice: Voice | None = None,
+        rules: Sequence[Rule] = (),
     ) -> None:
         self._vocabulary = vocabulary
         self._template = template
+        self._rules = rules
         self._voice = voice or Voice.of(template.source if template is not None else "")
         self._shown = vocabulary.tables_showing(SHOWN)
         self.limits = limits or TextLimits()
         self._segments = ByteCache(self.limits.segment_bytes_max)
         self._prefixes = ByteCache(self.limits.prefix_bytes_max)
+        self._echoes = Echoes(self.limits.echo_bytes_max)
+        self._lineages = Lineages(self.limits.lineage_bytes_max)
 
     def speech(self, turn: Turn) -> Speech:
         """For the answer to one turn."""
@@ -121,8 +132,9 @@ class Text:
         return Speech(Detokeniser(self._shown), turn.stop, parser)
 
     def settled(self, turn: Turn) -> Turn:
-        """The turn with what the model's own form decides of it. Raises RequestError 400."""
-        return self._voice.settled(turn)
+        """The turn without what is volatile, and with what the model's own form decides. Raises RequestError 400."""
+        messages = canonical(turn.messages, self._rules)
+        return self._voice.settled(turn if messages is turn.messages else replace(turn, messages=messages))
 
     def notices(self, turn: Turn) -> tuple[str, ...]:
         """What a client should know of how its turn was read, for x-headway-notice."""
@@ -143,7 +155,7 @@ class Text:
         """What must be tokenised. Raises RequestError 400 for a prompt that the model cannot have."""
         if turn.ids is not None:
             return Rendered(identity, self._named(turn.ids, identity), (), ())
-        rendering = self._rendering(turn)
+        rendering = self._rendering(turn, identity.salt)
         names = _prefix_names(rendering, identity)
         known, at = None, len(names)
         while at and (known := self._prefixes.get(names[at - 1])) is None:
@@ -151,7 +163,8 @@ class Text:
         rest = tuple(
             [Segment(piece, _key(piece), upto) for piece, upto in zip(rendering.pieces(at), names[at:], strict=True)]
         )
-        return Rendered(identity, known, rest, tuple([part for part in rest if self._segments.get(part.key) is None]))
+        cold = [part for part in rest if part.piece.echo is None and self._segments.get(part.key) is None]
+        return Rendered(identity, known, rest, tuple(cold))
 
     def tokenise(self, cold: Sequence[Segment]) -> list[Ids]:
         """Ids of each segment. Touches no cache, so any thread may run it."""
@@ -169,7 +182,7 @@ class Text:
             assert rendered.known is not None, "an empty prompt is refused before"
             return rendered.known
         parts = [rendered.known.ids] if rendered.known is not None else []
-        parts += [fresh[part.key] if part.key in fresh else self._held(part) for part in rendered.rest]
+        parts += [self._ids(part, fresh) for part in rendered.rest]
         ids = np.concatenate(parts)
         prompt = Prompt(ids, _extended_chain(rendered, ids))
         self._prefixes.put(rendered.rest[-1].upto, prompt)
@@ -186,18 +199,46 @@ class Text:
         history = Prompt(prompt.ids[:tokens], prompt.chain[: KEY_BYTES * blocks])
         self._prefixes.put(rendered.rest[last - 1].upto, history)
 
+    def heard(self, turn: Turn, identity: Identity, prompt: Prompt, emitted: Sequence[int], session: str) -> None:
+        """An answer is whole: when the client sends it back, its ids are known. One cut at a stop string is none."""
+        ids = np.array(emitted, dtype=np.int32)
+        while len(ids) and not self.spell(int(ids[-1])):
+            ids = ids[:-1]  # what ended it
+        if (name := _lineage(turn, identity, session)) is not None:
+            self._lineages.keep(name, np.concatenate((prompt.ids, ids)))
+        if self._template is None or not turn.messages or not len(ids):
+            return
+        parser, numbers = self._parser(turn), ids.tolist()
+        detokeniser = Detokeniser(self._vocabulary.tables if parser is None else self._shown)
+        text = detokeniser.feed(numbers) + detokeniser.flush()
+        parts = [Part(PartKind.TEXT, text)] if parser is None else parts_of([*parser.feed(text), *parser.flush()])
+        lead = self._voice.lead(self._template.prompt_end(turn.is_thinking))
+        lead_ids = np.array(self._vocabulary.encode_marked(lead), dtype=np.int32)
+        self._echoes.keep(identity.salt, parts, text, ids, (lead, lead_ids))
+
+    def lost_tokens(self, turn: Turn, identity: Identity, prompt: Prompt, session: str) -> int | None:
+        """How many tokens of this conversation's last turn stand behind the first that differs now."""
+        name = _lineage(turn, identity, session)
+        return None if name is None else self._lineages.lost_tokens(name, prompt.ids)
+
+    def _ids(self, segment: Segment, fresh: Mapping[bytes, Ids]) -> Ids:
+        if segment.piece.echo is not None:
+            return segment.piece.echo.ids
+        return fresh[segment.key] if segment.key in fresh else self._held(segment)
+
     def _held(self, segment: Segment) -> Ids:
         held = self._segments.get(segment.key)
         # Another request may have pushed it out while a thread worked on this one.
         return held.ids if held is not None else self.tokenise([segment])[0]
 
-    def _rendering(self, turn: Turn) -> Rendering:
+    def _rendering(self, turn: Turn, salt: bytes) -> Rendering:
         if turn.text is not None:
             rendering = Rendering((0,), (turn.text,))
         elif self._template is None:
             raise RequestError(400, "This model has no chat template; use /v1/completions.", param="messages")
         else:
-            rendering = self._template.render(turn.messages, turn.tools, turn.is_thinking)
+            echoes = self._echoes.recalled(salt, turn.messages)
+            rendering = self._template.render(turn.messages, turn.tools, turn.is_thinking, echoes)
         if len(rendering.frame) < 2 and not any(piece.text for piece in rendering.pieces()):
             raise RequestError(400, "The prompt is empty.", param="prompt", code="invalid_value")
         return rendering
@@ -219,11 +260,16 @@ def _key(piece: Piece) -> bytes:
 
 def _prefix_names(rendering: Rendering, identity: Identity) -> list[bytes]:
     """A name for the prompt up to and including each part. Salt domains have names of their own."""
-    names, texts, running = [], rendering.texts, xxhash.xxh3_128(identity.root + identity.salt)
+    names, texts, echoes = [], rendering.texts, rendering.echoes
+    running = xxhash.xxh3_128(identity.root + identity.salt)
     update, digest = running.update, running.digest
     for part in rendering.frame:
         # Kind and length part "ab", "c" from "a", "bc", and a template's words from a client's.
         if isinstance(part, int):
+            if echoes and part in echoes:
+                update(b"e" + echoes[part].name)
+                names.append(digest())
+                continue
             data = texts[part].encode()
             update(b"c%d:" % len(data))
         else:
@@ -241,3 +287,12 @@ def _extended_chain(rendered: Rendered, ids: Ids) -> bytes:
         return keys.chain(identity.root, ids, identity.block_tokens, identity.salt)
     behind = ids[len(known.chain) // KEY_BYTES * identity.block_tokens :]
     return known.chain + keys.chain(ChainKey(known.chain[-KEY_BYTES:]), behind, identity.block_tokens)
+
+
+def _lineage(turn: Turn, identity: Identity, session: str) -> bytes | None:
+    """A name for a conversation: side calls of one session begin otherwise than its main one."""
+    if not session or not turn.messages:
+        return None
+    spoke = next((at for at, message in enumerate(turn.messages[:OPENING_MESSAGES]) if message.role == "user"), 0)
+    opening = [message.content[:OPENING_CHARS] for message in turn.messages[: spoke + 1]]
+    return xxhash.xxh3_128_digest(identity.salt + chr(0).join([session, *opening]).encode())

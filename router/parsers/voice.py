@@ -76,6 +76,11 @@ class Voice:
             return turn
         return replace(turn, sampling=sampling, is_thinking=False)
 
+    def lead(self, prompt_end: str) -> str:
+        """What the end of a prompt has written of the answer's thoughts already."""
+        at = prompt_end.find(THOUGHTS[self.thoughts][0]) if self.thoughts != NONE else -1
+        return prompt_end[at:] if at >= 0 else ""
+
     def parser(self, turn: Turn, prompt_end: str) -> Parser | None:
         """For the answer to one turn whose prompt ends so; None when all of it is text."""
         if turn.must_call is not None:

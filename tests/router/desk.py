@@ -8,7 +8,7 @@ import asyncio
 import socket
 import time
 from array import array
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +21,7 @@ from engine.wire import End, Start, Submit
 from policies.actions import Cancel, Dispatch, Reject, Tokenise
 from policies.request import Budget, Request, RequestClass, RequestId, Tenant, WorkerId
 from router.app import App, House
+from router.canonical import Rule
 from router.fleet import ModelView
 from router.link import LinkLost
 from router.order import RelayLimits, Services
@@ -216,6 +217,7 @@ async def desk(
     relay_limits: RelayLimits | None = None,
     text_limits: TextLimits | None = None,
     template: str = TEMPLATE,
+    rules: Sequence[Rule] = (),
 ) -> AsyncIterator[Desk]:
     """A desk that is open."""
     mind, fleet, sock = Mind(), Fleet(), socket.create_server(("127.0.0.1", 0))
@@ -231,7 +233,7 @@ async def desk(
         House(
             services=Services(mind, fleet, Book(), relay_limits or RelayLimits(), time.monotonic),
             models=lambda: fleet.views,
-            text=Text(VOCABULARY, ChatTemplate(template, {}), text_limits),
+            text=Text(VOCABULARY, ChatTemplate(template, {}), text_limits, rules=rules),
             model="tiny",
             salt=b"s" * 16,
             tenant=Tenant(),
