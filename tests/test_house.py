@@ -81,3 +81,12 @@ def test_the_wheel_holds_the_four_packages_and_nothing_else(tmp_path: Path) -> N
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == set(PACKAGES)
     assert all(f"{package}/py.typed" in names for package in PACKAGES)
+
+
+def test_the_api_page_names_every_route() -> None:
+    source = (ROOT / "router" / "app.py").read_text() + (ROOT / "router" / "admin.py").read_text()
+    routes = {route.replace("{model:path}", "{model}") for route in re.findall(r'"(/[a-z0-9_/.:{}]*)"', source)}
+    page = (ROOT / "docs" / "api.md").read_text()
+
+    assert len(routes) > 10
+    assert sorted(route for route in routes if f"{route}`" not in page and f"{route}?" not in page) == []
