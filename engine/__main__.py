@@ -194,6 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     worker.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, or auto: cuda where one is (cpu)")
     worker.add_argument("--threads", type=int, default=1, help="CPU threads (1)")
     worker.add_argument("--kv-bytes", type=int, help="memory for KV (512 MiB; on a GPU all that is free)")
+    worker.add_argument("--no-drafts", dest="has_drafts", action="store_false", help="no prompt-lookup speculation")
     worker.set_defaults(command=_worker)
     convert = commands.add_parser(
         "convert",

@@ -21,6 +21,7 @@ from engine.disk import Disk, DiskError
 from engine.grammar_gate import Compile, no_grammars
 from engine.pool import EXTENT_SLOTS, PoolError, PoolWriter, attach
 from engine.scheduler import Scheduler, SchedulerLimits
+from engine.speculate import Speculator
 from engine.step import KVMemory, ModelFacts, Runner
 from engine.tiers import Tiers
 from engine.wire import PROTOCOL_VERSION, Hello, Message, encode
@@ -59,7 +60,19 @@ def build(
         cached=b"",
         nonce=b"",
     )
-    return Core(runner, scheduler, trie, tiers=tiers, fit=StepFit(prior), hello=hello, inbox=inbox, clock=clock)
+    # A captured GPU step has one row a decode; drafts are for runners that take any rows.
+    can_draft = config.has_drafts and facts.device.startswith("cpu")
+    return Core(
+        runner,
+        scheduler,
+        trie,
+        tiers=tiers,
+        fit=StepFit(prior),
+        hello=hello,
+        inbox=inbox,
+        clock=clock,
+        speculator=Speculator(config.block_tokens, facts.vocab_size) if can_draft else None,
+    )
 
 
 def _tiers(trie: BlockTrie, runner: Runner, config: EngineConfig, wake: Callable[[], None]) -> Tiers:

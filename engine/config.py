@@ -23,6 +23,7 @@ class EngineConfig:
     kv_bytes: int = 512 * 1024 * 1024  # 11,600 tokens of SmolLM2-135M in float32: its whole context and room beside it
     ahead_tokens: int = 0  # 1 on a GPU: the next step is launched before this one's tokens are known
     sequences_max: int = 256
+    has_drafts: bool = True  # prompt lookup (engine/speculate.py), on the CPU
     waiting_max: int = 1024
     calibrate_s: float = 1.0
     drain_s: float = 30.0  # on SIGTERM

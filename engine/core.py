@@ -20,6 +20,7 @@ from engine.masks import Grammar, MaskMaker
 from engine.outbox import Outbox
 from engine.outcome import Outcome
 from engine.scheduler import Scheduler
+from engine.speculate import Speculator
 from engine.step import Runner
 from engine.tiers import Tiers
 from engine.wire import Abort, Drain, End, Hello, StepFrame, StepModelParts, Submit
@@ -115,6 +116,7 @@ class Core:
         hello: Hello,  # without snapshot
         inbox: Inbox,
         clock: Callable[[], float],
+        speculator: Speculator | None = None,
     ) -> None:
         self._runner = runner
         self._scheduler = scheduler
@@ -124,6 +126,7 @@ class Core:
         self._hello = hello
         self._inbox = inbox
         self._clock = clock
+        self._speculator = speculator
         self._links: dict[int, Outbox] = {}
         self._steps = 0
         self._step_s = 0.0
@@ -173,14 +176,17 @@ class Core:
         if step is None:
             return False
         batch = replaced(step.batch, masks=self._masks.start(step.grammars)) if step.grammars else step.batch
-        result = self._runner.run(batch)
+        drafted = self._speculator.draft(step, batch, self._fit.model) if self._speculator else None
+        result = self._runner.run(drafted.batch if drafted else batch)
+        if drafted and self._speculator:
+            result = self._speculator.judge(step, drafted, result)
         now = self._clock()
         news.outcomes.append(self._scheduler.collect(step, result, self._fit.model, now))
         self._steps += 1
         # What residents wait: the host's share is in it, and so in the model. A step that began before it was asked for
         # took longer than the asking.
         self._step_s = max(now - started, result.seconds)
-        changed = self._fit.observe(step.features, self._step_s)
+        changed = self._fit.observe(drafted.features if drafted else step.features, self._step_s)
         news.model = parts(changed) if changed else None
         return True
 

@@ -20,6 +20,19 @@ class Outcome:
     ends: list[tuple[int, End]] = field(default_factory=list)
     scored: list[tuple[int, Scored]] = field(default_factory=list)
 
+    def speak(self, sequence: Sequence, tokens: list[int], now: float) -> str | None:
+        """Tokens that a sequence got, up to the one that ends it; why it ends, None if it goes on."""
+        for token in tokens:
+            reason = sequence.append(token)
+            self.add(sequence, token)
+            if sequence.length == sequence.resumed_at + 1:
+                queued_s = sequence.prefill_at - sequence.submitted_at
+                start = Start(sequence.handle, sequence.cached_tokens, queued_s, now - sequence.prefill_at)
+                self.starts.append((sequence.link, start))
+            if reason:
+                return reason
+        return None
+
     def add(self, sequence: Sequence, token: int) -> None:
         """One more token."""
         link = sequence.link

@@ -22,7 +22,7 @@ from engine.step import ModelFacts, StepResult
 from engine.table import Table
 from engine.tiers import Tiers
 from engine.waiting import WaitingQueue
-from engine.wire import End, Load, Start, Submit
+from engine.wire import End, Load, Submit
 from policies.api import EnginePolicy
 from policies.builtin import headway_engine
 from policies.costs import StepModel
@@ -180,12 +180,12 @@ class Scheduler:
                 message = result.messages.get(at, NOT_A_TOKEN)
                 outcome.ends.append(self._end(sequence, "error", now, message))
                 continue
-            reason = sequence.append(token)
-            outcome.add(sequence, token)
             if at in result.scores:
                 outcome.scored.append((sequence.link, sequence.scored(token, result.scores[at])))
-            if sequence.length == sequence.resumed_at + 1:
-                outcome.starts.append((sequence.link, _start(sequence, now)))
+            more = result.more.get(at, [])
+            if more:
+                self._table.emit_more(sequence.row, more, now)
+            reason = outcome.speak(sequence, [token, *more], now)
             if reason:
                 self._memory.learn(sequence)
                 outcome.ends.append(self._end(sequence, reason, now))
@@ -397,11 +397,6 @@ class Scheduler:
             self._table.remove(sequence)
         output_tokens = sequence.output_tokens
         return sequence.link, End(sequence.handle, reason, sequence.cached_tokens, output_tokens, message)
-
-
-def _start(sequence: Sequence, now: float) -> Start:
-    queued_s = sequence.prefill_at - sequence.submitted_at
-    return Start(sequence.handle, sequence.cached_tokens, queued_s, now - sequence.prefill_at)
 
 
 def _yields_first(sequence: Sequence) -> tuple[int, float, int]:

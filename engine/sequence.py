@@ -10,6 +10,7 @@ import numpy as np
 
 from engine.blocks import Block
 from engine.copies import Restore
+from engine.habit import Habit
 from engine.keys import Ids
 from engine.masks import Grammar, GrammarError
 from engine.step import History, ModelFacts, Score
@@ -28,6 +29,7 @@ class Sequence:
         "deadline",
         "first_due",
         "grammar",
+        "habit",
         "handle",
         "ids",
         "length",
@@ -69,6 +71,7 @@ class Sequence:
         self.public_blocks = order.public_blocks
         self.request_class = RequestClass(order.request_class)
         self.sampling = order.sampling
+        self.habit = Habit()
         self.grammar = grammar  # behind the tokens that are there
         ends_anyway = grammar is not None  # nothing may follow the end of its text
         is_eos_text = order.sampling.ignore_eos and not ends_anyway
@@ -94,6 +97,11 @@ class Sequence:
     def output_tokens(self) -> int:
         """Tokens of the answer, those of earlier attempts included."""
         return self.length - self.prompt_len
+
+    @property
+    def may_speculate(self) -> bool:
+        """Whether its next tokens can be drafted: what depends on each token before it cannot be computed beside it."""
+        return self.grammar is None and self.sampling.logprobs < 0 and not self.sampling.has_penalties
 
     @property
     def history(self) -> History:

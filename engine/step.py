@@ -76,6 +76,7 @@ class StepResult:
     seconds: float
     scores: Mapping[int, Score] = field(default_factory=dict)  # by sampled row, of those that asked
     messages: Mapping[int, str] = field(default_factory=dict)  # why a row is bad, if not for its logits
+    more: Mapping[int, list[int]] = field(default_factory=dict)  # by sampled row: tokens behind its own, drafted right
 
 
 @dataclass(frozen=True, slots=True)

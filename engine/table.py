@@ -110,6 +110,13 @@ class Table:
         # What missed its first line is held to its pace from here: it cannot be caught up in one step.
         self.due[rows] = np.maximum(by_line, now + self.pace_s[rows])
 
+    def emit_more(self, row: int, ids: list[int], now: float) -> None:
+        """Drafts behind the token that was just emitted were right; their KV is there."""
+        self.skip(np.array([row]), len(ids))
+        self.last_id[row] = ids[-1]
+        by_line = self.first_due[row] + self.emitted[row] * self.pace_s[row]
+        self.due[row] = max(by_line, now + self.pace_s[row])
+
     def view(self, residents: Int64, heads: list[Sequence], full_links: frozenset[int], owed_s: Owed) -> BatchView:
         """These rows, then the heads of the queues, as the planner sees them."""
         pending = np.array([s.uncached_estimate for s in heads], dtype=np.int64)

@@ -4,6 +4,8 @@ Owns no model. Time stands still: what is proved here does not depend on it."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,13 +29,21 @@ class Heard:
 
 
 class Loop:
-    """Submit, then run until every order has ended."""
+    """Submit, then run until every order has ended. Unless a clock is given, a look at it takes 10 ms."""
 
-    def __init__(self, runner: Runner, facts: ModelFacts, block_tokens: int) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        facts: ModelFacts,
+        block_tokens: int,
+        *,
+        has_drafts: bool = False,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
         self._inbox = Inbox()
-        self.core: Core = build(
-            runner, facts, EngineConfig(socket="", block_tokens=block_tokens), self._inbox, lambda: 0.0
-        )
+        config = EngineConfig(socket="", block_tokens=block_tokens, has_drafts=has_drafts)
+        ticks = itertools.count()
+        self.core: Core = build(runner, facts, config, self._inbox, clock or (lambda: next(ticks) / 100))
         self._outbox = Outbox(lambda: None)
         self._inbox.put(Attach(1, self._outbox))
         self._handles = 0
@@ -61,13 +71,14 @@ class Loop:
         return heard
 
     def run(self, steps_max: int = 2000) -> None:
-        """Until all have ended."""
+        """Until all have ended, and nothing is left behind."""
         for _ in range(steps_max):
             self.core.turn()
             while frame := self._outbox.take():
                 if isinstance(frame, StepFrame):
                     self._take(frame)
             if all(heard.end for heard in self.heard.values()):
+                self.core.turn()
                 return
         raise AssertionError(f"no end within {steps_max} steps")
 
