@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from engine.sequence import Sequence
+from engine.step import StepResult
 from engine.wire import End, Scored, Start
 
 
@@ -20,9 +21,12 @@ class Outcome:
     ends: list[tuple[int, End]] = field(default_factory=list)
     scored: list[tuple[int, Scored]] = field(default_factory=list)
 
-    def speak(self, sequence: Sequence, tokens: list[int], now: float) -> str | None:
-        """Tokens that a sequence got, up to the one that ends it; why it ends, None if it goes on."""
-        for token in tokens:
+    def speak(self, sequence: Sequence, at: int, result: StepResult, now: float) -> str | None:
+        """What a sequence got as row `at`, up to the token that ends it; why it ends, None if it goes on."""
+        own = int(result.ids[at])
+        if at in result.scores:
+            self.scored.append((sequence.link, sequence.scored(own, result.scores[at])))
+        for token in (own, *result.more.get(at, ())):
             reason = sequence.append(token)
             self.add(sequence, token)
             if sequence.length == sequence.resumed_at + 1:

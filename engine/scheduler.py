@@ -168,6 +168,7 @@ class Scheduler:
         """Take a step's result: tokens out, blocks readable by others, ended sequences' blocks back."""
         self._table.advance(step.rows, step.tokens)
         self._table.emit(step.sampled_rows, result.ids, now)
+        self._table.emit_more(step.sampled_rows, result.more, now)
         is_bad = result.is_bad | (result.ids < 0) | (result.ids >= self._facts.vocab_size)
         for sequence, bad in zip(step.sampled, is_bad.tolist(), strict=True):
             if bad:
@@ -180,12 +181,7 @@ class Scheduler:
                 message = result.messages.get(at, NOT_A_TOKEN)
                 outcome.ends.append(self._end(sequence, "error", now, message))
                 continue
-            if at in result.scores:
-                outcome.scored.append((sequence.link, sequence.scored(token, result.scores[at])))
-            more = result.more.get(at, [])
-            if more:
-                self._table.emit_more(sequence.row, more, now)
-            reason = outcome.speak(sequence, [token, *more], now)
+            reason = outcome.speak(sequence, at, result, now)
             if reason:
                 self._memory.learn(sequence)
                 outcome.ends.append(self._end(sequence, reason, now))

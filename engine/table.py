@@ -4,6 +4,7 @@ Owns the rows and the block table. Never decides who gets one."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -110,12 +111,14 @@ class Table:
         # What missed its first line is held to its pace from here: it cannot be caught up in one step.
         self.due[rows] = np.maximum(by_line, now + self.pace_s[rows])
 
-    def emit_more(self, row: int, ids: list[int], now: float) -> None:
-        """Drafts behind the token that was just emitted were right; their KV is there."""
-        self.skip(np.array([row]), len(ids))
-        self.last_id[row] = ids[-1]
-        by_line = self.first_due[row] + self.emitted[row] * self.pace_s[row]
-        self.due[row] = max(by_line, now + self.pace_s[row])
+    def emit_more(self, rows: Int64, more: Mapping[int, list[int]], now: float) -> None:
+        """Drafts behind tokens that were just emitted were right; their KV is there."""
+        for at, ids in more.items():
+            row = rows[at : at + 1]
+            self.skip(row, len(ids))
+            self.last_id[row] = ids[-1:] or self.last_id[row]
+            by_line = self.first_due[row] + self.emitted[row] * self.pace_s[row]
+            self.due[row] = np.maximum(by_line, now + self.pace_s[row])
 
     def view(self, residents: Int64, heads: list[Sequence], full_links: frozenset[int], owed_s: Owed) -> BatchView:
         """These rows, then the heads of the queues, as the planner sees them."""
