@@ -14,6 +14,7 @@ BENCHES: dict[str, tuple[str, ...]] = {
     "dispatcher": ("--out", f"{RESULTS}/dispatcher.json"),
     "link": ("--out", f"{RESULTS}/link.json"),
     "router": (),
+    "judge": ("--out", f"{RESULTS}/judge.json"),
 }
 
 

@@ -6,12 +6,20 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loadgen import options
+from loadgen.dialects import DIALECTS
+
+if TYPE_CHECKING:
+    from loadgen.session import Plan
 
 REPLAY = """
 mix.jsonl --target http://127.0.0.1:8080 --out out/replay
 mix.jsonl --serve "headway serve --port 9000" --target http://127.0.0.1:9000
+mix.jsonl --dialect anthropic --target http://127.0.0.1:8080 --out out/messages
+mix.jsonl --search capacity --seeds 2 --from 1 --to 2 --target http://127.0.0.1:8080 --out out/capacity
+mix.jsonl --ab first=http://127.0.0.1:8080 second=http://127.0.0.1:8080 --seeds 1 --out out/ab
 """
 JUDGE = """
 out/replay.jsonl --out out/again
@@ -37,6 +45,12 @@ def _add_replay(commands: options.Commands[argparse.ArgumentParser]) -> None:
     replay.add_argument("trace", type=Path)
     replay.add_argument("--target", default="http://127.0.0.1:8080", metavar="URL", help="(http://127.0.0.1:8080)")
     replay.add_argument("--serve", metavar="COMMAND", help="start this first, wait for /readyz, stop it with SIGINT")
+    replay.add_argument(
+        "--dialect",
+        choices=tuple(DIALECTS),
+        default="completions",
+        help="completions sends token ids, so lengths are exact; the others send text (completions)",
+    )
     replay.add_argument("--model", default="", help="(what the target names)")
     replay.add_argument(
         "--duration", type=options.positive, default=0.0, metavar="S", help="offer no longer (the trace's span)"
@@ -55,6 +69,18 @@ def _add_replay(commands: options.Commands[argparse.ArgumentParser]) -> None:
     replay.add_argument("--grace", type=options.positive, default=30.0, metavar="S", help="wait for open answers (30)")
     replay.add_argument("--budgets", type=Path, metavar="FILE", help="JSON as /readyz has it, instead of the target's")
     replay.add_argument("--out", type=Path, default=Path("out/replay"), help="base name of the reports (out/replay)")
+    replay.add_argument("--search", choices=("capacity",), help="find the most sessions that still pass")
+    replay.add_argument(
+        "--ab",
+        nargs="+",
+        metavar="NAME=URL",
+        help="several targets on one page; --serve may use {name} and starts each",
+    )
+    replay.add_argument("--seeds", type=options.count, default=3, help="runs at each load of --search and --ab (3)")
+    replay.add_argument(
+        "--from", dest="low", type=options.positive, default=0.25, metavar="X", help="first load (0.25)"
+    )
+    replay.add_argument("--to", dest="high", type=options.positive, default=8.0, metavar="X", help="largest load (8)")
     replay.add_argument("--strict", action="store_true", help="stop at the first bad row")
     replay.set_defaults(run=_replay)
 
@@ -76,25 +102,56 @@ def _add_faults(commands: options.Commands[argparse.ArgumentParser]) -> None:
 
 
 def _replay(arguments: argparse.Namespace) -> int:
-    from loadgen.session import Plan, carry_out
+    from loadgen.session import carry_out
 
-    verdict = carry_out(
-        Plan(
-            trace=arguments.trace,
-            target=arguments.target,
-            out=arguments.out,
-            serve=arguments.serve or "",
-            model=arguments.model,
-            budgets=arguments.budgets,
-            seed=arguments.seed,
-            speed=arguments.speed,
-            duration_s=arguments.duration,
-            stripped_share=round(1.0 - arguments.headers, 6),
-            grace_s=arguments.grace,
-            is_strict=arguments.strict,
-        )
+    plan = _plan(arguments)
+    if arguments.search or arguments.ab:
+        return _compare(arguments, plan)
+    return 1 if carry_out(plan).invalid else 0
+
+
+def _plan(arguments: argparse.Namespace) -> Plan:
+    from loadgen.session import Plan
+
+    return Plan(
+        trace=arguments.trace,
+        target=arguments.target,
+        out=arguments.out,
+        serve=arguments.serve or "",
+        model=arguments.model,
+        budgets=arguments.budgets,
+        seed=arguments.seed,
+        speed=arguments.speed,
+        duration_s=arguments.duration,
+        stripped_share=round(1.0 - arguments.headers, 6),
+        grace_s=arguments.grace,
+        is_strict=arguments.strict,
+        dialect=arguments.dialect,
     )
-    return 1 if verdict.invalid else 0
+
+
+def _compare(arguments: argparse.Namespace, plan: Plan) -> int:
+    import msgspec
+
+    from loadgen import compare
+    from loadgen.compare_html import page
+    from loadgen.search import Bounds
+
+    named = [word.partition("=")[::2] for word in arguments.ab] if arguments.ab else [("target", arguments.target)]
+    if any(not name or not url for name, url in named) or len({name for name, _ in named}) < len(named):
+        raise ValueError("--ab wants NAME=URL, each name once")
+    sides = tuple(compare.Side(name, url, (arguments.serve or "").replace("{name}", name)) for name, url in named)
+    seeds = tuple(range(arguments.seed, arguments.seed + arguments.seeds))
+    trial = compare.Trial(plan, sides, seeds, bool(arguments.search), Bounds(arguments.low, arguments.high))
+    found = compare.compare(trial)
+    out = arguments.out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1))
+    title = f"{'Capacity' if arguments.search else 'Comparison'}: {plan.trace.name}"
+    out.with_suffix(".html").write_text(page(found, title), encoding="utf-8")
+    print(compare.compare_text(found))
+    print(f"\nwrote {out.with_suffix('.html')} and .json")
+    return 0
 
 
 def _judge(arguments: argparse.Namespace) -> int:

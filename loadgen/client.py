@@ -8,19 +8,22 @@ it obeys Retry-After a bounded number of times, and hangs up when its patience e
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from typing import cast
 from urllib.parse import urlsplit
 
-RETRIES_MAX = 2  # the OpenAI SDK's default
-RETRY_AFTER_MAX_S = 60.0  # the OpenAI SDK obeys up to a minute
-RETRY_DEFAULT_S = 0.5  # its first pause when the server names none
+# As the SDKs of OpenAI and Anthropic do, alike; but without their jitter, so that a run can be repeated.
+RETRIES_MAX = 2
+RETRY_AFTER_MAX_S = 60.0  # a longer wait is not obeyed: they come back by their own pause
+RETRY_FIRST_S, RETRY_MOST_S = 0.5, 8.0  # that pause, doubled each time
 IDLE_MAX = 256  # kept connections
 HEAD_BYTES_MAX = 64 * 1024
 BODY_BYTES_MAX = 16 * 1024 * 1024
-RETRIED = (429, 503)
+REFUSALS = (429, 503, 529)  # 529: Anthropic's overloaded
 
 Clock = Callable[[], float]
 
@@ -268,15 +271,22 @@ class Client:
 def retry_after_s(answer: Answer) -> float | None:
     """When a refused client should come back; None: it should not, or this was no refusal."""
     headers = answer.headers
-    if answer.status not in RETRIED or headers.get("x-should-retry") == "false":
+    if answer.status not in REFUSALS or headers.get("x-should-retry") == "false":
         return None
+    told_s = _told_s(headers)
+    if told_s is not None and 0 < told_s <= RETRY_AFTER_MAX_S:
+        return told_s
+    return min(RETRY_MOST_S, RETRY_FIRST_S * 2.0 ** max(0, answer.attempts - 1))
+
+
+def _told_s(headers: Mapping[str, str]) -> float | None:
+    """Milliseconds, seconds or a date, in this order."""
     for name, unit_s in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
-        try:
-            wait_s = float(headers[name]) * unit_s
-        except (KeyError, ValueError):
-            continue
-        return wait_s if 0 <= wait_s <= RETRY_AFTER_MAX_S else None
-    return RETRY_DEFAULT_S
+        with contextlib.suppress(KeyError, ValueError):
+            return float(headers[name]) * unit_s
+    with contextlib.suppress(KeyError, ValueError):
+        return parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time()
+    return None
 
 
 async def post_obediently(client: Client, path: str, headers: Mapping[str, str], body: bytes, answer: Answer) -> None:

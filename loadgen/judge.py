@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from loadgen.records import Outcome, Record, Run
 from loadgen.targets import Budgets, Target, new_tokens, target_of
@@ -22,7 +23,7 @@ LAG_SHARE = 0.05  # of the tightest TTFT target: a client later than this at p99
 REFUSED_CHAT_MAX = 0.01  # no run counts with more chat refused
 PASS_SHARE: dict[ClassName, float] = {"chatbot+": 0.99, "background-agent": 0.95, "data-processor": 0.99}
 FAIR_OFFERED_MIN = 5  # a user with fewer offered chat requests is not named the worst
-BOOTSTRAP_ROUNDS = 1000
+BOOTSTRAP_ROUNDS, BOOTSTRAP_CELLS = 1000, 500_000
 OUTCOMES: tuple[Outcome, ...] = ("done", "refused", "failed", "left", "abandoned", "unfinished")
 
 
@@ -243,8 +244,11 @@ def _class_verdict(name: ClassName, judged: Sequence[Judged]) -> ClassVerdict:
 
 
 def _by_worker(judged: Sequence[Judged]) -> dict[str, Cell]:
-    names = sorted({one.record.worker for one in judged if one.record.worker})
-    return {name: _cell([one for one in judged if one.record.worker == name]) for name in names}
+    grouped: dict[str, list[Judged]] = {}
+    for one in judged:
+        if one.record.worker:
+            grouped.setdefault(one.record.worker, []).append(one)
+    return {name: _cell(grouped[name]) for name in sorted(grouped)}
 
 
 def _interval(judged: Sequence[Judged]) -> tuple[float, float]:
@@ -252,12 +256,17 @@ def _interval(judged: Sequence[Judged]) -> tuple[float, float]:
     groups: dict[str, list[bool]] = {}
     for number, one in enumerate(judged):
         groups.setdefault(one.record.parent or one.record.session or f"\0{number}", []).append(one.is_met)
-    met = np.array([sum(group) for group in groups.values()])
-    offered = np.array([len(group) for group in groups.values()])
-    drawn = np.random.default_rng(0).integers(0, len(groups), size=(BOOTSTRAP_ROUNDS, len(groups)))
-    shares = met[drawn].sum(axis=1) / offered[drawn].sum(axis=1)
-    low, high = np.percentile(shares, [2.5, 97.5])
+    met, offered = resampled(np.array([[sum(group), len(group)] for group in groups.values()])).T
+    low, high = np.percentile(met / offered, [2.5, 97.5])
     return float(low), float(high)
+
+
+def resampled(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The sums of its rows in each round of a bootstrap, a few rounds at a time: all at once would be gigabytes."""
+    rng, size = np.random.default_rng(0), len(counts)
+    at_once = max(1, BOOTSTRAP_CELLS // size)
+    rounds = [min(at_once, BOOTSTRAP_ROUNDS - done) for done in range(0, BOOTSTRAP_ROUNDS, at_once)]
+    return np.concatenate([counts[rng.integers(0, size, size=(some, size))].sum(axis=1) for some in rounds])
 
 
 def _users(judged: Sequence[Judged]) -> list[UserVerdict]:

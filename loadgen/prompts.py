@@ -8,7 +8,6 @@ import hashlib
 import uuid
 from dataclasses import dataclass
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -16,7 +15,20 @@ from loadgen.traces import Row, Trace
 
 # Ids that every vocabulary worth serving has, above the special and byte-level ones of the Llama and GPT-2 families.
 ID_LOW, ID_HIGH = 1000, 40_000
-PATH = "/v1/completions"  # the one dialect that takes token ids
+WORDS = """
+about above act add after again age air all also among and any area arm art ask away baby back ball bank base bear
+beat bed been began best big bird black blood blue board boat body bone book both box boy bring brown build busy buy
+call came can car care carry case cat catch cause check child city class clean clear close cold color come cook cool
+copy corn cost count cover cross cry cut dance dark day dead deal death deep did die does dog done door down draw
+dream dress drink drive drop dry each ear early earth east eat edge egg eight end enter equal even event ever every
+exact eye face fact fair fall far farm fast fat favor fear feed feel feet few field fight fill final find fine fire
+first fish five flat floor flow fly food foot for force form found four free fresh from front fruit full fun game gas
+gave get girl give glad glass gold gone good got grand grass gray great green grew group grow guess had hair half hand
+happy hard has hat have head hear heart heat heavy help her here high hill his hit hold hole home hope horse hot hour
+house how huge human hunt hurry ice idea inch iron job join joy jump just keep key kill kind king knew know lady lake
+land large last late laugh law lay lead learn least leave left leg less let level lie life lift light like line list
+live local
+""".split()  # noqa: SIM905  a list of 256 lines
 
 # As recorded from the clients themselves; a stripped client keeps only what every HTTP library sends.
 CLAUDE_CODE = {"user-agent": "claude-cli/2.1.197 (external, cli)"}
@@ -72,20 +84,11 @@ def prompt_ids(trace: Trace, index: int, seed: int) -> list[int]:
     return ids
 
 
-def body(row: Row, ids: list[int], costume: Costume, model: str) -> bytes:
-    """The JSON body: forced length, greedy, with usage."""
-    fields: dict[str, object] = {
-        "model": model,
-        "prompt": ids,
-        "max_tokens": row.output_length,
-        "min_tokens": row.output_length,
-        "ignore_eos": True,
-        "temperature": 0,
-        "stream": costume.is_stream,
-    }
-    if costume.is_stream:
-        fields["stream_options"] = {"include_usage": True}
-    return msgspec.json.encode(fields)
+def words(ids: list[int]) -> str:
+    """As many words as ids, for dialects that take text alone: each is one token in vocabularies of GPT-2's kind.
+
+    What the server counts, its template included, is reported beside what was meant."""
+    return " ".join(WORDS[token % len(WORDS)] for token in ids)
 
 
 def _draw(seed: int, numbers: list[int], count: int) -> npt.NDArray[np.uint64]:

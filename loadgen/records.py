@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from loadgen.client import Answer
+from loadgen.client import REFUSALS, Answer
+from loadgen.dialects import Dialect, Usage
 from loadgen.traces import ClassName, Gap, Slo
 
 # left: the client's patience ended. abandoned: an earlier turn of its session failed. unfinished: the run ended first.
@@ -59,6 +60,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     trace_digest: str
     trace_notes: dict[str, int | float | str] = {}
     trace_bad_rows: int = 0
+    dialect: str = "completions"
     seed: int
     speed: float
     stripped_share: float
@@ -74,7 +76,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     budgets_from: str = ""
 
 
-def fill(record: Record, answer: Answer, origin: float) -> None:
+def fill(record: Record, answer: Answer, origin: float, dialect: Dialect) -> None:
     """Write an answer, whole or broken, into its record."""
     headers = answer.headers
     record.status, record.attempts = answer.status, answer.attempts
@@ -82,75 +84,65 @@ def fill(record: Record, answer: Answer, origin: float) -> None:
     record.assigned_class = headers.get("x-headway-class", "")
     record.class_reason = headers.get("x-headway-class-reason", "")
     record.worker = headers.get("x-headway-worker", "")
-    if answer.status in (429, 503):
+    if answer.status in REFUSALS:
         record.outcome, record.reason = "refused", _reason(answer.body(), f"status {answer.status}")
     elif answer.status != 200:
         record.outcome, record.reason = "failed", answer.error or _reason(answer.body(), f"status {answer.status}")
     elif headers.get("content-type", "").startswith("text/event-stream"):
-        _read_stream(record, answer, origin)
+        _read_stream(record, answer, origin, dialect)
     else:
-        _read_whole(record, answer)
+        _read_whole(record, answer, dialect)
     if answer.error:  # what had come before is kept: those tokens were made, and wasted
         record.outcome, record.reason = "failed", answer.error
 
 
-def cut(record: Record, answer: Answer, now: float, origin: float, outcome: Outcome) -> None:
-    """Write what had come before the client hung up. One that was waiting to come back as told stays refused."""
-    answer.ended_at = now
-    fill(record, answer, origin)
+def cut(record: Record, answer: Answer, outcome: Outcome, origin: float, dialect: Dialect) -> None:
+    """Write what had come before the client hung up, at `answer.ended_at`. Who waited to come back stays refused."""
+    fill(record, answer, origin, dialect)
     if record.outcome != "refused":
         record.outcome, record.reason = outcome, ""
 
 
-def _read_stream(record: Record, answer: Answer, origin: float) -> None:
-    """An answer is done when [DONE] came, and not before: an error event, or silence, is a failure."""
-    record.outcome, record.reason = "failed", "the stream ended without [DONE]"
+def _read_stream(record: Record, answer: Answer, origin: float, dialect: Dialect) -> None:
+    """An answer is done when its dialect says that it is, and not before: an error event, or silence, is a failure."""
+    cut_short = "the stream ended without [DONE]" if dialect.has_done else "the stream ended without message_stop"
+    record.outcome, record.reason = "failed", cut_short
     for at, data in answer.events():
-        if data == b"[DONE]":
-            if record.reason == "the stream ended without [DONE]":
-                record.outcome, record.reason = "done", ""
+        if dialect.has_done and data == b"[DONE]":
+            record.outcome, record.reason = "done", ""
             return
         event = _object(data)
         if event is None:
             record.reason = "an event that is not a JSON object"
             return
-        if "error" in event:
+        said = dialect.says(event)
+        if said == "error":
             record.reason = _reason(data, "an error event")
             return
-        if _text(event):
+        if said == "text":
             record.token_s.append(round(at - origin, 6))
-        _read_usage(record, event)
+        elif said == "end":
+            record.outcome, record.reason = "done", ""
+            return
+        _read_usage(record, dialect.usage(event))
 
 
-def _read_whole(record: Record, answer: Answer) -> None:
+def _read_whole(record: Record, answer: Answer, dialect: Dialect) -> None:
     body = _object(answer.body())
-    if body is None or "choices" not in body:
+    if body is None or not dialect.is_answer(body):
         record.outcome, record.reason = "failed", "the answer is not a completion"
         return
     record.outcome = "done"
-    _read_usage(record, body)
+    _read_usage(record, dialect.usage(body))
 
 
-def _read_usage(record: Record, body: dict[str, Any]) -> None:
-    usage = body.get("usage")
-    if not isinstance(usage, dict):
+def _read_usage(record: Record, usage: Usage | None) -> None:
+    """The last that was said: Anthropic's streams begin with a first count and end with the final one."""
+    if usage is None:
         return
-    details = usage.get("prompt_tokens_details")
-    record.prompt_tokens = _count(usage.get("prompt_tokens"))
-    record.completion_tokens = _count(usage.get("completion_tokens"))
-    record.cached_tokens = _count(details.get("cached_tokens")) if isinstance(details, dict) else None
-
-
-def _count(value: object) -> int | None:
-    """A server may say anything; only a count is one."""
-    return value if type(value) is int and value >= 0 else None
-
-
-def _text(event: dict[str, Any]) -> str:
-    choices = event.get("choices")
-    first = choices[0] if isinstance(choices, list) and choices else None
-    text = first.get("text") if isinstance(first, dict) else None
-    return text if isinstance(text, str) else ""
+    record.prompt_tokens = record.prompt_tokens if usage.prompt is None else usage.prompt
+    record.completion_tokens = record.completion_tokens if usage.completion is None else usage.completion
+    record.cached_tokens = record.cached_tokens if usage.cached is None else usage.cached
 
 
 def _object(data: bytes) -> dict[str, Any] | None:
@@ -166,7 +158,8 @@ def _reason(data: bytes, otherwise: str) -> str:
     error = (_object(data) or {}).get("error")
     if not isinstance(error, dict):
         return otherwise
-    words = [str(error[key]) for key in ("code", "message") if error.get(key)]
+    words = [str(error[key]) for key in ("code", "type", "message") if error.get(key)]
+    words = [words[0], words[-1]] if len(words) > 2 else words  # OpenAI's code, or else the type, which Anthropic has
     return ": ".join(words)[:REASON_CHARS_MAX] or otherwise
 
 

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from loadgen.client import Answer, Client, post_obediently
-from loadgen.prompts import PATH, Dresser, body, prompt_ids
-from loadgen.records import Record, cut, fill
+from loadgen.dialects import DIALECTS, Dialect, Name
+from loadgen.prompts import Dresser, prompt_ids
+from loadgen.records import Outcome, Record, cut, fill
 from loadgen.traces import ClassName, Row, Slo, Trace, ideal_cached, turn_names
 
 GRACE_S = 30.0  # after the offered time, for answers under way; what is open then is unfinished
@@ -33,6 +34,7 @@ class Options:
     speed: float = 1.0  # divides arrival times and gaps; it changes reuse, so more sessions are the better load
     duration_s: float = 60.0  # nothing is offered later
     stripped_share: float = 0.2
+    dialect: Name = "completions"
     grace_s: float = GRACE_S
 
 
@@ -58,12 +60,16 @@ class Replay:
     records: list[Record] = field(default_factory=list)
     origin: float = 0.0
     _dresser: Dresser = field(init=False)
+    _dialect: Dialect = field(init=False)
     _ideal: list[int] = field(init=False)
+    _done: int = 0
+    _other: int = 0
     _names: list[str] = field(default_factory=list)
     _awaited: dict[str, asyncio.Future[float | None]] = field(default_factory=dict)  # turns that others wait for
 
     def __post_init__(self) -> None:
         self._dresser = Dresser(self.options.stripped_share, self.options.seed)
+        self._dialect = DIALECTS[self.options.dialect]
         self._ideal = ideal_cached(self.trace)
 
     async def run(self) -> None:
@@ -73,7 +79,7 @@ class Replay:
         loop = asyncio.get_running_loop()
         self._awaited = {name: loop.create_future() for row in self.trace.rows for name in row.after}
         limit_s = self.options.duration_s + self.options.grace_s
-        tasks: list[asyncio.Task[None]] = []
+        tasks: set[asyncio.Task[None]] = set()  # of sessions that have begun and not ended
         try:
             async with asyncio.timeout(limit_s):
                 for family in self._families():
@@ -81,12 +87,15 @@ class Replay:
                     if begin_s > self.options.duration_s:
                         break
                     await self._sleep_until(begin_s - PREPARE_S)
-                    tasks += [asyncio.create_task(self._session(session)) for session in family]
+                    for session in family:
+                        task = asyncio.create_task(self._session(session))
+                        tasks.add(task)
+                        task.add_done_callback(tasks.discard)
                 await asyncio.gather(*tasks)
         except TimeoutError:
             self.client.close()  # what is open is recorded as unfinished by its own cancellation, below
         finally:
-            for task in tasks:
+            for task in list(tasks):
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             self.client.close()
@@ -103,10 +112,8 @@ class Replay:
 
     def progress(self) -> Progress:
         """For the progress line."""
-        done = sum(record.outcome == "done" for record in self.records)
-        open_count = sum(record.end_s is None and record.outcome == "unfinished" for record in self.records)
         offered = len(self.records)
-        return Progress(self._now(), offered, open_count, done, offered - done - open_count)
+        return Progress(self._now(), offered, offered - self._done - self._other, self._done, self._other)
 
     def _families(self) -> list[list[list[int]]]:
         """Rows by session, sessions with their sub-agents, a row without a session alone; by the time they begin."""
@@ -133,6 +140,8 @@ class Replay:
                 return
             record = self._record(index, turn, intended_s)
             await self._request(index, record)
+            self._done += record.outcome == "done"
+            self._other += record.outcome != "done"
             end_s = record.end_s if record.outcome == "done" else None
             self._end_all([index], end_s)
 
@@ -168,6 +177,7 @@ class Replay:
             intended_s=intended_s,
             outcome="unfinished" if intended_s is not None else "abandoned",
         )
+        self._other += intended_s is None
         self.records.append(record)
         return record
 
@@ -186,24 +196,31 @@ class Replay:
     async def _request(self, index: int, record: Record) -> None:
         row = self.trace.rows[index]
         costume = self._dresser.costume(row)
-        payload = body(row, prompt_ids(self.trace, index, self.options.seed), costume, self.options.model)
+        headers = {**self._dialect.headers, **costume.headers}
+        payload = self._dialect.body(row, prompt_ids(self.trace, index, self.options.seed), costume, self.options.model)
         await self._sleep_until(record.intended_s or 0.0)
         record.sent_s = round(self._now(), 6)
         patience_s = row.timeout_s or PATIENCE_S[row.request_class]
         answer = Answer()
         try:
             async with asyncio.timeout(patience_s - (record.sent_s - (record.intended_s or 0.0))):
-                await post_obediently(self.client, PATH, costume.headers, payload, answer)
+                await post_obediently(self.client, self._dialect.path, headers, payload, answer)
         except TimeoutError:
-            cut(record, answer, self.clock(), self.origin, "left")
+            self._cut(record, answer, "left")
         except asyncio.CancelledError:
-            cut(record, answer, self.clock(), self.origin, "unfinished")
+            self._cut(record, answer, "unfinished")
             raise
         else:
-            fill(record, answer, self.origin)
+            fill(record, answer, self.origin, self._dialect)
+
+    def _cut(self, record: Record, answer: Answer, outcome: Outcome) -> None:
+        answer.ended_at = self.clock()
+        cut(record, answer, outcome, self.origin, self._dialect)
 
     async def _sleep_until(self, at_s: float) -> None:
-        await asyncio.sleep(max(0.0, at_s - self._now()))
+        """uvloop counts whole milliseconds and may wake half of one early: nothing is sent before its time."""
+        while (left_s := at_s - self._now()) > 0:  # noqa: ASYNC110  it waits for time alone
+            await asyncio.sleep(left_s)
 
     def _now(self) -> float:
         return self.clock() - self.origin

@@ -121,7 +121,7 @@ def honesty(verdict: Verdict) -> str:
     return "\n".join(
         [
             f"trace {run.trace_name} ({run.trace_digest}), bad rows {run.trace_bad_rows}; {notes}",
-            f"seed {run.seed}, speed {run.speed:g}, stripped {run.stripped_share:.0%}, offered for "
+            f"{run.dialect}, seed {run.seed}, speed {run.speed:g}, stripped {run.stripped_share:.0%}, offered for "
             f"{run.duration_s:g} s, took {run.wall_s:.0f} s, later turns not reached {run.not_reached}",
             f"client lag p50/p90/p99 {lag} ms{bound}, client CPU {run.client_cpu_s:.1f} s; "
             f"lengths other than asked: prompt {verdict.prompt_mismatches}, output {verdict.output_mismatches}; "

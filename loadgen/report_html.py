@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from html import escape
 
 from loadgen.charts import Bar, Dot, gauge, scatter, strip, timeline
-from loadgen.judge import FAIR_OFFERED_MIN, PASS_SHARE, Cell, Second, Verdict, points
+from loadgen.judge import FAIR_OFFERED_MIN, PASS_SHARE, Cell, Judged, Second, Verdict, points
 from loadgen.page import document
 from loadgen.records import Record
 from loadgen.report import HEADS, columns, honesty
 from loadgen.targets import BudgetLine, Budgets
 from loadgen.traces import CLASSES
 
+DOTS_MAX = 4000  # in one picture: about 1 MB of page
 KEYS = (("met", "met"), ("missed", "answered, too late"), ("refused", "refused"), ("lost", "failed, left or lost"))
 
 
@@ -82,7 +83,7 @@ def _row(style: str, name: str, cell: Cell) -> str:
 
 
 def _ttft(records: Sequence[Record], budgets: Budgets) -> str:
-    found = points(records, budgets)
+    found, left_out = _thinned(points(records, budgets))
     dots = [
         Dot(
             new,
@@ -97,14 +98,26 @@ def _ttft(records: Sequence[Record], budgets: Budgets) -> str:
     if not dots:
         return ""
     line = _target_line(budgets.get("chatbot+", BudgetLine()), min(dot.x for dot in dots), max(dot.x for dot in dots))
-    unseen = sum(record.request_class == "chatbot+" for record in records) - len(dots)
-    silent = f" {unseen} that never had a first token are not drawn." if unseen else ""
+    unseen = sum(record.request_class == "chatbot+" for record in records) - len(dots) - left_out
+    silent = f" {left_out} of the dots are left out of the picture." if left_out else ""
+    silent += f" {unseen} that never had a first token are not drawn." if unseen else ""
     return (
         "<h2>Chatbot+: first token against new tokens</h2><p>New tokens are the prompt less what an ideal cache holds: "
         "a server's own misses never loosen its target. Dots met it. A cross under the line missed its pace, or its "
         f"end.{silent}</p>"
         f"<figure>{scatter(dots, line, 'new tokens', 'TTFT, seconds')}</figure>"
     )
+
+
+def _thinned(found: list[tuple[int, Judged]]) -> tuple[list[tuple[int, Judged]], int]:
+    """At most DOTS_MAX: half of them misses while there are so many."""
+    if len(found) <= DOTS_MAX:
+        return found, 0
+    kept = []
+    for is_met in (True, False):
+        alike = [one for one in found if one[1].is_met == is_met]
+        kept += alike[:: max(1, -(-2 * len(alike) // DOTS_MAX))]
+    return kept, len(found) - len(kept)
 
 
 def _target_line(line: BudgetLine, low: float, high: float) -> list[tuple[float, float]]:

@@ -23,9 +23,11 @@ from pathlib import Path
 
 import httpx
 import msgspec
+import uvloop
 
-from loadgen import records, targets, traces
+from loadgen import formats, records, targets, traces
 from loadgen.client import Client, Target
+from loadgen.dialects import Name
 from loadgen.judge import Verdict, judge
 from loadgen.records import Record, Run
 from loadgen.replay import Options, Progress, Replay
@@ -52,28 +54,37 @@ class Plan:
     speed: float = 1.0
     duration_s: float = 0.0  # 0: the trace's own span
     stripped_share: float = 0.2
+    dialect: Name = "completions"
     grace_s: float = 30.0
     is_strict: bool = False
 
 
 def carry_out(plan: Plan) -> Verdict:
     """Replay, judge and publish. Raises ValueError for a trace or a target that cannot be used."""
-    trace = traces.read(plan.trace, plan.is_strict)
-    where = Target.parse(plan.target)
+    trace = formats.load(plan.trace, plan.is_strict)
+    Target.parse(plan.target)
     with serving(shlex.split(plan.serve), plan.target):
-        served = targets.ask(plan.target)
-        options = Options(
-            model=plan.model or served.model,
-            seed=plan.seed,
-            speed=plan.speed,
-            duration_s=plan.duration_s or span_s(trace, plan.speed),
-            stripped_share=plan.stripped_share,
-            grace_s=plan.grace_s,
-        )
-        budgets, budgets_from = _budgets(plan, served.budgets)
-        replay = Replay(trace, Client(where), options)
-        started, began, cpu = datetime.now(UTC), time.monotonic(), time.process_time()
-        is_interrupted = _run(replay)
+        run, found = measure(plan, trace)
+    records.write(run, found, plan.out.with_suffix(".jsonl"))  # first: what was measured outlives a bug below
+    return publish(run, found, targets.parse_budgets(run.budgets), plan.out)
+
+
+def measure(plan: Plan, trace: traces.Trace, budgets: Budgets | None = None) -> tuple[Run, list[Record]]:
+    """One run against a server that is up; with these budgets, or those that the plan or the target names."""
+    served = targets.ask(plan.target)
+    options = Options(
+        model=plan.model or served.model,
+        seed=plan.seed,
+        speed=plan.speed,
+        duration_s=plan.duration_s or span_s(trace, plan.speed),
+        stripped_share=plan.stripped_share,
+        dialect=plan.dialect,
+        grace_s=plan.grace_s,
+    )
+    promised, budgets_from = (budgets, "the comparison") if budgets is not None else _budgets(plan, served.budgets)
+    replay = Replay(trace, Client(Target.parse(plan.target)), options)
+    started, began, cpu = datetime.now(UTC), time.monotonic(), time.process_time()
+    is_interrupted = _run(replay)
     run = Run(
         target=plan.target,
         model=options.model,
@@ -81,6 +92,7 @@ def carry_out(plan: Plan) -> Verdict:
         trace_digest=hashlib.sha256(traces.encode(trace)).hexdigest()[:12],
         trace_notes=trace.header.notes,
         trace_bad_rows=trace.bad_count,
+        dialect=plan.dialect,
         seed=plan.seed,
         speed=plan.speed,
         stripped_share=plan.stripped_share,
@@ -92,11 +104,10 @@ def carry_out(plan: Plan) -> Verdict:
         client_cpu_s=time.process_time() - cpu,
         is_interrupted=is_interrupted,
         not_reached=replay.not_reached,
-        budgets=targets.to_plain(budgets),
+        budgets=targets.to_plain(promised),
         budgets_from=budgets_from,
     )
-    records.write(run, replay.records, plan.out.with_suffix(".jsonl"))  # first: what was measured outlives a bug below
-    return publish(run, replay.records, budgets, plan.out)
+    return run, replay.records
 
 
 def publish(run: Run, found: Sequence[Record], budgets: Budgets, out: Path) -> Verdict:
@@ -147,7 +158,7 @@ def _run(replay: Replay) -> bool:
             print(file=sys.stderr)
         return False
 
-    return asyncio.run(main())
+    return uvloop.run(main())
 
 
 async def _show_progress(replay: Replay) -> None:

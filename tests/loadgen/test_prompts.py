@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from tokenizers import Tokenizer
 
-from loadgen.prompts import ID_HIGH, ID_LOW, Dresser, body, prompt_ids
+from loadgen.dialects import DIALECTS, Name
+from loadgen.prompts import ID_HIGH, ID_LOW, WORDS, Dresser, prompt_ids, words
 from loadgen.traces import CLASSES, ClassName, Header, Row, Trace
 
 BLOCK = 16
@@ -71,7 +73,8 @@ def test_another_seed_is_other_text() -> None:
 def test_the_true_class_is_never_sent(request_class: ClassName, stripped: float) -> None:
     asked = row(16, 1, session="" if request_class == "data-processor" else "s", request_class=request_class)
     costume = Dresser(stripped, seed=1).costume(asked)
-    said = json.dumps(costume.headers) + body(asked, [1000], costume, "m").decode()
+    bodies = [dialect.body(asked, [1000], costume, "m").decode() for dialect in DIALECTS.values()]
+    said = json.dumps(costume.headers) + "".join(bodies)
     assert not any(name in said for name in (*CLASSES, "x-headway-class", "service_tier", "user-01"))
 
 
@@ -96,7 +99,7 @@ def test_a_session_is_stripped_whole_and_about_as_many_as_were_asked_for() -> No
 
 def test_the_body_forces_the_length_and_asks_for_usage() -> None:
     asked = row(16, 1)
-    sent = json.loads(body(asked, [1000, 1001], Dresser(0.0, 1).costume(asked), "m"))
+    sent = json.loads(DIALECTS["completions"].body(asked, [1000, 1001], Dresser(0.0, 1).costume(asked), "m"))
     assert sent == {
         "model": "m",
         "prompt": [1000, 1001],
@@ -107,3 +110,19 @@ def test_the_body_forces_the_length_and_asks_for_usage() -> None:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+
+
+@pytest.mark.parametrize("name", ["chat", "anthropic"])
+def test_dialects_of_text_say_a_word_for_each_id_so_that_equal_blocks_are_equal_text(name: Name) -> None:
+    asked = row(48, 1, 2, 3)
+    one, two = trace(asked, row(48, 1, 2, 9)).rows, trace(asked, row(48, 1, 2, 9))
+    costume = Dresser(0.0, 1).costume(asked)
+    bodies = [DIALECTS[name].body(one[index], prompt_ids(two, index, seed=1), costume, "m") for index in (0, 1)]
+    first, second = (json.loads(sent)["messages"][0]["content"].split() for sent in bodies)
+    assert (len(first), first[:32] == second[:32], first[32:] == second[32:]) == (48, True, False)
+
+
+def test_a_word_is_one_token_of_the_embedded_model(tokenizer: Tokenizer) -> None:
+    assert len(set(WORDS)) == 256
+    text = words(list(range(256)))
+    assert len(tokenizer.encode(text, add_special_tokens=False).ids) == 256

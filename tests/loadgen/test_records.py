@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import msgspec
@@ -9,6 +10,7 @@ import pytest
 
 from loadgen import records
 from loadgen.client import Answer
+from loadgen.dialects import DIALECTS
 from loadgen.records import Outcome, Record, Run, cut, fill
 
 STREAM = {"content-type": "text/event-stream; charset=utf-8", "x-headway-class": "chatbot+", "x-headway-worker": "w1"}
@@ -20,6 +22,7 @@ USAGE = (
 )
 DONE = b"data: [DONE]\n\n"
 ORIGIN = 100.0
+OPENAI, ANTHROPIC = DIALECTS["completions"], DIALECTS["anthropic"]
 
 
 def blank() -> Record:
@@ -29,13 +32,18 @@ def blank() -> Record:
 def streamed(*pieces: bytes, error: str = "") -> Record:
     record = blank()
     timed = [(ORIGIN + number, piece) for number, piece in enumerate(pieces, 1)]
-    fill(record, Answer(200, dict(STREAM), timed, ended_at=ORIGIN + 9, error=error, attempts=1), ORIGIN)
+    fill(record, Answer(200, dict(STREAM), timed, ended_at=ORIGIN + 9, error=error, attempts=1), ORIGIN, OPENAI)
     return record
 
 
 def whole(status: int, body: bytes, **headers: str) -> Record:
     record = blank()
-    fill(record, Answer(status, {"content-type": "application/json", **headers}, [(ORIGIN, body)], attempts=3), ORIGIN)
+    fill(
+        record,
+        Answer(status, {"content-type": "application/json", **headers}, [(ORIGIN, body)], attempts=3),
+        ORIGIN,
+        OPENAI,
+    )
     return record
 
 
@@ -106,8 +114,9 @@ def test_a_whole_answer_is_what_its_status_and_body_say(record: Record, outcome:
 
 def test_a_client_that_left_keeps_its_stamps_and_one_told_to_wait_stays_refused() -> None:
     left, refused = blank(), blank()
-    cut(left, Answer(200, dict(STREAM), [(ORIGIN + 1, A)], attempts=1), ORIGIN + 5, ORIGIN, "left")
-    cut(refused, Answer(503, {}, [], attempts=1), ORIGIN + 5, ORIGIN, "left")
+    ended = ORIGIN + 5
+    cut(left, Answer(200, dict(STREAM), [(ORIGIN + 1, A)], ended_at=ended, attempts=1), "left", ORIGIN, OPENAI)
+    cut(refused, Answer(503, {}, [], ended_at=ended, attempts=1), "left", ORIGIN, OPENAI)
     assert (left.outcome, left.token_s, left.end_s, left.worker, left.reason) == ("left", [1.0], 5.0, "w1", "")
     assert refused.outcome == "refused"
 
@@ -142,3 +151,49 @@ def test_a_records_file_that_is_none_is_refused_by_its_line(tmp_path: Path, text
     path.write_text(msgspec.json.encode(run()).decode() + "\n{}\n" if text is None else text)
     with pytest.raises(ValueError, match=why):
         records.read(path)
+
+
+def event(kind: str, **fields: object) -> bytes:
+    return b"event: %b\ndata: %b\n\n" % (kind.encode(), json.dumps({"type": kind} | fields).encode())
+
+
+START = event("message_start", message={"usage": {"input_tokens": 5, "cache_read_input_tokens": 4, "output_tokens": 1}})
+DELTA = event("content_block_delta", index=0, delta={"type": "text_delta", "text": " a"})
+TOOL = event("content_block_delta", index=1, delta={"type": "input_json_delta", "partial_json": "{"})
+SPENT = event("message_delta", delta={"stop_reason": "end_turn"}, usage={"output_tokens": 7})
+STOP = event("message_stop")
+
+
+def messages(*pieces: bytes) -> Record:
+    record = blank()
+    timed = [(ORIGIN + number, piece) for number, piece in enumerate(pieces, 1)]
+    fill(record, Answer(200, dict(STREAM), timed, ended_at=ORIGIN + 9, attempts=1), ORIGIN, ANTHROPIC)
+    return record
+
+
+def test_a_stream_of_messages_is_done_when_it_says_so_and_counts_the_whole_prompt() -> None:
+    record = messages(START, event("ping"), event("content_block_start", index=0), DELTA, TOOL, SPENT + STOP)
+    assert (record.outcome, record.token_s) == ("done", [4.0, 5.0])
+    assert (record.prompt_tokens, record.cached_tokens, record.completion_tokens) == (9, 4, 7)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "reason"),
+    [
+        ((START, DELTA), "the stream ended without message_stop"),
+        ((START, event("error", error={"type": "overloaded_error", "message": "full"})), "overloaded_error: full"),
+    ],
+)
+def test_a_stream_of_messages_that_breaks_is_a_failure_with_its_reason(pieces: tuple[bytes, ...], reason: str) -> None:
+    record = messages(*pieces)
+    assert (record.outcome, record.reason) == ("failed", reason)
+
+
+def test_a_whole_message_is_an_answer_and_an_overloaded_server_a_refusal() -> None:
+    json_head = {"content-type": "application/json"}
+    body = b'{"type":"message","content":[],"usage":{"input_tokens":3,"output_tokens":2}}'
+    done, full = blank(), blank()
+    fill(done, Answer(200, json_head, [(ORIGIN, body)], attempts=1), ORIGIN, ANTHROPIC)
+    fill(full, Answer(529, json_head, [(ORIGIN, b"{}")], attempts=3), ORIGIN, ANTHROPIC)
+    assert (done.outcome, done.prompt_tokens, done.completion_tokens) == ("done", 3, 2)
+    assert (full.outcome, full.reason) == ("refused", "status 529")

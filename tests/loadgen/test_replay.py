@@ -282,3 +282,28 @@ def test_a_caller_whose_subagents_time_never_comes_does_not_go_on_either() -> No
     replay, _ = replayed(rows, answer_all)
     assert [record.outcome for record in replay.records] == ["done"]
     assert replay.not_reached == 3
+
+
+def test_messages_are_asked_for_in_their_own_dialect_and_their_stream_is_timed() -> None:
+    async def script(asked: Asked) -> None:
+        asked.open_stream(**{"x-headway-worker": "w0"})
+        for kind, fields in (
+            ("message_start", {"message": {"usage": {"input_tokens": 20, "output_tokens": 0}}}),
+            ("content_block_delta", {"delta": {"type": "text_delta", "text": " a"}}),
+            ("message_delta", {"usage": {"output_tokens": 2}}),
+            ("message_stop", {}),
+        ):
+            asked.event(b"event: x\ndata: " + json.dumps({"type": kind, **fields}).encode() + b"\n\n")
+        asked.send(b"0\r\n\r\n")
+
+    async def scene() -> tuple[Record, Asked]:
+        async with scripted(script) as server:
+            options = Options(model="m", duration_s=1.0, dialect="anthropic", stripped_share=0.0)
+            replay = Replay(Trace(Header(block_size=16), (row(0),)), Client(Target.parse(server.url)), options)
+            await asyncio.wait_for(replay.run(), WAIT_S)
+            return replay.records[0], server.asked[0]
+
+    record, asked = asyncio.run(scene())
+    assert (asked.path, asked.headers["anthropic-version"]) == ("/v1/messages", "2023-06-01")
+    assert asked.headers["x-claude-code-session-id"]
+    assert (record.outcome, len(record.token_s), record.prompt_tokens, record.completion_tokens) == ("done", 1, 20, 2)

@@ -10,7 +10,7 @@ import msgspec
 
 from loadgen.judge import judge
 from loadgen.report import text
-from loadgen.report_html import page
+from loadgen.report_html import DOTS_MAX, page
 from tests.loadgen.fixture import BUDGETS, RUN, TWENTY
 
 VOID = {"meta", "br"}
@@ -133,3 +133,12 @@ def test_the_page_has_colours_for_light_and_dark() -> None:
 
 def test_the_same_records_give_the_same_page() -> None:
     assert html() == html()
+
+
+def test_a_picture_of_very_many_requests_keeps_misses_and_says_what_it_leaves_out() -> None:
+    record = TWENTY[0]
+    many = [record] * (3 * DOTS_MAX) + [TWENTY[2]] * 10
+    drawn = page(judge(RUN, many, BUDGETS), many, BUDGETS)
+    assert drawn.count('class="missed cross"') == 10
+    assert drawn.count('<circle class="met"') <= DOTS_MAX
+    assert "are left out of the picture" in drawn
