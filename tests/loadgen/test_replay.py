@@ -121,17 +121,23 @@ def test_a_later_turn_is_intended_at_the_end_of_the_one_before_it_plus_the_gap()
 
 
 def test_a_client_whose_patience_ends_hangs_up_and_that_is_a_miss() -> None:
-    hung_up: list[int] = []
-
     async def script(asked: Asked) -> None:
         asked.open_stream(**{"x-headway-class": "chatbot+"})
         asked.token()
         await asked.left.wait()
-        hung_up.append(asked.number)
 
-    replay, _ = replayed([row(0, timeout_s=0.2, session="s"), row(None, 1.0, session="s")], script)
+    async def scene() -> tuple[Replay, list[Asked]]:
+        async with scripted(script) as server:
+            rows = (row(0, timeout_s=0.2, session="s"), row(None, 1.0, session="s"))
+            options = Options(model="m", duration_s=5.0, grace_s=5.0)
+            replay = Replay(Trace(Header(block_size=16), rows), Client(Target.parse(server.url)), options)
+            await asyncio.wait_for(replay.run(), WAIT_S)
+            await asyncio.wait_for(server.asked[0].left.wait(), WAIT_S)  # the server saw it hang up
+            return replay, server.asked
+
+    replay, asked = asyncio.run(scene())
     left, abandoned = replay.records
-    assert hung_up == [0]
+    assert len(asked) == 1
     assert (left.outcome, len(left.token_s), left.assigned_class) == ("left", 1, "chatbot+")
     assert abandoned.outcome == "abandoned"
 
