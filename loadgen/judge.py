@@ -14,6 +14,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from loadgen.breakdown import Breakdown, breakdown
+from loadgen.ranks import Quantiles, quantiles, rank
 from loadgen.records import Outcome, Record, Run
 from loadgen.targets import Budgets, Target, new_tokens, target_of
 from loadgen.traces import CLASSES, ClassName
@@ -40,14 +42,6 @@ class Judged:
     is_met: bool
     is_on_line: bool  # every token came by its due time
     is_smooth: bool  # no pause over GAP_MAX_S
-
-
-class Quantiles(msgspec.Struct, frozen=True):
-    """Nearest-rank percentiles of what was seen; None when nothing was."""
-
-    p50: float | None = None
-    p90: float | None = None
-    p99: float | None = None
 
 
 class Cell(msgspec.Struct, frozen=True, kw_only=True):
@@ -125,6 +119,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     lag_bound_ms: float | None
     prompt_mismatches: int  # the server counted other prompt tokens than were sent
     output_mismatches: int
+    breakdown: Breakdown
     invalid: list[str]  # why this run proves nothing; empty: valid
 
     @property
@@ -154,7 +149,7 @@ def judge(run: Run, records: Sequence[Record], budgets: Budgets) -> Verdict:
         workers={name: _by_worker(found) for name in CLASSES if (found := _of_class(judged, name))},
         users=users,
         worst_user=fair[0] if fair else None,
-        users_p5=_rank(sorted(shares), 0.05),
+        users_p5=rank(sorted(shares), 0.05),
         jain=_jain(shares),
         confusion={name: _confusion(found) for name in CLASSES if (found := _of_class(judged, name))},
         class_reasons=_counts(one.record.class_reason for one in judged if one.record.class_reason),
@@ -163,6 +158,7 @@ def judge(run: Run, records: Sequence[Record], budgets: Budgets) -> Verdict:
         lag_bound_ms=bound_ms,
         prompt_mismatches=sum(_is_other(one.record.prompt_tokens, one.record.input_tokens) for one in judged),
         output_mismatches=sum(_is_other(one.record.completion_tokens, one.record.output_tokens) for one in judged),
+        breakdown=breakdown(judged, fair[0].name if fair else ""),
         invalid=_invalid(run, lag_ms, bound_ms, chat),
     )
 
@@ -333,16 +329,6 @@ def _invalid(run: Run, lag_ms: Quantiles, bound_ms: float | None, chat: Sequence
     if run.is_interrupted:
         reasons.append("the run was interrupted")
     return reasons
-
-
-def quantiles(values: Iterable[float | None]) -> Quantiles:
-    """Nearest-rank percentiles, so that each is a value that was measured."""
-    found = sorted(value for value in values if value is not None)
-    return Quantiles(_rank(found, 0.50), _rank(found, 0.90), _rank(found, 0.99))
-
-
-def _rank(ascending: Sequence[float], share: float) -> float | None:
-    return ascending[max(0, math.ceil(share * len(ascending)) - 1)] if ascending else None
 
 
 def _jain(shares: Sequence[float]) -> float | None:

@@ -17,6 +17,7 @@ STYLE = """
 font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
 main{max-width:1240px;margin:0 auto;padding:36px 28px 60px}
 h1{font-size:26px;margin:0 0 2px;letter-spacing:-.01em}h2{font-size:17px;margin:38px 0 4px}
+h3{font-size:14px;margin:20px 0 2px}
 p{margin:0 0 12px;color:var(--soft);max-width:80ch}
 .badge{display:inline-block;padding:3px 12px;border-radius:99px;color:var(--card);font-weight:650;font-size:14px;
 margin-left:12px;vertical-align:4px}

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from loadgen.judge import FAIR_OFFERED_MIN, PASS_SHARE, Cell, Quantiles, Verdict
+from loadgen.judge import FAIR_OFFERED_MIN, PASS_SHARE, Cell, Verdict
+from loadgen.ranks import Quantiles
 from loadgen.traces import CLASSES
 
 HEADS = (
@@ -124,12 +125,18 @@ def honesty(verdict: Verdict) -> str:
             f"{run.dialect}, seed {run.seed}, speed {run.speed:g}, stripped {run.stripped_share:.0%}, offered for "
             f"{run.duration_s:g} s, took {run.wall_s:.0f} s, later turns not reached {run.not_reached}",
             f"client lag p50/p90/p99 {lag} ms{bound}, client CPU {run.client_cpu_s:.1f} s; "
-            f"lengths other than asked: prompt {verdict.prompt_mismatches}, output {verdict.output_mismatches}; "
+            f"lengths other than asked: prompt {verdict.prompt_mismatches}{_meant(verdict.breakdown.prompt_realised)}, "
+            f"output {verdict.output_mismatches}{_meant(verdict.breakdown.output_realised)}; "
             f"tokens wasted on misses {verdict.wasted_tokens}",
             f"budgets from {run.budgets_from}; {run.model} at {run.target}; {run.machine}; headway {run.version}; "
             f"{run.started}",
         ]
     )
+
+
+def _meant(realised: float | None) -> str:
+    """Tokens that the server counted to those that were meant, where they differ."""
+    return "" if realised is None or abs(realised - 1) < 5e-4 else f" ({realised:.3f} times the tokens)"
 
 
 def _three(found: Quantiles) -> tuple[float | None, float | None, float | None]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+from loadgen import report_parts
 from loadgen.charts import Bar, Dot, gauge, scatter, strip, timeline
 from loadgen.judge import FAIR_OFFERED_MIN, PASS_SHARE, Cell, Judged, Second, Verdict, points
 from loadgen.page import document
@@ -25,10 +26,14 @@ def page(verdict: Verdict, records: Sequence[Record], budgets: Budgets) -> str:
         _head(verdict),
         _cards(verdict),
         _table(verdict),
+        report_parts.refusals(verdict.breakdown),
         _ttft(records, budgets),
+        report_parts.bins(verdict.breakdown),
         _time(verdict),
         _heat(verdict),
         _users(verdict),
+        report_parts.hits(verdict.breakdown),
+        report_parts.sessions(verdict.breakdown),
         _confusion(verdict),
         _honesty(verdict),
     ]
@@ -162,9 +167,11 @@ def _heat(verdict: Verdict) -> str:
         f"<tr><td>{name}</td>{''.join(_heat_cell(cells.get(worker)) for worker in workers)}</tr>"
         for name, cells in verdict.workers.items()
     ]
+    times = verdict.breakdown.imbalance
+    busy = "" if times is None else f" The busiest worker computed {times:.2f} times the tokens of the mean one."
     return (
         "<h2>Class by worker</h2><p>Attainment, from amber at none to green at all; below it TTFT p99, TPOT p99, and "
-        f'tokens cached of those that an ideal cache would hold.</p><div class="scroll"><table class="heat">'
+        f'tokens cached of those that an ideal cache would hold.{busy}</p><div class="scroll"><table class="heat">'
         f"<tr><th></th>{heads}</tr>"
         f"{''.join(rows)}</table></div>"
     )
@@ -203,6 +210,7 @@ def _users(verdict: Verdict) -> str:
         f"{fair}</p>"
         '<div class="scroll"><table class="users"><tr><th>user</th><th>met</th><th>TTFT p99 ms</th><th></th></tr>'
         f"{rows}</table></div>"
+        f"{report_parts.worst_user(verdict.breakdown, worst.name, verdict.run.duration_s)}"
     )
 
 

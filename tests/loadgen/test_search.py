@@ -112,18 +112,26 @@ def test_load_is_changed_by_whole_sessions_with_text_of_their_own(load: float, s
     assert shape.at_load(trace, load, seed=1) == scaled
 
 
-def test_the_page_shows_sides_and_curves_and_needs_nothing_else() -> None:
+def sides() -> Compared:
     first, other = ran(90, 10), ran(100, 0)
-    sides = Compared(
+    return Compared(
         names=["plain", "<new>"],
         verdicts=[pooled([first], BUDGETS), pooled([other], BUDGETS)],
         differences=[difference([first], [one], BUDGETS) for one in (first, other)],
         edges=[],
     )
-    drawn = page(sides, "Comparison")
+
+
+def comparison_page() -> str:
+    """Of two sides, each at several loads."""
+    edges = [found(holds(1.0)), found(holds(2.0))]
+    return page(msgspec.structs.replace(sides(), edges=edges), "Comparison")
+
+
+def test_the_page_shows_sides_and_curves_and_needs_nothing_else() -> None:
+    drawn = comparison_page()
     assert "&lt;new&gt;" in drawn
     assert "+10.0 points" in drawn
-    assert "+10.0" in compare_text(sides)
-    curve = page(Compared(names=["one"], verdicts=[], differences=[], edges=[found(holds(1.0))]), "Capacity")
-    assert '<polyline class="curve"' in curve
-    assert "<script" not in drawn + curve
+    assert "+10.0" in compare_text(sides())
+    assert drawn.count('<polyline class="curve"') == 2
+    assert "<script" not in drawn
