@@ -40,7 +40,7 @@ def hits(found: Breakdown) -> str:
     """Ideal against realised."""
     if not any(one.ideal or one.real for one in found.hits):
         return ""
-    rows = [["", "", "requests", "input tokens", "an ideal cache %", "this one %", "of the ideal %"]]
+    rows = [["", "requests", "input tokens", "an ideal cache %", "this one %", "of the ideal %"]]
     rows += [_hit_cells(one) for one in found.hits]
     return (
         "<h2>Prefix hits: ideal and real</h2><p>The ideal cache holds every block sent within the hour, on one "
@@ -52,7 +52,7 @@ def hits(found: Breakdown) -> str:
 def _hit_cells(one: Hits) -> list[str]:
     shares = [f"{100 * part / one.input_tokens:.1f}" for part in (one.ideal, one.real)]
     of_ideal = f"{100 * one.real / one.ideal:.1f}" if one.ideal else "-"
-    return [one.request_class, GAP_WORDS[one.gap], str(one.requests), f"{one.input_tokens:,}", *shares, of_ideal]
+    return [f"{one.request_class}, {GAP_WORDS[one.gap]}", str(one.requests), f"{one.input_tokens:,}", *shares, of_ideal]
 
 
 def bins(found: Breakdown) -> str:
