@@ -15,6 +15,7 @@ BENCHES: dict[str, tuple[str, ...]] = {
     "link": ("--out", f"{RESULTS}/link.json"),
     "router": (),
     "judge": ("--out", f"{RESULTS}/judge.json"),
+    "policies": ("--quick",),
 }
 
 

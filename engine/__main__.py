@@ -236,6 +236,9 @@ def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", default=default.name, help="the worker's name, stable over restarts (w0)")
     parser.add_argument("--model-name", default="", help="the name that clients use")
     parser.add_argument("--block-tokens", type=int, help="tokens a KV block (16; on a GPU 64)")
+    parser.add_argument(
+        "--policy", default=default.policy, help="which step policy: a name or module:factory (headway)"
+    )
     parser.add_argument("--sequences-max", type=int, default=default.sequences_max, help="resident at once (256)")
     parser.add_argument("--waiting-max", type=int, default=default.waiting_max, help="waiting, then refused (1024)")
     parser.add_argument("--drain-s", type=float, default=default.drain_s, help="grace on SIGTERM, seconds (30)")

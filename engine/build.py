@@ -27,7 +27,9 @@ from engine.tiers import Tiers
 from engine.wire import PROTOCOL_VERSION, Hello, Message, encode
 from engine.worker import Worker
 from policies.api import PolicySpec
+from policies.builtin import headway_engine
 from policies.costs import StepFit
+from policies.plugins import load_engine
 from policies.step_plan import PlanLimits
 
 log = logging.getLogger(__name__)
@@ -42,7 +44,9 @@ def build(
     tiers = _tiers(trie, runner, config, lambda: inbox.put(Wake()))
     limits = SchedulerLimits(config.sequences_max, config.waiting_max, ahead_tokens=config.ahead_tokens)
     prior = GPU_PRIOR if config.device.startswith("cuda") else PRIOR
-    scheduler = Scheduler(trie, facts, limits, PlanLimits(quantum_tokens=config.block_tokens), tiers, is_strict=False)
+    plan_limits = PlanLimits(quantum_tokens=config.block_tokens)
+    policy = headway_engine(plan_limits) if config.policy == "headway" else load_engine(config.policy)
+    scheduler = Scheduler(trie, facts, limits, plan_limits, tiers, policy=policy, is_strict=False)
     hello = Hello(
         protocol=PROTOCOL_VERSION,
         worker=config.name,
@@ -55,7 +59,7 @@ def build(
         context_max=scheduler.context_max,
         vocab_size=facts.vocab_size,
         root=root,
-        policy_digest=PolicySpec().digest,
+        policy_digest=PolicySpec(config.policy).digest,
         step_model=parts(prior),
         cached=b"",
         nonce=b"",

@@ -24,6 +24,7 @@ class EngineConfig:
     ahead_tokens: int = 0  # 1 on a GPU: the next step is launched before this one's tokens are known
     sequences_max: int = 256
     has_drafts: bool = True  # prompt lookup (engine/speculate.py), on the CPU
+    policy: str = "headway"  # which EnginePolicy fills the steps, by name or module:factory
     waiting_max: int = 1024
     calibrate_s: float = 1.0
     drain_s: float = 30.0  # on SIGTERM

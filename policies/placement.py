@@ -126,7 +126,7 @@ class Scene(NamedTuple):
         displaced += self.own_s
         displaced += output * (fleet.sequence_s + self.context_s)
         if spread := weights.spread[job.request_class]:
-            displaced += spread * self.ttft_s
+            displaced += spread * (self.ttft_s + output * self.step_s)
         return displaced
 
     def forecast(self, slot: int, job: Job, fleet: FleetView, now: float, *, is_feasible: bool) -> Forecast:

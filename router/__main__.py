@@ -23,6 +23,7 @@ from pathlib import Path
 import msgspec
 import uvloop
 
+from policies.api import PolicySpec
 from policies.events import PolicyFault, Started
 from policies.plugins import PolicyError
 from policies.request import Tenant
@@ -151,7 +152,7 @@ def _build(config: Config, place: Place, stack: contextlib.ExitStack) -> Parts:
     stack.callback(mind.close)
     spec = policy_spec(config).to_json()
     mind.begin(Started(config.digest, code_version(), seed, spec))
-    fleet = Fleet(place.workers, mind, spec, restart=place.restart)
+    fleet = Fleet(place.workers, mind, spec, engine=PolicySpec(config.policy.engine), restart=place.restart)
     metrics, receipts = Metrics(), _receipts(config, stack)
     metrics.watch(fleet, lambda: mind.live_count, lambda: recorder.dropped_events if recorder is not None else 0)
     metrics.registry.register(stack.enter_context(GcPauses()))

@@ -88,6 +88,7 @@ class Policy(Struct, frozen=True, forbid_unknown_fields=True):
     """Which mind decides: a built-in name, an installed entry point, or `module:factory`."""
 
     ref: Annotated[str, Meta(min_length=1)] = "headway"
+    engine: Annotated[str, Meta(min_length=1)] = "headway"  # the workers' half: how steps are filled and KV is kept
     params: dict[str, Any] = field(default_factory=dict)  # the policy's own, as it explains them
 
 

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from engine.keys import ChainKey
 from engine.wire import PROTOCOL_VERSION, Hello, Submit, Welcome, WireError
+from policies.api import PolicySpec
 from policies.events import WorkerLost, WorkerReport, WorkerUp
 from policies.request import RequestId, WorkerId
 from router.link import Link, LinkLimits, LinkLost
@@ -20,6 +21,7 @@ from router.ports import Sink
 
 log = logging.getLogger(__name__)
 
+HEADWAY = PolicySpec()  # the workers' half of it, by name alone
 STOPPING = "the router stops"
 
 
@@ -101,12 +103,14 @@ class Fleet:
         watcher: Watcher,
         policy: str,
         *,
+        engine: PolicySpec = HEADWAY,
         limits: FleetLimits | None = None,
         restart: Callable[[str], None] = no_keeper,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._watcher = watcher
         self._limits = limits or FleetLimits()
+        self._engine = engine  # the step policy that every worker must run
         self._welcome = Welcome(PROTOCOL_VERSION, "router", policy, b"")
         self._restart = restart
         self._clock = clock
@@ -200,6 +204,11 @@ class Fleet:
         state = self._workers[link.worker]
         if hello.worker != state.name:
             raise WireError(f"{state.address} is answered by {hello.worker!r}, not by {state.name!r}")
+        if hello.policy_digest != self._engine.digest:
+            raise WireError(
+                f"{state.name} runs another step policy (digest {hello.policy_digest or 'none'}) than "
+                f"{self._engine.ref!r} (digest {self._engine.digest})"
+            )
         other = self._models.get(hello.model)
         if other is not None and other.workers and not _is_same(other, hello):
             raise WireError(f"{state.name} serves another {hello.model!r} than {', '.join(other.workers)}")

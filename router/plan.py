@@ -86,6 +86,7 @@ def _worker(config: Config, number: int, gpus: int) -> tuple[str, ...]:
     name, workers = f"w{number}", config.workers
     place: tuple[str, ...] = ("--socket", f"{{run}}/{name}.sock", "--name", name, "--model-name", served_name(config))
     place += ("--pool-fd", "{pool}", "--pool-share", str(_count(config, gpus)))
+    place += ("--policy", config.policy.engine)
     if config.kv.disk_dir:
         disk_bytes = int(config.kv.disk_gib * GIB) // _count(config, gpus)
         place += ("--disk-dir", config.kv.disk_dir, "--disk-bytes", str(disk_bytes))

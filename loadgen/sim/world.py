@@ -184,7 +184,8 @@ class World:
         return record
 
     def _lose_patience(self, turn: _Turn) -> None:
-        if turn.is_closed:
+        is_read = turn.attempt is not None and turn.attempt.stamps and turn.record.request_class != "data-processor"
+        if turn.is_closed or is_read:  # who reads a stream stays
             return
         was_refused = turn.record.outcome == "refused"
         self._close(turn, "refused" if was_refused else "left")

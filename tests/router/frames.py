@@ -25,6 +25,7 @@ from engine.wire import (
     Submit,
     decode_from_router,
 )
+from policies.api import PolicySpec
 
 MODEL = StepModelParts(
     floor_s=0.005,
@@ -49,7 +50,7 @@ HELLO = Hello(
     context_max=1024,
     vocab_size=256,
     root=b"r" * 16,
-    policy_digest="",
+    policy_digest=PolicySpec().digest,
     step_model=MODEL,
     cached=b"",
     nonce=b"",

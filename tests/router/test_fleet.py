@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from engine.wire import FrameReader, FromRouter, Hello, Message, Submit, Welcome, decode_from_router, encode
+from policies.api import PolicySpec
 from policies.events import WorkerLost, WorkerReport, WorkerUp
 from policies.request import RequestId, WorkerId
 from router.fleet import Fleet, FleetLimits
@@ -69,6 +70,18 @@ def test_somebody_else_at_the_address_is_turned_away(stranger: Hello) -> None:
     assert pipe.is_closing()
     assert [type(event) for event in watcher.events] == [WorkerUp]
     assert fleet.models()["tiny"].workers == ("w0",)
+
+
+def test_a_worker_with_another_step_policy_is_refused_by_name() -> None:
+    watcher = Quiet()
+    fleet = Fleet([("w0", "/a")], watcher, "{}", engine=PolicySpec("static-512"))
+
+    _, pipe = linked(fleet, 0, hello())
+
+    assert pipe.is_closing()
+    assert watcher.events == []
+    assert "another step policy" in fleet.workers[0].lost_reason
+    assert "static-512" in fleet.workers[0].lost_reason
 
 
 def test_an_attempt_reaches_its_worker_and_can_be_aborted() -> None:
