@@ -17,7 +17,7 @@ TORCH_INDEX ?= $(if $(HAS_CUDA),,https://download.pytorch.org/whl/cpu)
 TORCH_FROM  := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX),)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve replay replay-weka test check bench kernels nightly dist clean
+.PHONY: help clients serve replay replay-weka test check bench kernels nightly dist clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -79,6 +79,9 @@ bench: $(VENV)/.dev  ## the benchmarks of docs/performance.md; results in bench/
 
 kernels: $(VENV)/.dev  ## compile every GPU kernel for an H100 (no GPU needed): registers, spills, shared memory
 	@$(BIN)/python bench/compile_kernels.py
+
+clients: $(VENV)/.dev  ## Claude Code, Codex, opencode and aider, two turns each, on tiny-agent (needs npm; AGENTS=)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.clients.run $(AGENTS)
 
 nightly: $(VENV)/.dev  ## the long tests: soaks, many kills, long prompts
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m nightly

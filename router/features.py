@@ -58,7 +58,8 @@ def facts(head: Head, body: Common, turn: Turn, *, has_session: bool) -> Facts:
     """Declared facts of headers and body."""
     codex = _json_object(head.header(b"x-codex-turn-metadata") or "")
     side = codex.get("thread_source") in SIDE_SOURCES or codex.get("request_kind") in SIDE_KINDS
-    last_role = turn.messages[-1].role if turn.messages else "user"
+    spoken = (message.role for message in reversed(turn.messages) if message.role != "system")
+    last_role = next(spoken, "user")  # Claude Code puts a system message behind the user's
     return Facts(
         declared_class=_declared_class(head),
         service_tier=(body.service_tier or "").lower(),
