@@ -74,6 +74,7 @@ class Restore:
     until: float  # who waits for it computes instead from here on
     pinned: list[int]  # slots of our own that must not be evicted meanwhile
     is_done: bool = False
+    arrived: int = 0  # of the blocks, from the front
     is_given_up: bool = False
     future: Future[Arrived] | None = None
 
@@ -274,7 +275,7 @@ class Copies:
             if self._coming.get(item.content.key) is restore:
                 del self._coming[item.content.key]
         self._publish(restore, arrived.blocks, now)
-        restore.is_done = True
+        restore.arrived, restore.is_done = arrived.blocks, True
 
     def _outcome(self, restore: Restore) -> Arrived:
         assert restore.future is not None

@@ -23,7 +23,7 @@ from engine.scheduler import Scheduler
 from engine.speculate import Speculator
 from engine.step import Runner
 from engine.tiers import Tiers
-from engine.wire import Abort, Drain, End, Hello, StepFrame, StepModelParts, Submit
+from engine.wire import Abort, Drain, End, Hello, Hint, StepFrame, StepModelParts, Submit
 from policies.costs import StepFit, StepModel
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Order:
     """A router's message, with the local time at which it was read."""
 
     link: int
-    message: Submit | Abort | Drain
+    message: Submit | Abort | Hint | Drain
     read_at: float
     grammar: Grammar | None = None  # of a submit that asks for one, compiled where it was read
     refused: End | None = None  # or why it could not be
@@ -155,15 +155,16 @@ class Core:
         """Take orders, compute one step if there is one, tell the links."""
         news = News([self._obey(command) for command in self._inbox.take(self._wait_s)])
         self._end_drain(news)
+        self._tiers.poll(self._clock())
+        news.outcomes.append(Outcome(acks=self._scheduler.hints.arrived()))
         has_stepped = self._step(news)
         now = self._clock()
         is_due = now - self._told_at >= HEARTBEAT_S
-        if has_stepped or is_due or any(outcome.ends for outcome in news.outcomes):
+        if has_stepped or is_due or any(outcome.ends or outcome.acks for outcome in news.outcomes):
             self._tell(news, now)
         if has_stepped:
             self._wait_s = 0.0
         elif self._scheduler.is_idle:
-            self._tiers.poll(now)
             self._scheduler.check_idle()
             self._wait_s = max(0.0, self._told_at + HEARTBEAT_S - now)
         else:
@@ -211,6 +212,8 @@ class Core:
                 return Outcome(ends=[(link, End(submit.handle, "refused", 0, 0, "the worker is draining"))])
             case Order(link, Abort(handle), _):
                 return self._scheduler.abort(link, handle, now)
+            case Order(link, Hint() as hint, _):
+                return Outcome(acks=self._scheduler.hints.obey(link, hint, self._fit.model, now))
             case Order(_, Drain(grace_s), read_at):
                 until = read_at + grace_s
                 self._drain_until = until if self._drain_until is None else min(self._drain_until, until)
@@ -239,6 +242,7 @@ class Core:
                 stored=stored,
                 evicted=evicted,
                 step_model=news.model,
+                acks=[ack for o in news.outcomes for to, ack in o.acks if to == link],
                 scored=[score for o in news.outcomes for to, score in o.scored if to == link],
             )
             outbox.add(frame)

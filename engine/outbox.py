@@ -81,6 +81,7 @@ def merge(frames: list[StepFrame]) -> StepFrame:
         load=frames[-1].load,
         stored=b"".join(key for key, is_stored in keys.items() if is_stored),
         evicted=b"".join(key for key, is_stored in keys.items() if not is_stored),
+        acks=[ack for frame in frames for ack in frame.acks],
         scored=[score for frame in frames for score in frame.scored],
         step_model=next((frame.step_model for frame in reversed(frames) if frame.step_model), None),
     )

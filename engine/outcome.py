@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from engine.sequence import Sequence
 from engine.step import StepResult
-from engine.wire import End, Scored, Start
+from engine.wire import End, HintAck, Scored, Start
 
 
 @dataclass(slots=True)
@@ -20,6 +20,7 @@ class Outcome:
     starts: list[tuple[int, Start]] = field(default_factory=list)
     ends: list[tuple[int, End]] = field(default_factory=list)
     scored: list[tuple[int, Scored]] = field(default_factory=list)
+    acks: list[tuple[int, HintAck]] = field(default_factory=list)
 
     def speak(self, sequence: Sequence, at: int, result: StepResult, now: float) -> str | None:
         """What a sequence got as row `at`, up to the token that ends it; why it ends, None if it goes on."""

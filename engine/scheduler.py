@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
 from engine.blocks import Block, BlockTrie
+from engine.hints import Hints
 from engine.holdings import Holdings
 from engine.launch import Launch
 from engine.masks import Grammar
@@ -77,6 +79,7 @@ class Scheduler:
         self._sequences: dict[tuple[int, int], Sequence] = {}
         self._serial = 0
         self._owed = (0.0, 0.0, 0.0)
+        self.hints = Hints(trie, self._tiers)
         self._holdings = Holdings(trie, self._tiers, self._table, self._policy.keep)
         self._memory = PeakMemory(limits.output_guess_tokens, trie.block_tokens)
         self.preemptions = 0
@@ -317,9 +320,7 @@ class Scheduler:
         found = sequence.blocks
         below = self._tiers.find(found, sequence.known, sequence.salt, sequence.public_blocks)
 
-        def make_room(blocks: int) -> bool:
-            return self._make_room(blocks, sequence.request_class, step)
-
+        make_room = partial(self._make_room, urgent=sequence.request_class, step=step)
         band = CLASS_BANDS[sequence.request_class]
         restore = self._tiers.bring_up(found, below, band, make_room=make_room, model=model, now=step.now)
         if restore is None:
@@ -389,6 +390,7 @@ class Scheduler:
         if sequence.row == WAITING:
             self._waiting.remove(sequence)
         else:
+            self.hints.note(sequence)
             self._holdings.let_go(sequence, is_aborted=reason == "abort", now=now)
             self._table.remove(sequence)
         output_tokens = sequence.output_tokens

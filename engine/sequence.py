@@ -50,6 +50,7 @@ class Sequence:
         "salt",
         "sampling",
         "serial",
+        "session",
         "stop_ids",
         "submitted_at",
         "uncached_estimate",
@@ -68,6 +69,7 @@ class Sequence:
         self.prompt_len = order.prompt_len
         self.resumed_at = self.length  # what is beyond was generated here
         self.salt = order.salt
+        self.session = order.session
         self.public_blocks = order.public_blocks
         self.request_class = RequestClass(order.request_class)
         self.sampling = order.sampling

@@ -123,6 +123,15 @@ class Scored(Message, frozen=True):
     top_logprobs: tuple[float, ...] = ()
 
 
+class HintAck(Message, frozen=True):
+    """What a hint's action came to."""
+
+    message_id: str
+    action_id: str
+    status: str  # done | partial | nothing | unknown (no such session here) | unsupported (no such verb)
+    blocks: int
+
+
 class StepFrame(Message, frozen=True, tag="step"):
     """One engine step as one link sees it. Idle workers send one each 500 ms: it is heartbeat and load report too."""
 
@@ -136,6 +145,7 @@ class StepFrame(Message, frozen=True, tag="step"):
     evicted: bytes
     step_model: StepModelParts | None
     scored: list[Scored] = []  # one for each token of the handles that asked, in order
+    acks: list[HintAck] = []
 
 
 # Router to worker ----------------------------------------------------------------------------------------------------
@@ -200,6 +210,23 @@ class Abort(Message, frozen=True, tag="abort"):
     reason: str
 
 
+class HintAction(Message, frozen=True):
+    """One wish for a session's KV: retain (`ttl_s`), release, demote, prefetch or supersede."""
+
+    action_id: str
+    verb: str
+    salt: bytes
+    session: str
+    ttl_s: float = 0.0
+
+
+class Hint(Message, frozen=True, tag="hint"):
+    """What the router knows of KV that will, or will not, be needed. Each action is answered by one HintAck."""
+
+    message_id: str
+    actions: list[HintAction]
+
+
 class Drain(Message, frozen=True, tag="drain"):
     """Take nothing new, finish what runs, then exit 0."""
 
@@ -207,7 +234,7 @@ class Drain(Message, frozen=True, tag="drain"):
 
 
 FromWorker = Hello | StepFrame
-FromRouter = Welcome | Submit | Abort | Drain
+FromRouter = Welcome | Submit | Abort | Hint | Drain
 
 _encoder = msgspec.msgpack.Encoder()
 _from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)

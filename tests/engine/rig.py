@@ -49,6 +49,7 @@ def order(
     salt: bytes = b"",
     sampling: Sampling | None = None,
     prompt_len: int | None = None,
+    session: str = "",
 ) -> Submit:
     is_batch = cls == BATCH
     return Submit(
@@ -61,7 +62,7 @@ def order(
         first_left_s=math.inf if is_batch else first_left_s,
         tpot_s=math.inf if is_batch else tpot_s,
         deadline_left_s=3600.0 if is_batch else math.inf,
-        session="",
+        session=session,
         sampling=sampling or Sampling(temperature=0.0, max_tokens=max_tokens),
     )
 

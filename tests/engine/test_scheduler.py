@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.blocks import Counts
 from engine.fake import Fault
 from engine.scheduler import SchedulerLimits
 from engine.wire import Sampling
@@ -312,3 +313,23 @@ def test_a_block_is_reserved_a_step_ahead_where_there_is_room(ahead: int, monkey
     beyond = [int((batch.room - batch.contexts).min()) for batch in decodes]
     assert min(beyond) == ahead
     assert all(rig.tokens[handle] == expected(prompt(handle, 20 + handle), 24) for handle in range(2))
+
+
+def test_a_leak_is_mended_and_counted_in_production_and_a_failure_in_a_test() -> None:
+    rig = Rig()
+    rig.submit(order(1, prompt(1, 64)))
+    rig.run()
+    leaked = rig.trie.take(3, rig.now)
+    assert leaked
+    with pytest.raises(AssertionError, match="held by nobody"):
+        rig.scheduler.check_idle()
+    rig.scheduler._is_strict = False
+    rig.scheduler.check_idle()
+    assert rig.scheduler.load(0.0, 0.0, 0).repairs == 1
+    assert rig.trie.counts() == Counts(free=256, cached=0, held=0)
+    rig.trie.check()
+    stored, evicted = rig.tiers.take_events()
+    assert (len(stored), len(evicted)) == (0, 4 * 16)
+    rig.submit(order(2, prompt(1, 64)))
+    rig.run()
+    assert rig.tokens[2] == expected(prompt(1, 64), 8)

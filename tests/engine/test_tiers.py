@@ -15,6 +15,7 @@ from engine.copies import CopyLimits, Hands, Inline
 from engine.disk import QUEUE_MAX, Disk
 from engine.pool import EXTENT_SLOTS, PoolWriter
 from engine.scheduler import SchedulerLimits
+from engine.wire import Hint, HintAck, HintAction
 from policies.retention import Band
 from tests.engine.later import Later
 from tests.engine.process import fake_worker
@@ -388,3 +389,16 @@ def test_a_neighbour_reads_what_another_worker_wrote(tmp_path: Path) -> None:
         assert reader.starts[1].cached_tokens == 40 * SIZE
         assert reader.tokens[1] == expected(ids, 8)
     os.close(pool)
+
+
+def test_a_hint_crosses_the_wire_and_is_answered_in_a_frame(tmp_path: Path) -> None:
+    with fake_worker(tmp_path) as worker:
+        peer = worker.connect()
+        peer.send(order(1, prompt(1, 4 * SIZE), session="s"))
+        peer.until_ended(1)
+        actions = [HintAction("a", "retain", b"", "s", 5.0), HintAction("b", "demote", b"", "t")]
+        peer.send(Hint("m", actions))
+        frame = peer.frame()
+        while not frame.acks:
+            frame = peer.frame()
+        assert frame.acks == [HintAck("m", "a", "done", 4), HintAck("m", "b", "unknown", 0)]
