@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
+from msgspec import structs
 
 from engine.blocks import Block, BlockTrie
 from engine.hints import Hints
@@ -19,6 +20,7 @@ from engine.masks import Grammar
 from engine.memory import PeakMemory
 from engine.outcome import Outcome
 from engine.repeat import advance, run_length
+from engine.report import held
 from engine.sequence import WAITING, Sequence, fault, refusal
 from engine.step import ModelFacts, StepResult
 from engine.table import Table
@@ -204,22 +206,8 @@ class Scheduler:
 
     def load(self, now: float, step_s: float, steps: int) -> Load:
         """What the worker holds right now."""
-        table, rows, counts = self._table, np.flatnonzero(self._table.is_used), self._trie.counts()
-        decoding = rows[table.is_decoding[rows]]
-        unfinished = int((table.length[rows] - table.context[rows])[~table.is_decoding[rows]].sum())
-        return Load(
-            running=len(rows),
-            waiting=len(self._waiting),
-            waiting_uncached_tokens=self._waiting.uncached_tokens + unfinished,
-            blocks_free=counts.free,
-            blocks_cached=counts.cached,
-            decode_context=int(table.context[decoding].sum()),
-            step_s=step_s,
-            steps=steps,
-            oldest_running_s=now - float(table.arrived[rows].min()) if len(rows) else 0.0,
-            tiers=self._tiers.load(),
-            repairs=self.repairs,
-        )
+        now_held = held(self._table, self._waiting, self._trie.counts(), now)
+        return structs.replace(now_held, step_s=step_s, steps=steps, tiers=self._tiers.load(), repairs=self.repairs)
 
     def check_idle(self) -> None:
         """With no sequence left, only copies hold blocks: anything else is a leak. A test fails of it; a worker starts
