@@ -31,6 +31,7 @@ from router import admin, canonical
 from router.app import App, House
 from router.config import Config
 from router.fleet import Fleet
+from router.kv_hints import KvHints
 from router.metrics import GcPauses, Metrics
 from router.mind import Mind
 from router.order import RelayLimits, Services
@@ -159,17 +160,18 @@ def _build(config: Config, place: Place, stack: contextlib.ExitStack) -> Parts:
     observers = Observers([receipts, metrics, *_tracing(config, place, stack)])
     tenant = Tenant(config.tenant.id, config.tenant.organisation)
     readiness = Readiness(fleet, policy, reducer.fleet.profile, tenant)
+    salt = Salts.load(state_folder(config, os.environ) / "salt.key").of(tenant.organisation)
     house = House(
         services=Services(mind, fleet, observers, RelayLimits(), time.monotonic),
         models=fleet.models,
         text=_text(config, place.model),
         model=served_name(config),
-        salt=Salts.load(state_folder(config, os.environ) / "salt.key").of(tenant.organisation),
+        salt=salt,
         tenant=tenant,
         readiness=readiness.state,
         aliases=config.models.aliases,
     )
-    return Parts(mind, fleet, readiness, App(house), admin.Admin(metrics, fleet, receipts))
+    return Parts(mind, fleet, readiness, App(house), admin.Admin(metrics, fleet, receipts, KvHints(fleet, salt)))
 
 
 def _text(config: Config, folder: Path) -> Text:

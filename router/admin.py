@@ -1,6 +1,6 @@
 """The admin listener's answers: dashboard, metrics, workers and receipts, for the operator on this machine.
 
-Owns what they show. Never reachable but from loopback, never changes anything, never shows a prompt."""
+Owns what they show. Never reachable but from loopback, never shows a prompt; hints for KV are all that it takes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from urllib.parse import parse_qs, urlsplit
 import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from router import kv_hints
 from router.errors import RequestError
 from router.exchange import Exchange, Head
 from router.fleet import Fleet, WorkerState
+from router.kv_hints import KvHints
 from router.metrics import Metrics
 from router.receipts import Receipts
 
 RECEIPTS_DEFAULT = 100
+HINTS_PATH = "/kv_hints"
 JSON_TYPE = b"application/json"
 HTML_TYPE = b"text/html; charset=utf-8"
 SELF_ONLY = (  # the page asks this listener alone, and nobody may frame it
@@ -31,12 +34,14 @@ NO_SNIFF = (b"x-content-type-options", b"nosniff")
 
 
 def gate(head: Head) -> int:
-    """What a request may send: nothing. Refuses what a foreign page could make its visitor's browser ask."""
+    """What a request may send: nothing, but for hints. Refuses what a foreign page could make a browser ask."""
     if not _is_loopback(f"//{head.header(b'host') or ''}"):
         raise RequestError(403, "Only http://127.0.0.1 and http://localhost are served here.", code="foreign_host")
     origin = head.header(b"origin")
     if origin is not None and not _is_loopback(origin):
         raise RequestError(403, "Only pages of this machine may ask here.", code="foreign_origin")
+    if head.path == HINTS_PATH:
+        return kv_hints.BODY_BYTES_MAX
     if head.method not in ("GET", "HEAD"):
         raise RequestError(405, "The admin listener only shows things: use GET.")
     return 0
@@ -46,8 +51,14 @@ class Admin:
     """Answers the routes of the admin listener."""
 
     def __init__(
-        self, metrics: Metrics, fleet: Fleet, receipts: Receipts, clock: Callable[[], float] = time.monotonic
+        self,
+        metrics: Metrics,
+        fleet: Fleet,
+        receipts: Receipts,
+        hints: KvHints,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._hints = hints
         self._metrics = metrics
         self._fleet = fleet
         self._receipts = receipts
@@ -63,14 +74,25 @@ class Admin:
     async def answer(self, exchange: Exchange) -> None:
         """Answer one request."""
         try:
-            show = self._routes.get(exchange.head.path)
-            if show is None:
-                raise RequestError(404, f"There are {', '.join(self._routes)}.")
-            content_type, body = show(exchange.head)
+            if exchange.head.path == HINTS_PATH:
+                content_type, body = JSON_TYPE, await self._obey(exchange)
+            else:
+                content_type, body = self._show(exchange.head)
         except RequestError as error:
             exchange.respond(error.status, [(b"content-type", JSON_TYPE)], error.body())
         else:
             exchange.respond(200, [(b"content-type", content_type), SELF_ONLY, NO_SNIFF], body)
+
+    def _show(self, head: Head) -> tuple[bytes, bytes]:
+        show = self._routes.get(head.path)
+        if show is None:
+            raise RequestError(404, f"There are {', '.join(self._routes)} and {HINTS_PATH}.")
+        return show(head)
+
+    async def _obey(self, exchange: Exchange) -> bytes:
+        if exchange.head.method != "POST":
+            raise RequestError(405, "Hints are sent by POST.")
+        return await self._hints.obey(exchange.body)
 
     def _show_dashboard(self, _: Head) -> tuple[bytes, bytes]:
         return HTML_TYPE, self._dashboard

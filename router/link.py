@@ -20,6 +20,8 @@ from engine.wire import (
     Abort,
     FrameReader,
     Hello,
+    Hint,
+    HintAck,
     Load,
     Message,
     Scored,
@@ -97,6 +99,7 @@ class Link(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._running: dict[int, _Running] = {}
         self._next_handle = 1
+        self._hinted: dict[str, Callable[[HintAck], None]] = {}
         self._vocab_size = 0
         self._opened_at = clock()
         self._progress_at = self._opened_at
@@ -137,6 +140,17 @@ class Link(asyncio.Protocol):
                 self._send(Abort(handle, reason))
             except LinkLost:
                 log.info("worker %d was lost while an attempt was aborted", self.worker)
+
+    def hint(self, message: Hint, heard: Callable[[HintAck], None]) -> None:
+        """Send a hint; `heard` gets one answer an action, until `forget_hint`. Raises LinkLost."""
+        if self.down.is_set() or self.hello is None:
+            raise LinkLost(f"worker {self.worker} has no link")
+        self._send(message)
+        self._hinted[message.message_id] = heard
+
+    def forget_hint(self, message_id: str) -> None:
+        """Answers to it are dropped from here on. Idempotent."""
+        self._hinted.pop(message_id, None)
 
     def check(self, now: float) -> None:
         """Eject a worker that holds work and makes no step (R5), or that never says hello."""
@@ -217,6 +231,9 @@ class Link(asyncio.Protocol):
         if frame.step_model is not None:
             model = self.step_model = step_model(frame.step_model)
         self._owner.link_report(self._report(frame, model))
+        for ack in frame.acks:
+            if heard := self._hinted.get(ack.message_id):
+                heard(ack)
         if frame.starts or frame.handles or frame.ends:
             self._deliver(frame)
 

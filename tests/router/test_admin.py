@@ -16,8 +16,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from router import admin
+from router import admin, kv_hints
 from router.fleet import Fleet
+from router.kv_hints import KvHints
 from router.metrics import Metrics
 from router.receipts import Receipts
 from router.server import Listener
@@ -32,7 +33,7 @@ async def served(receipts: Receipts) -> AsyncIterator[str]:
     fleet = Fleet([("w0", "/a"), ("w1", "/b")], Quiet(), "{}")
     link, _ = linked(fleet, 0, hello())
     link.load = load(running=3)
-    operator = admin.Admin(Metrics(), fleet, receipts, clock=lambda: 1.0)
+    operator = admin.Admin(Metrics(), fleet, receipts, KvHints(fleet, b"salt"), clock=lambda: 1.0)
     listener = Listener(admin.gate, operator.answer)
     with socket.create_server(("127.0.0.1", 0)) as bound:
         await listener.start(bound)
@@ -41,13 +42,17 @@ async def served(receipts: Receipts) -> AsyncIterator[str]:
 
 
 def ask(
-    path: str, receipts: Receipts | None = None, method: str = "GET", headers: dict[str, str] | None = None
+    path: str,
+    receipts: Receipts | None = None,
+    method: str = "GET",
+    headers: dict[str, str] | None = None,
+    content: bytes = b"",
 ) -> httpx.Response:
     """One request to an admin listener."""
 
     async def scene() -> httpx.Response:
         async with served(receipts or Receipts(10)) as url, httpx.AsyncClient(timeout=30) as client:
-            return await client.request(method, url + path, headers=headers)
+            return await client.request(method, url + path, headers=headers, content=content)
 
     return asyncio.run(scene())
 
@@ -121,6 +126,13 @@ def test_a_foreign_host_or_origin_is_refused(headers: dict[str, str]) -> None:
 )
 def test_this_machine_is_served(headers: dict[str, str]) -> None:
     assert ask("/receipts", headers=headers).status_code == 200
+
+
+def test_hints_are_posted_and_bounded() -> None:
+    assert ask("/kv_hints").status_code == 405
+    assert ask("/kv_hints", method="POST", content=b"{}").status_code == 400
+    assert ask("/kv_hints", method="POST", content=b" " * (kv_hints.BODY_BYTES_MAX + 1)).status_code == 413
+    assert ask("/kv_hints", method="POST", headers={"origin": "http://evil.example"}).status_code == 403
 
 
 def test_it_only_shows() -> None:
