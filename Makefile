@@ -61,6 +61,7 @@ replay: $(VENV)/.serve  ## judge a server of its own with a mix of all classes, 
 WEKA ?= ../shared/traces/weka_requests.csv.zst
 
 replay-weka: $(VENV)/.serve  ## the same with real Claude Code sessions (WEKA= their request table)
+	@test -e "$(WEKA)" || { echo "no $(WEKA): set WEKA= to the request table of WEKA's kv-cache-tester traces"; exit 1; }
 	@mkdir -p out
 	@$(BIN)/headway-loadgen compose --weka $(WEKA) --sessions 4 --scale-tokens 1/32 --context 8192 -o out/weka.jsonl
 	@$(BIN)/headway-loadgen replay out/weka.jsonl $(REPLAY_ON) --duration 100 --out out/weka

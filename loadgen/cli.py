@@ -5,6 +5,7 @@ Owns the entry and the exit codes: 0 done, 1 the run is invalid or failed, 2 mis
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -28,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:
         return run(arguments)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (TraceError, ValueError, OSError) as error:
         print(f"headway-loadgen: {error}", file=sys.stderr)
         return 1

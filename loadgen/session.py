@@ -192,6 +192,7 @@ def serving(command: Sequence[str], url: str) -> Iterator[None]:
 
 
 def _wait_ready(process: subprocess.Popen[bytes], url: str) -> None:
+    print(f"waiting for {url.rstrip('/')}/readyz", file=sys.stderr, flush=True)
     until = time.monotonic() + START_MAX_S
     while time.monotonic() < until:
         if process.poll() is not None:
@@ -200,7 +201,7 @@ def _wait_ready(process: subprocess.Popen[bytes], url: str) -> None:
             if httpx.get(url.rstrip("/") + "/readyz", timeout=2.0).status_code == 200:
                 return
         time.sleep(0.2)
-    raise ValueError(f"the server was not ready within {START_MAX_S:.0f} s")
+    raise ValueError(f"the server was not ready at {url} within {START_MAX_S:.0f} s: does it serve there?")
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

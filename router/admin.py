@@ -124,7 +124,7 @@ def _worker(state: WorkerState, now: float) -> dict[str, object]:
     shown: dict[str, object] = {"worker": state.name, "is_up": state.link is not None, "losses": state.losses}
     link = state.link
     if link is None or link.hello is None:
-        return shown | {"lost_reason": state.lost_reason}
+        return shown | {"requests": 0, "lost_reason": state.lost_reason}
     hello = link.hello
     return shown | {
         "model": hello.model,

@@ -240,8 +240,10 @@ class Fleet:
         state.losses += 1
         self._models = _models(self._workers)
         state.stalled_at = self._clock() if link.is_stalled else None
-        level = logging.INFO if reason == STOPPING else logging.WARNING
-        log.log(level, "worker %s is lost with %d requests: %s", state.name, link.orphan_count, reason)
+        if reason == STOPPING:
+            log.info("worker %s is left to the keeper", state.name)
+        else:
+            log.warning("worker %s is lost with %d requests: %s", state.name, link.orphan_count, reason)
         self._watcher.worker_lost(WorkerLost(state.id, reason))
 
 
