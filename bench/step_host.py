@@ -38,6 +38,7 @@ class NoDevice:
 
     def __init__(self, blocks_total: int) -> None:
         self.blocks_total = blocks_total
+        self.kv = None  # nothing lies below
         self.cpu_s = 0.0
 
     def run(self, batch: StepBatch) -> StepResult:
