@@ -136,6 +136,17 @@ def _explained(make: Callable[[], T]) -> T:
         raise StartError(str(error)) from error
 
 
+def _tell(arguments: argparse.Namespace) -> int:
+    from engine import tell
+    from engine.wire import SetPolicy, UpdateWeights
+
+    if arguments.weights:
+        tell.tell(arguments.socket, UpdateWeights(1, str(Path(arguments.weights).resolve()), arguments.version))
+    else:
+        tell.tell(arguments.socket, SetPolicy(1, arguments.policy))
+    return 0
+
+
 def _fake(arguments: argparse.Namespace) -> int:
     from engine import build, fake
     from engine.step import ModelFacts
@@ -203,6 +214,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     _model(convert, convert.add_argument("model"))
     convert.set_defaults(command=_convert_command)
+    tell = commands.add_parser(
+        "tell",
+        help="change a running worker: its weights or its step policy",
+        description="Returns when it is done. With other weights, answers that run go on behind their tokens, KV of "
+        "the old weights is void, and every frame says the version that its tokens were computed by.",
+        epilog="Example: python -m engine tell --socket /tmp/w0.sock --weights ./step-200 --version 200",
+    )
+    tell.add_argument("--socket", required=True, help="the worker's Unix socket")
+    what = tell.add_mutually_exclusive_group(required=True)
+    what.add_argument("--weights", default="", help="a Hugging Face folder of the same shape")
+    what.add_argument("--policy", default="", help="a built-in step policy, or module:attribute")
+    tell.add_argument("--version", type=int, default=1, help="of these weights, as frames will say it (1)")
+    tell.set_defaults(command=_tell)
     fake = commands.add_parser(
         "fake",
         help="a worker without a model, for tests: tokens are hash(prompt, index)",

@@ -15,6 +15,7 @@ from pathlib import Path
 from engine import keys
 from engine.blocks import BlockTrie
 from engine.config import GPU_PRIOR, PRIOR, EngineConfig
+from engine.control import Control
 from engine.copies import Hands
 from engine.core import Core, Inbox, Wake, parts
 from engine.disk import Disk, DiskError
@@ -75,6 +76,7 @@ def build(
         hello=hello,
         inbox=inbox,
         clock=clock,
+        control=Control(runner, facts, scheduler, lambda: inbox.put(Wake())),
         speculator=Speculator(config.block_tokens, facts.vocab_size) if can_draft else None,
     )
 

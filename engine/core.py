@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from engine.blocks import BlockTrie
 from engine.calibrate import GPU_SHAPES, SHAPES, calibrate
+from engine.control import Control
 from engine.keys import KEY_BYTES
 from engine.masks import Grammar, MaskMaker
 from engine.outbox import Outbox
@@ -23,7 +24,7 @@ from engine.scheduler import Scheduler
 from engine.speculate import Speculator
 from engine.step import Runner
 from engine.tiers import Tiers
-from engine.wire import Abort, Drain, End, Hello, Hint, StepFrame, StepModelParts, Submit
+from engine.wire import Abort, Drain, End, Hello, Hint, SetPolicy, StepFrame, StepModelParts, Submit, UpdateWeights
 from policies.costs import StepFit, StepModel
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class Order:
     """A router's message, with the local time at which it was read."""
 
     link: int
-    message: Submit | Abort | Hint | Drain
+    message: Submit | Abort | Hint | Drain | UpdateWeights | SetPolicy
     read_at: float
     grammar: Grammar | None = None  # of a submit that asks for one, compiled where it was read
     refused: End | None = None  # or why it could not be
@@ -116,6 +117,7 @@ class Core:
         hello: Hello,  # without snapshot
         inbox: Inbox,
         clock: Callable[[], float],
+        control: Control,
         speculator: Speculator | None = None,
     ) -> None:
         self._runner = runner
@@ -134,6 +136,7 @@ class Core:
         self._wait_s = 0.0
         self._drain_until: float | None = None
         self._masks = MaskMaker()
+        self._control = control
 
     @property
     def is_done(self) -> bool:
@@ -154,6 +157,9 @@ class Core:
     def turn(self) -> None:
         """Take orders, compute one step if there is one, tell the links."""
         news = News([self._obey(command) for command in self._inbox.take(self._wait_s)])
+        for link, told in self._control.done(self._clock()):
+            if outbox := self._links.get(link):
+                outbox.tell(told)
         self._end_drain(news)
         self._tiers.poll(self._clock())
         news.outcomes.append(Outcome(acks=self._scheduler.hints.arrived()))
@@ -198,7 +204,8 @@ class Core:
                 pass
             case Attach(link, outbox):
                 snapshot = self._tiers.resident_keys()[: SNAPSHOT_KEYS_MAX * KEY_BYTES]
-                outbox.open(replace(self._hello, step_model=parts(self._fit.published), cached=snapshot))
+                hello = replace(self._hello, step_model=parts(self._fit.published), cached=snapshot)
+                outbox.open(self._control.introduce(hello))
                 self._links[link] = outbox
                 self._told_at = now - HEARTBEAT_S  # it gets its first load at once
             case Detach(link):
@@ -214,6 +221,8 @@ class Core:
                 return self._scheduler.abort(link, handle, now)
             case Order(link, Hint() as hint, _):
                 return Outcome(acks=self._scheduler.hints.obey(link, hint, self._fit.model, now))
+            case Order(link, (UpdateWeights() | SetPolicy()) as control, _):
+                self._control.begin(link, control)
             case Order(_, Drain(grace_s), read_at):
                 until = read_at + grace_s
                 self._drain_until = until if self._drain_until is None else min(self._drain_until, until)
@@ -244,6 +253,7 @@ class Core:
                 step_model=news.model,
                 acks=[ack for o in news.outcomes for to, ack in o.acks if to == link],
                 scored=[score for o in news.outcomes for to, score in o.scored if to == link],
+                weights_version=self._control.weights_version,
             )
             outbox.add(frame)
 

@@ -18,7 +18,7 @@ class Holdings:
     """Hot: `publish` and `adopt` run for each chunk, `publish` each block_tokens-th decode."""
 
     def __init__(self, trie: BlockTrie, tiers: Tiers, table: Table, keep: Keep) -> None:
-        self._keep = keep
+        self.keep = keep
         self._trie = trie
         self._tiers = tiers
         self._table = table
@@ -107,5 +107,5 @@ class Holdings:
             if span:
                 hits, born = span[-1].hits, span[-1].born
                 view = SpanView(sequence.request_class, is_shared, is_aborted, hits, born)
-                band, lease_s = self._keep(view, now)
+                band, lease_s = self.keep(view, now)
                 self._trie.release(span, band, lease_s, now)

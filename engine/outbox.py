@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from itertools import groupby
 
 from engine.keys import split
-from engine.wire import Hello, StepFrame
+from engine.wire import Hello, StepFrame, Told
 
 TOKENS_MAX = 65_536  # 256 kB; the planner skips the link's sequences from here on
 FRAMES_MAX = 64  # then they are merged, so that a link that never reads holds one frame
@@ -24,6 +25,7 @@ class Outbox:
         self._hello: Hello | None = None
         self._frames: list[StepFrame] = []
         self._tokens = 0
+        self._told: list[Told] = []  # as many as the peer has asked for and not read: it must read what it asks
 
     @property
     def is_full(self) -> bool:
@@ -31,7 +33,7 @@ class Outbox:
 
     @property
     def is_empty(self) -> bool:
-        return self._hello is None and not self._frames
+        return self._hello is None and not self._frames and not self._told
 
     def open(self, hello: Hello) -> None:
         """The first thing to send."""
@@ -45,17 +47,32 @@ class Outbox:
             self._frames.append(frame)
             self._tokens += len(frame.ids) // 4
             if len(self._frames) >= FRAMES_MAX:
-                self._frames = [merge(self._frames)]
+                self._frames = [merge(run) for run in _runs(self._frames)]
         self._wake()
 
-    def take(self) -> Hello | StepFrame | None:
+    def tell(self, told: Told) -> None:
+        """An order about the worker is answered."""
+        with self._lock:
+            self._told.append(told)
+        self._wake()
+
+    def take(self) -> Hello | StepFrame | Told | None:
         """What to send next; None if there is nothing."""
         with self._lock:
             if self._hello is not None:
                 hello, self._hello = self._hello, None
                 return hello
-            frames, self._frames, self._tokens = self._frames, [], 0
+            if self._told:
+                return self._told.pop(0)
+            frames, *later = _runs(self._frames) or [[]]
+            self._frames = [frame for run in later for frame in run]
+            self._tokens = sum(len(frame.ids) // 4 for frame in self._frames)
         return merge(frames) if frames else None
+
+
+def _runs(frames: list[StepFrame]) -> list[list[StepFrame]]:
+    """Frames that may become one: a token is never told with a version of the weights that did not make it."""
+    return [list(run) for _, run in groupby(frames, key=lambda frame: frame.weights_version)]
 
 
 def merge(frames: list[StepFrame]) -> StepFrame:
@@ -83,5 +100,6 @@ def merge(frames: list[StepFrame]) -> StepFrame:
         evicted=b"".join(key for key, is_stored in keys.items() if not is_stored),
         acks=[ack for frame in frames for ack in frame.acks],
         scored=[score for frame in frames for score in frame.scored],
+        weights_version=frames[-1].weights_version,
         step_model=next((frame.step_model for frame in reversed(frames) if frame.step_model), None),
     )

@@ -5,6 +5,7 @@ Owns weights, KV memory and the device. Never decides what a step holds: rows, b
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +60,18 @@ class TorchRunner:
         _refuse_what_does_not_fit(folder, config)
         with torch.inference_mode():
             return cls(weights.load(folder, config.dtype, torch.device(config.device)), config)
+
+    def prepare(self, folder: Path) -> Callable[[], None]:
+        """engine.step.Renewable. Both sets of weights are in memory until the old one is let go."""
+        with torch.inference_mode():
+            decoder = weights.load(folder, self._pool.memory.dtype, self._device)
+        if decoder.config != self.model:
+            raise ModelError(f"{folder} holds a model of another shape than the one that is served")
+
+        def renew() -> None:
+            self._decoder = decoder
+
+        return renew
 
     @property
     def blocks_total(self) -> int:

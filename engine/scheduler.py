@@ -15,13 +15,14 @@ from msgspec import structs
 from engine.blocks import Block, BlockTrie
 from engine.hints import Hints
 from engine.holdings import Holdings
+from engine.keys import ChainKey
 from engine.launch import Launch
 from engine.masks import Grammar
 from engine.memory import PeakMemory
 from engine.outcome import Outcome
 from engine.repeat import advance, run_length
 from engine.report import held
-from engine.sequence import WAITING, Sequence, fault, refusal
+from engine.sequence import WAITING, Sequence, fault, refusal, yields_first
 from engine.step import ModelFacts, StepResult
 from engine.table import Table
 from engine.tiers import Tiers
@@ -165,7 +166,7 @@ class Scheduler:
             return self.launch(model, now, full_links)
         if self._table.count > 1:
             # Prompts that fill the memory together and none can go on: the last to come gives way.
-            self._preempt(max(step.preemptable(), key=_yields_first), step)
+            self._preempt(max(step.preemptable(), key=yields_first), step)
             return self.launch(model, now, full_links)
         return None
 
@@ -209,9 +210,23 @@ class Scheduler:
         now_held = held(self._table, self._waiting, self._trie.counts(), now)
         return structs.replace(now_held, step_s=step_s, steps=steps, tiers=self._tiers.load(), repairs=self.repairs)
 
+    def renew(self, root: ChainKey, now: float) -> None:
+        """The weights are others: all KV is void. Who runs keeps its tokens and computes their KV anew."""
+        for sequence in self._table.at(np.flatnonzero(self._table.is_used)):
+            sequence.parks += 1
+            self._holdings.drop(sequence, now)
+            self._table.remove(sequence)
+            self._waiting.add(sequence)
+        self._trie.root_key = root
+        self._trie.reset(self._tiers.held)
+
+    def obey(self, policy: EnginePolicy) -> None:
+        """Plan and keep by another policy from the next step on."""
+        self._policy = policy
+        self._holdings.keep = policy.keep
+
     def check_idle(self) -> None:
-        """With no sequence left, only copies hold blocks: anything else is a leak. A test fails of it; a worker starts
-        its cache over and counts that, as a slow death would be worse."""
+        """With no sequence left, only copies hold blocks. A test fails of a leak; a worker starts over and counts it."""
         assert not self._sequences
         if self._trie.counts().held != self._tiers.lent:
             assert not self._is_strict, "blocks are held by nobody"
@@ -238,7 +253,7 @@ class Scheduler:
             if not self._make_room(1, sequence.request_class, step):
                 self._tiers.reclaim(step.now)
             while not self._trie.available:
-                self._preempt(max(step.preemptable(), key=_yields_first), step)
+                self._preempt(max(step.preemptable(), key=yields_first), step)
             if sequence.row != WAITING:
                 self._holdings.take(sequence, 1, step.now)
 
@@ -383,7 +398,3 @@ class Scheduler:
             self._table.remove(sequence)
         output_tokens = sequence.output_tokens
         return sequence.link, End(sequence.handle, reason, sequence.cached_tokens, output_tokens, message)
-
-
-def _yields_first(sequence: Sequence) -> tuple[int, float, int]:
-    return int(sequence.request_class), sequence.submitted_at, sequence.serial

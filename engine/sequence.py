@@ -164,6 +164,11 @@ class Sequence:
         return min(by_pace, self.deadline)
 
 
+def yields_first(sequence: Sequence) -> tuple[int, float, int]:
+    """Of several, the one with the largest gives way: the least urgent class, then the last to come."""
+    return int(sequence.request_class), sequence.submitted_at, sequence.serial
+
+
 def fault(order: Submit, facts: ModelFacts) -> str:
     """What a client asked for that no worker of this model can do, in one sentence; empty if nothing."""
     sampling = order.sampling

@@ -4,9 +4,10 @@ Owns the shapes between scheduler and runner. Knows no policy and no device."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from pathlib import Path
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -105,6 +106,15 @@ class KVMemory(Protocol):
 
     def load(self, block: int, payload: Bytes) -> None:
         """Copy a block in."""
+
+
+@runtime_checkable
+class Renewable(Protocol):
+    """A runner whose weights can be changed while it serves."""
+
+    def prepare(self, folder: Path) -> Callable[[], None]:
+        """Load other weights of the same shape, in any thread; calling the result, between two steps, puts them in
+        place. Raises ModelError."""
 
 
 class Runner(Protocol):

@@ -59,6 +59,7 @@ class Hello(Message, frozen=True, tag="hello"):
     step_model: StepModelParts
     cached: bytes
     nonce: bytes  # on TCP the router proves the shared secret over this
+    weights_version: int = 0  # as the last UpdateWeights said
 
 
 class TierLoad(Message, frozen=True):
@@ -146,6 +147,7 @@ class StepFrame(Message, frozen=True, tag="step"):
     step_model: StepModelParts | None
     scored: list[Scored] = []  # one for each token of the handles that asked, in order
     acks: list[HintAck] = []
+    weights_version: int = 0  # by which its tokens were computed
 
 
 # Router to worker ----------------------------------------------------------------------------------------------------
@@ -233,8 +235,32 @@ class Drain(Message, frozen=True, tag="drain"):
     grace_s: float
 
 
-FromWorker = Hello | StepFrame
-FromRouter = Welcome | Submit | Abort | Hint | Drain
+class UpdateWeights(Message, frozen=True, tag="update_weights"):
+    """Load a folder of the same model and compute with it from some step on. KV of the old weights is void; who runs
+    goes on behind its tokens. Answered by Told."""
+
+    request: int
+    folder: str
+    version: int
+
+
+class SetPolicy(Message, frozen=True, tag="set_policy"):
+    """Plan steps and keep blocks by this policy: a built-in name or `module:attribute`. Answered by Told."""
+
+    request: int
+    ref: str
+
+
+class Told(Message, frozen=True, tag="told"):
+    """The worker's answer to an order about itself; `error` is empty when it was done."""
+
+    request: int
+    error: str = ""
+
+
+Control = UpdateWeights | SetPolicy
+FromWorker = Hello | StepFrame | Told
+FromRouter = Welcome | Submit | Abort | Hint | Drain | UpdateWeights | SetPolicy
 
 _encoder = msgspec.msgpack.Encoder()
 _from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)

@@ -19,6 +19,7 @@ from engine.wire import (
     PROTOCOL_VERSION,
     Abort,
     FrameReader,
+    FromWorker,
     Hello,
     Hint,
     HintAck,
@@ -28,6 +29,7 @@ from engine.wire import (
     StepFrame,
     StepModelParts,
     Submit,
+    Told,
     Welcome,
     WireError,
     decode_from_worker,
@@ -196,11 +198,13 @@ class Link(asyncio.Protocol):
 
     # Frames -----------------------------------------------------------------------------------------------------------
 
-    def _take(self, message: Hello | StepFrame) -> None:
+    def _take(self, message: FromWorker) -> None:
         if isinstance(message, StepFrame):
             if self.hello is None:
                 raise WireError("a step frame before hello")
             self._step(message)
+        elif isinstance(message, Told):
+            raise WireError("an answer to nothing that was asked")
         elif self.hello is None:
             self._greet(message)
         else:
@@ -222,6 +226,9 @@ class Link(asyncio.Protocol):
     # Hot: once per frame and worker. Budget 15 us for a report without tokens; bench/link.py.
     def _step(self, frame: StepFrame) -> None:
         self._verify(frame)
+        if self.hello is not None and frame.weights_version != self.hello.weights_version:
+            self.eject("its weights are others: it introduces itself anew")
+            return
         load = frame.load
         self._heard_at = self._clock()
         if self.load is None or load.steps != self.load.steps:

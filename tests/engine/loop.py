@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from concurrent.futures import wait
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,7 +17,7 @@ from engine.core import Attach, Core, Inbox, Order
 from engine.masks import Grammar
 from engine.outbox import Outbox
 from engine.step import ModelFacts, Runner
-from engine.wire import End, Sampling, Scored, StepFrame, Submit
+from engine.wire import Control, End, Hello, Sampling, Scored, StepFrame, Submit, Told
 
 
 @dataclass
@@ -25,6 +26,7 @@ class Heard:
 
     ids: list[int] = field(default_factory=list)
     scored: list[Scored] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)  # of the weights, for each token
     end: End | None = None
 
 
@@ -47,6 +49,8 @@ class Loop:
         self._outbox = Outbox(lambda: None)
         self._inbox.put(Attach(1, self._outbox))
         self._handles = 0
+        self._later: tuple[int, Control] | None = None
+        self.told: list[Told] = []
         self.heard: dict[int, Heard] = {}
 
     def submit(
@@ -77,15 +81,48 @@ class Loop:
             while frame := self._outbox.take():
                 if isinstance(frame, StepFrame):
                     self._take(frame)
+                elif isinstance(frame, Told):
+                    self.told.append(frame)
+            if self._later and sum(len(heard.ids) for heard in self.heard.values()) >= self._later[0]:
+                order, self._later = self._later[1], None
+                self._begin(order)
             if all(heard.end for heard in self.heard.values()):
                 self.core.turn()
                 return
         raise AssertionError(f"no end within {steps_max} steps")
 
+    def tell(self, order: Control, *, after_tokens: int | None = None) -> None:
+        """An order about the worker: done on return, or sent while it runs, once so many tokens are there."""
+        if after_tokens is not None:
+            self._later = (after_tokens, order)
+            return
+        self._begin(order)
+        self.core.turn()
+        while message := self._outbox.take():
+            if isinstance(message, Told):
+                self.told.append(message)
+
+    def _begin(self, order: Control) -> None:
+        """Send it, and wait for the thread that loads."""
+        self._inbox.put(Order(1, order, 0.0))
+        self.core.turn()
+        for loading in self.core._control._loading:
+            wait([loading.renewal], timeout=60)
+
+    def attach(self) -> Hello:
+        """What a second link hears first."""
+        outbox = Outbox(lambda: None)
+        self._inbox.put(Attach(2, outbox))
+        self.core.turn()
+        hello = outbox.take()
+        assert isinstance(hello, Hello)
+        return hello
+
     def _take(self, frame: StepFrame) -> None:
         ids, at = np.frombuffer(frame.ids, "<i4").tolist(), 0
         for handle, count in zip(frame.handles, frame.counts, strict=True):
             self.heard[handle].ids += ids[at : at + count]
+            self.heard[handle].versions += [frame.weights_version] * count
             at += count
         for scored in frame.scored:
             self.heard[scored.handle].scored.append(scored)

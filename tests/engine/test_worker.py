@@ -231,6 +231,32 @@ def test_a_model_that_cannot_be_served_is_one_sentence_and_exit_code_2(
     assert "Traceback" not in run.stderr
 
 
+@pytest.mark.parametrize(
+    ("order", "code", "said"),
+    [
+        (("--policy", "static-512"), 0, ""),
+        (("--policy", "nobody"), 2, "no engine policy is called 'nobody'"),
+        (("--weights", "/tmp"), 2, "cannot change its weights"),
+    ],
+)
+def test_a_running_worker_is_told_and_answers(order: tuple[str, ...], code: int, said: str, tmp_path: Path) -> None:
+    with fake_worker(tmp_path) as worker:
+        command = [sys.executable, "-m", "engine", "tell", "--socket", str(worker.path), *order]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    assert run.returncode == code
+    assert said in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_nobody_at_the_socket_is_said(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "engine", "tell", "--socket", str(tmp_path / "s"), "--policy", "headway"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    assert run.returncode == 2
+    assert "did not answer" in run.stderr
+
+
 def test_a_fault_nobody_knows_is_explained(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "engine", "fake", "--socket", str(tmp_path / "s"), "--fault", "fire@x"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)

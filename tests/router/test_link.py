@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine.wire import Abort, End, Hello, Message, Start, Submit, Welcome, encode
+from engine.wire import Abort, End, Hello, Message, Scored, Start, Submit, Told, Welcome, encode
 from policies.events import WorkerReport
 from policies.request import RequestId, WorkerId
 from router.link import Link, LinkLimits, LinkLost
@@ -127,6 +127,8 @@ def test_an_end_that_the_relay_must_judge_is_not_reported_as_finished() -> None:
         step(step_model=type(MODEL)(*([float("nan")] * 8), 1)),
         step({1: [256]}),
         step({1: [-1]}),
+        step(scored=[Scored(1, 3, -1.0, (256,), (-1.0,))]),
+        Told(1),
         hello(),
     ],
     ids=[
@@ -139,6 +141,8 @@ def test_an_end_that_the_relay_must_judge_is_not_reported_as_finished() -> None:
         "model",
         "foreign token",
         "negative token",
+        "foreign score",
+        "answer to nothing",
         "second hello",
     ],
 )
@@ -152,6 +156,27 @@ def test_a_bad_frame_ejects_the_worker(broken: Message) -> None:
     assert bench.owner.downs[0].startswith("bad frame: ")
     assert sink.events == bench.owner.downs
     assert bench.pipe.is_closing()
+
+
+def test_a_worker_with_other_weights_must_introduce_itself_anew() -> None:
+    bench, sink = Bench(), Heard()
+    bench.link.submit(A, submit(), sink)
+
+    bench.says(step({1: [7]}, weights_version=1))
+
+    assert bench.owner.downs == ["its weights are others: it introduces itself anew"]
+    assert sink.events == bench.owner.downs  # and no token of theirs
+
+
+def test_scores_come_before_their_tokens_to_their_own_request() -> None:
+    bench, mine, other = Bench(), Heard(), Heard()
+    handles = [bench.link.submit(A, submit(), sink) for sink in (mine, other)]
+    scores = [Scored(handles[0], 5, -0.5), Scored(handles[1], 6, -0.25), Scored(handles[0], 7, -1.0)]
+
+    bench.says(step({handles[0]: [5, 7], handles[1]: [6]}, scored=scores))
+
+    assert mine.events == [[scores[0], scores[2]], [5, 7]]
+    assert other.events == [[scores[1]], [6]]
 
 
 def test_bytes_that_are_no_frame_eject_the_worker() -> None:

@@ -1,0 +1,96 @@
+"""Orders about the worker itself: other weights, another policy. Loading has a thread; the change falls between steps.
+
+Owns what the worker computes by: weights version, root, policy. Never touches a sequence: the scheduler renews them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from msgspec.structs import replace
+
+from engine import keys, manifest
+from engine.keys import ChainKey
+from engine.models.config import ModelError
+from engine.scheduler import Scheduler
+from engine.step import ModelFacts, Renewable, Runner
+from engine.wire import Hello, SetPolicy, Told, UpdateWeights
+from policies import plugins
+
+log = logging.getLogger(__name__)
+
+LOADING_MAX = 1  # each holds a second set of weights in memory
+
+
+class _Loading(NamedTuple):
+    link: int
+    order: UpdateWeights
+    renewal: Future[Callable[[], None]]
+
+
+class Control:
+    """Made with the loop, and asked by it each turn what is `done`."""
+
+    def __init__(self, runner: Runner, facts: ModelFacts, scheduler: Scheduler, wake: Callable[[], None]) -> None:
+        self._runner = runner
+        self._kv_dtype = facts.kv_dtype
+        self._scheduler = scheduler
+        self._wake = wake
+        self._thread = ThreadPoolExecutor(1, "weights")
+        self._loading: list[_Loading] = []
+        self._told: list[tuple[int, Told]] = []
+        self._identity: tuple[str, ChainKey] | None = None  # digest and root, once they are not those of the start
+        self.weights_version = 0
+
+    def introduce(self, hello: Hello) -> Hello:
+        """The hello as of now."""
+        if self._identity is None:
+            return hello
+        digest, root = self._identity
+        return replace(hello, model_digest=digest, root=root, weights_version=self.weights_version)
+
+    def begin(self, link: int, order: UpdateWeights | SetPolicy) -> None:
+        """Carry out, now or when it is loaded."""
+        if isinstance(order, SetPolicy):
+            self._told.append((link, Told(order.request, self._set_policy(order.ref))))
+        elif not isinstance(self._runner, Renewable):
+            self._told.append((link, Told(order.request, "this runner cannot change its weights; restart the worker")))
+        elif len(self._loading) >= LOADING_MAX:
+            self._told.append((link, Told(order.request, "other weights are being loaded; ask again when they are")))
+        else:
+            renewal = self._thread.submit(self._runner.prepare, Path(order.folder))
+            renewal.add_done_callback(lambda _: self._wake())
+            self._loading.append(_Loading(link, order, renewal))
+
+    def done(self, now: float) -> list[tuple[int, Told]]:
+        """Answers by link, and the changes that they tell of."""
+        for loading in [loading for loading in self._loading if loading.renewal.done()]:
+            self._loading.remove(loading)
+            self._told.append((loading.link, Told(loading.order.request, self._renew(loading, now))))
+        told, self._told = self._told, []
+        return told
+
+    def _renew(self, loading: _Loading, now: float) -> str:
+        order, folder = loading.order, Path(loading.order.folder)
+        try:
+            renew = loading.renewal.result()
+        except ModelError as error:
+            return str(error)
+        renew()
+        digest = manifest.digest_of(folder)
+        root = keys.root(digest, weights_version=order.version, kv_dtype=self._kv_dtype)
+        self._scheduler.renew(root, now)
+        self._identity, self.weights_version = (digest, root), order.version
+        log.info("weights are of version %d now, from %s", order.version, folder)
+        return ""
+
+    def _set_policy(self, ref: str) -> str:
+        try:
+            self._scheduler.obey(plugins.load_engine(ref))
+        except plugins.PolicyError as error:
+            return str(error)
+        log.info("steps are planned by %s now", ref)
+        return ""
