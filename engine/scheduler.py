@@ -226,7 +226,7 @@ class Scheduler:
         self._holdings.keep = policy.keep
 
     def check_idle(self) -> None:
-        """With no sequence left, only copies hold blocks. A test fails of a leak; a worker starts over and counts it."""
+        """With no sequence left, only copies hold blocks. A test fails of a leak, a worker starts over and counts."""
         assert not self._sequences
         if self._trie.counts().held != self._tiers.lent:
             assert not self._is_strict, "blocks are held by nobody"
