@@ -28,7 +28,7 @@ from policies.events import PolicyFault, Started
 from policies.plugins import PolicyError
 from policies.request import Tenant
 from router import admin, canonical
-from router.app import App, House
+from router.app import App, House, shape_of
 from router.config import Config
 from router.fleet import Fleet
 from router.kv_hints import KvHints
@@ -113,7 +113,7 @@ async def serve(config: Config, place: Place) -> int:
     """Build everything, serve until a signal, drain. Raises PolicyError or OSError when something cannot be had."""
     with contextlib.ExitStack() as stack:
         parts = _build(config, place, stack)
-        public = Listener(parts.app.gate, parts.app.handle)
+        public = Listener(parts.app.gate, parts.app.handle, shape=shape_of)
         operator = Listener(admin.gate, parts.operator.answer)
         stop = asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -130,7 +130,7 @@ class App:
             return _error(error, shape_of(request.url.path, is_anthropic="anthropic-version" in request.headers))
 
 
-def shape_of(path: str, *, is_anthropic: bool) -> ErrorShape:
+def shape_of(path: str, *, is_anthropic: bool = False) -> ErrorShape:
     """In which dialect an error is told where no dialect has read the body."""
     return ANTHROPIC_ERRORS if is_anthropic or path.startswith("/v1/messages") else OPENAI_ERRORS
 

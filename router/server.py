@@ -18,8 +18,10 @@ from typing import cast
 
 import httptools
 
+from router.dialects.common import OPENAI_ERRORS
 from router.errors import JSON, Headers, RequestError
 from router.exchange import Exchange, Head
+from router.turn import ErrorShape
 
 log = logging.getLogger(__name__)
 
@@ -52,13 +54,25 @@ class ListenerLimits:
     sweep_s: float = 1.0  # how often deadlines are looked at; each may be late by this
 
 
+Shape = Callable[[str], ErrorShape]  # of a request's path
+
+
+def openai_shape(path: str) -> ErrorShape:
+    """OpenAI's, whatever was asked."""
+    del path
+    return OPENAI_ERRORS
+
+
 class Listener:
     """A listening socket and its connections."""
 
-    def __init__(self, gate: Gate, handle: Handler, limits: ListenerLimits | None = None) -> None:
+    def __init__(
+        self, gate: Gate, handle: Handler, limits: ListenerLimits | None = None, shape: Shape = openai_shape
+    ) -> None:
         self.gate = gate
         self.handle = handle
         self.limits = limits or ListenerLimits()
+        self.shape = shape  # in which dialect an error is told that comes before any handler
         self.is_draining = False
         self.date = formatdate(usegmt=True).encode()
         self.refused_connections = 0
@@ -341,8 +355,8 @@ class HttpConnection(asyncio.Protocol):
         self._pump()
 
     def _refuse_now(self, error: RequestError) -> None:
-        body = error.body()
-        status = f"HTTP/1.1 {error.status} Refused\r\n".encode()
+        code, body = self._listener.shape(self._target.decode("latin-1")).body(error.status, error.detail)
+        status = f"HTTP/1.1 {code} Refused\r\n".encode()
         fixed = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
         self.transport.write(status + fixed + body)
         self._deadline = self._loop.time() + self._limits.linger_s

@@ -237,11 +237,18 @@ class Text:
         elif self._template is None:
             raise RequestError(400, "This model has no chat template; use /v1/completions.", param="messages")
         else:
-            echoes = self._echoes.recalled(salt, turn.messages)
-            rendering = self._template.render(turn.messages, turn.tools, turn.is_thinking, echoes)
+            rendering = self._templated(self._template, turn, salt)
         if len(rendering.frame) < 2 and not any(piece.text for piece in rendering.pieces()):
             raise RequestError(400, "The prompt is empty.", param="prompt", code="invalid_value")
         return rendering
+
+    def _templated(self, template: ChatTemplate, turn: Turn, salt: bytes) -> Rendering:
+        try:
+            echoes = self._echoes.recalled(salt, turn.messages)
+            return template.render(turn.messages, turn.tools, turn.is_thinking, echoes)
+        except RecursionError:
+            # JSON's own reader takes 1000 levels, a walk in Python half of them; schemas of tools have ten.
+            raise RequestError(400, "The body is nested too deeply.", code="invalid_json") from None
 
     def _named(self, ids: Ids, identity: Identity) -> Prompt:
         if int(ids.max()) >= len(self._vocabulary):

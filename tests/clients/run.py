@@ -24,7 +24,7 @@ OPENCODE = {
     "provider": {
         "headway": {
             "npm": "@ai-sdk/openai-compatible",
-            "options": {"baseURL": "URL/v1", "apiKey": "none"},
+            "options": {"baseURL": "@URL@/v1", "apiKey": "none"},
             "models": {"tiny-agent": {"limit": {"context": 131072, "output": 8192}}},
         }
     },
@@ -35,14 +35,14 @@ CODEX = """model = "tiny-agent"
 model_provider = "headway"
 [model_providers.headway]
 name = "Headway"
-base_url = "URL/v1"
+base_url = "@URL@/v1"
 wire_api = "responses"
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Agent:
-    """One client. `URL` and `BIN` in its words are filled in."""
+    """One client. `@URL@` and `@BIN@` in its words are filled in."""
 
     name: str
     install: tuple[str, ...]
@@ -53,10 +53,10 @@ class Agent:
 
 
 def npm(package: str) -> tuple[str, ...]:
-    return ("npm", "install", "--no-audit", "--no-fund", "--prefix", "BIN", package)
+    return ("npm", "install", "--no-audit", "--no-fund", "--prefix", "@BIN@", package)
 
 
-NODE = "BIN/node_modules/.bin/"
+NODE = "@BIN@/node_modules/.bin/"
 EXEC = (NODE + "codex", "exec")
 CODEX_FLAGS = ("--skip-git-repo-check",)
 AIDER = "--model openai/tiny-agent --no-git --yes --no-show-model-warnings --no-check-update --analytics-disable"
@@ -66,7 +66,7 @@ AGENTS = (
         npm("@anthropic-ai/claude-code"),
         (NODE + "claude", "-p", "Say hello"),
         (NODE + "claude", "--continue", "-p", "And again"),
-        {"ANTHROPIC_BASE_URL": "URL", "ANTHROPIC_API_KEY": "none", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"},
+        {"ANTHROPIC_BASE_URL": "@URL@", "ANTHROPIC_API_KEY": "none", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"},
     ),
     Agent(
         "codex",
@@ -84,9 +84,9 @@ AGENTS = (
     ),
     Agent(
         "aider",
-        (sys.executable, "-m", "pip", "install", "-q", "--target", "BIN/aider", "aider-chat"),
+        (sys.executable, "-m", "pip", "install", "-q", "--target", "@BIN@/aider", "aider-chat"),
         (sys.executable, "-m", "aider", *AIDER.split(), "--message", "Say hello"),
-        env={"OPENAI_API_BASE": "URL/v1", "OPENAI_API_KEY": "none", "PYTHONPATH": "BIN/aider"},
+        env={"OPENAI_API_BASE": "@URL@/v1", "OPENAI_API_KEY": "none", "PYTHONPATH": "@BIN@/aider"},
     ),
 )
 
@@ -105,7 +105,7 @@ class Bench:
         bins.mkdir(exist_ok=True)
         for name, text in agent.files.items():
             (home / name).parent.mkdir(parents=True, exist_ok=True)
-            (home / name).write_text(text.replace("URL", self._url))
+            (home / name).write_text(text.replace("@URL@", self._url))
         env = os.environ | {"HOME": str(home)} | {name: self._filled(text) for name, text in agent.env.items()}
         if subprocess.run(self._words(agent.install), capture_output=True, text=True, check=False).returncode:
             print(f"{agent.name}: could not be installed here")
@@ -139,7 +139,7 @@ class Bench:
         return receipts
 
     def _filled(self, text: str) -> str:
-        return text.replace("URL", self._url).replace("BIN", str(self._folder / "bin"))
+        return text.replace("@URL@", self._url).replace("@BIN@", str(self._folder / "bin"))
 
     def _words(self, words: tuple[str, ...]) -> list[str]:
         return [self._filled(word) for word in words]

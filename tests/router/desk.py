@@ -20,7 +20,7 @@ from engine import keys
 from engine.wire import End, Start, Submit
 from policies.actions import Cancel, Dispatch, Reject, Tokenise
 from policies.request import Budget, Request, RequestClass, RequestId, Tenant, WorkerId
-from router.app import App, House
+from router.app import App, House, shape_of
 from router.canonical import Rule
 from router.fleet import ModelView
 from router.link import LinkLost
@@ -241,7 +241,7 @@ async def desk(
             aliases={"claude-*": "", "gpt-*": "", "other": "no-such-model"},
         )
     )
-    listener = Listener(app.gate, app.handle, listener_limits)
+    listener = Listener(app.gate, app.handle, listener_limits, shape_of)
     await listener.start(sock)
     try:
         yield Desk(mind, fleet, listener, (address[0], address[1]), client, receipts)

@@ -230,6 +230,8 @@ def test_claude_code_finds_somebody_at_the_root_and_any_version_will_do() -> Non
     async def work() -> None:
         async with desk() as d:
             assert (await d.client.head("/")).status_code == 200
+            huge = b"POST /v1/messages HTTP/1.1\r\nhost: localhost\r\ncontent-length: 99999999\r\n\r\n"
+            assert b'"request_too_large"' in await d.raw(huge)
             d.fleet.answer = speak("x")
             headers = {"anthropic-version": "2099-01-01", "anthropic-beta": "no-such-thing", "x-api-key": "k"}
             assert (await d.client.post("/v1/messages", json=body(), headers=headers)).status_code == 200

@@ -14,7 +14,7 @@ from engine.wire import Sampling
 from router.errors import RequestError
 from router.parsers.voice import Voice
 from router.turn import Message, Turn
-from tests.router.desk import TOOL_TEMPLATE, VOCABULARY, Desk, chat, desk, run, speak
+from tests.router.desk import TOOL_TEMPLATE, VOCABULARY, Desk, chat, desk, ids_of, run, speak
 
 SAID = (
     "<think>\nThe user wants\n</think>\n\nLet me look.\n"
@@ -211,5 +211,42 @@ def test_thoughts_that_the_prompt_began_are_thoughts() -> None:
             d.fleet.answer = speak("hm, yes\n</think>\n\nYes.")
             message = (await d.client.post("/v1/chat/completions", json=chat())).json()["choices"][0]["message"]
             assert (message["reasoning_content"], message["content"]) == ("hm, yes", "Yes.")
+
+    run(work())
+
+
+def test_a_worker_that_dies_anywhere_in_thoughts_text_or_a_call_changes_no_byte_of_the_answer() -> None:
+    said = ids_of(SAID.replace("Let me look.", "Grüße 🌍."))
+    asked = {"model": "tiny", "max_tokens": 900, "messages": MESSAGES, "tools": CLAUDE_TOOLS, "stream": True}
+
+    async def answer(d: Desk, cut: int) -> list[Any]:
+        """What the client reads, pieces of one part joined; the worker dies after `cut` tokens."""
+        asking = asyncio.create_task(d.client.post("/v1/messages", json=asked))
+        attempt = await d.fleet.next()
+        if 0 < cut < len(said):
+            attempt.start()
+            attempt.say(said[:cut])
+            attempt.sink.lost("died")
+            attempt = await d.fleet.next()
+            assert attempt.ids[attempt.order.prompt_len :] == said[:cut]
+        attempt.start()
+        attempt.say(said[cut:])
+        attempt.end()
+        lines = [line for line in (await asking).text.splitlines() if line.startswith("data: ")]
+        events = [json.loads(line.removeprefix("data: ")) for line in lines]
+        parts: dict[int, list[str]] = {}
+        for event in events:
+            if event["type"] == "content_block_delta":
+                (text,) = [value for name, value in event["delta"].items() if name != "type"]
+                parts.setdefault(event["index"], []).append(text)
+        return [["".join(part) for part in parts.values()], events[-2]["delta"], events[-2]["usage"]["output_tokens"]]
+
+    async def work() -> None:
+        async with desk(template=TOOL_TEMPLATE) as d:
+            d.mind.attempts_max = 10_000
+            whole = await answer(d, 0)
+            assert whole[0][:3] == ["The user wants", "Grüße 🌍.", '{"city": "Oslo"}']
+            for cut in range(1, len(said), 3):
+                assert await answer(d, cut) == whole, cut
 
     run(work())
