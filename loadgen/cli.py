@@ -1,4 +1,4 @@
-"""The command line: `headway-loadgen compose`, `describe`, `convert`, `replay`, `simulate`, `judge`, `faults`.
+"""The command line: `headway-loadgen compose`, `describe`, `convert`, `replay`, `simulate`, `plan`, `judge`, `faults`.
 
 Owns the entry and the exit codes: 0 done, 1 the run is invalid or failed, 2 misused."""
 
@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from loadgen import cli_runs, cli_traces, simulate
+from loadgen import cli_runs, cli_traces, plan_cli, simulate
 from loadgen.traces import TraceError
 
 TEACH = """\
@@ -51,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     cli_traces.add(commands)
     cli_runs.add(commands)
     simulate.add_command(commands)
+    plan_cli.add(commands)
     return whole
 
 

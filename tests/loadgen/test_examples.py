@@ -70,6 +70,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     lengths = {"0": {"input_tokens": "{100: 1.0}", "output_tokens": "{7: 1.0}"}}
     rates = {"chunk-0-trace.csv": "39600,2.0,1.0,Gamma,1.0,0.5\n", "chunk-0-dataset.json": json.dumps(lengths)}
     archive(tmp_path / "servegen-data.tar.zst", **{f"reason/deepseek-r1/{name}": rates[name] for name in rates})
+    (tmp_path / "workload.toml").write_text("[chat]\nsessions_per_s = 0.02\n")
     return tmp_path
 
 

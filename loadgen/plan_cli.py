@@ -1,0 +1,216 @@
+"""`headway-loadgen plan`: a workload and a kind of machine in; replicas, the reason and the price out.
+
+Owns the command, and asking the simulator for one replica fewer, as many, and one more. Never talks to a server."""
+
+from __future__ import annotations
+
+import argparse
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from loadgen import formats, options, simulate
+from loadgen.compose import Mix, compose
+from loadgen.plan import Planned, asked, plan
+from loadgen.records import Run
+from loadgen.report import aligned
+from loadgen.search import Measured, Share, point, pooled
+from loadgen.session import read_budgets, span_s
+from loadgen.sim import profiles
+from loadgen.sim.profiles import Profile
+from loadgen.sim.world import Setting
+from loadgen.targets import PUBLISHED, Budgets, to_plain
+from loadgen.traces import CLASSES, ClassName, Trace
+from policies import plugins
+from policies.api import PolicySpec
+
+GRACE_S = 60.0  # after the offered time, for answers under way
+# Which profile a name of the shop means. Others are files: samples of steps that were timed on the machine itself.
+HARDWARE = {("h100", "llama-8b"): "8b-h100"}
+TEACH = """
+mix.jsonl --hardware h100 --model llama-8b
+workload.toml --hardware h100 --model llama-8b --duration 60 --seeds 1 --json out/plan.json
+conversation_trace.jsonl.zst --hardware h100 --model llama-8b --price 2.2 --spare 1 --closed-form
+"""
+
+
+class Checked(msgspec.Struct, frozen=True):
+    """What the simulator says of a fleet of this size."""
+
+    replicas: int
+    is_pass: bool
+    classes: dict[ClassName, Share]
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """All that --json writes."""
+
+    planned: Planned
+    simulated: list[Checked]
+    label: str
+
+
+def add(commands: options.Commands[argparse.ArgumentParser]) -> None:
+    """The command."""
+    says = "say how many replicas a workload needs, what binds, and what a million tokens cost by class"
+    command = options.command(commands, "plan", says, TEACH)
+    command.add_argument("workload", type=Path, help="a trace in any known format, or a .toml over `compose`'s mix")
+    command.add_argument("--hardware", default="h100", choices=sorted({name for name, _ in HARDWARE}), help="(h100)")
+    command.add_argument(
+        "--model", default="llama-8b", choices=sorted({name for _, name in HARDWARE}), help="(llama-8b)"
+    )
+    command.add_argument("--profile", metavar="FILE", help="step times of another machine, instead of the two above")
+    command.add_argument("--budgets", type=Path, metavar="FILE", help="promises as /readyz has them (the published)")
+    command.add_argument("--price", type=options.positive, default=2.5, help="of a replica an hour (2.5)")
+    command.add_argument("--spare", type=int, default=0, help="replicas beyond what is needed, for failures (0)")
+    command.add_argument(
+        "--duration", type=options.positive, default=3600.0, metavar="S", help="of a .toml's mix (3600)"
+    )
+    command.add_argument("--seeds", type=options.count, default=3, help="simulated runs of each size (3)")
+    command.add_argument("--policy", default="headway", help="that the simulator places by (headway)")
+    command.add_argument("--closed-form", action="store_true", help="do not ask the simulator")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
+    command.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    profile = profiles.load(arguments.profile or HARDWARE[arguments.hardware, arguments.model])
+    budgets = read_budgets(arguments.budgets) if arguments.budgets else PUBLISHED
+    trace = _trace(arguments.workload, arguments.duration)
+    work = asked(trace, profile.blocks_total * profile.block_tokens)
+    planned = plan(work, profile, budgets, arguments.spare, arguments.price)
+    print(text(planned))
+    checked: list[Checked] = []
+    if not arguments.closed_form:
+        need = planned.replicas - planned.spare
+        sizes = [size for size in (need - 1, need, need + 1) if size >= 1]
+        seeds = range(1, arguments.seeds + 1)
+        check = _Check(trace, profile, budgets, arguments.policy)
+        checked = [check.size(size, seeds) for size in sizes]
+        print(f"\n{simulate.LABEL}, {arguments.policy}, {arguments.seeds} seeds\n\n{checked_text(checked)}")
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        answer = Answer(planned, checked, simulate.LABEL if checked else "closed form")
+        arguments.json.write_bytes(msgspec.json.format(msgspec.json.encode(answer), indent=1))
+        print(f"wrote {arguments.json}")
+    return 0
+
+
+def _trace(path: Path, duration_s: float) -> Trace:
+    if path.suffix != ".toml":
+        return formats.load(path)
+    with path.open("rb") as file:
+        return compose(read_mix(tomllib.load(file)), seed=1, duration_s=duration_s)
+
+
+def read_mix(changes: dict[str, Any]) -> Mix:
+    """`compose`'s mix with these keys changed, nested as its dataclasses are. Raises ValueError naming a wrong one."""
+    plain: dict[str, Any] = msgspec.to_builtins(Mix())
+    return msgspec.convert(_merged(plain, changes, ""), Mix)
+
+
+def _merged(plain: dict[str, Any], changes: dict[str, Any], where: str) -> dict[str, Any]:
+    merged = dict(plain)
+    for name, value in changes.items():
+        if name not in plain:
+            raise ValueError(f"the workload has no {where}{name}; there are {', '.join(plain)}")
+        old = plain[name]
+        if isinstance(old, dict) != isinstance(value, dict):
+            raise ValueError(f"{where}{name} is {'a table' if isinstance(old, dict) else 'one value'}")
+        merged[name] = _merged(old, value, f"{where}{name}.") if isinstance(old, dict) else value
+    return merged
+
+
+def text(planned: Planned) -> str:
+    """The plan in words, reasons first."""
+    bounds = planned.bounds
+    spare = f", {planned.spare} of them spare" if planned.spare else ""
+    rows = [
+        ["", "per s", "hit %", "prefill ms", "decode ms", "busy replicas", "load it bears", "per 1M tokens", "output"]
+    ]
+    rows += [
+        [
+            name,
+            f"{one.per_s:.3f}",
+            f"{100 * one.hit:.1f}",
+            f"{1e3 * one.prefill_s:.0f}",
+            f"{1e3 * one.decode_s:.0f}",
+            f"{one.busy:.2f}",
+            f"{one.load_max:.2f}",
+            f"{one.cost_per_million:.3f}",
+            f"{one.cost_per_million_output:.2f}",
+        ]
+        for name, one in planned.classes.items()
+    ]
+    return "\n".join(
+        [
+            f"{planned.replicas} replicas{spare}: {bounds.binding} binds",
+            f"  compute {bounds.compute:.2f}, KV memory {bounds.kv:.2f}, decode pace {bounds.pace:.2f} replicas",
+            f"  a tenth more of the input held: {planned.if_hit_10_more:.2f}; a tenth more load: "
+            f"{planned.if_load_10_more:.2f} (now {bounds.most:.2f})",
+            "",
+            aligned(rows),
+            "",
+            f"a replica decodes {planned.batch} sequences within the pace, and keeps {planned.kv_tokens:,} tokens",
+            f"at {planned.price_per_hour:g} a replica and hour; step times: {planned.source}",
+        ]
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Check:
+    """Simulates fleets of several sizes under the same promises."""
+
+    trace: Trace
+    profile: Profile
+    budgets: Budgets
+    policy: str
+
+    def size(self, workers: int, seeds: Sequence[int]) -> Checked:
+        """One size, over all seeds."""
+        found = point(1.0, pooled([self.run(workers, seed) for seed in seeds], self.budgets), 0)
+        return Checked(workers, all(one.met >= one.wanted for one in found.classes.values()), found.classes)
+
+    def run(self, workers: int, seed: int) -> Measured:
+        """One run in virtual time."""
+        duration_s = span_s(self.trace, 1.0)
+        setting = Setting(
+            router=plugins.load(PolicySpec(self.policy)),
+            engine=plugins.load_engine("headway"),
+            profiles=(self.profile,) * workers,
+            seed=seed,
+            duration_s=duration_s,
+            grace_s=GRACE_S,
+        )
+        world = simulate.simulate(self.trace, setting)
+        run = Run(
+            target=simulate.LABEL,
+            model=self.profile.name,
+            trace_name="",
+            trace_digest="",
+            seed=seed,
+            speed=1.0,
+            stripped_share=setting.stripped_share,
+            duration_s=duration_s,
+            wall_s=world.now,
+            started="virtual time",
+            machine="simulated",
+            version="",
+            client_cpu_s=0.0,
+            budgets=to_plain(self.budgets),
+        )
+        return run, simulate.judged(world.records, 0.0)
+
+
+def checked_text(found: Sequence[Checked]) -> str:
+    """A row a size."""
+    rows = [["replicas", *(f"{name} met %" for name in CLASSES), ""]]
+    for one in found:
+        shares = [one.classes.get(name) for name in CLASSES]
+        cells = ["-" if s is None else f"{100 * s.met:.1f} ({100 * s.low:.1f} to {100 * s.high:.1f})" for s in shares]
+        rows.append([str(one.replicas), *cells, "pass" if one.is_pass else "FAIL"])
+    return aligned(rows)
