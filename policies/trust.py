@@ -4,6 +4,8 @@ Owns until when each stage is distrusted. Never notices a fault itself: the rout
 
 from __future__ import annotations
 
+import math
+
 from policies.admission import admit
 from policies.api import RouterPolicy
 from policies.budget import Promises
@@ -15,6 +17,7 @@ from policies.placement import lmetric_place
 BUILT_IN = RouterPolicy(classify, Promises(), admit, least_laxity, lmetric_place)
 STAGES = ("classify", "promise", "admit", "order", "place")
 DISTRUST_S = 10.0  # how long the built-in stage stands in for a faulty one
+FAULTS_MAX = 3  # at the third fault of a stage the built-in one stays: a policy that fails so often fails again
 
 
 class Trust:
@@ -23,6 +26,7 @@ class Trust:
     def __init__(self, policy: RouterPolicy) -> None:
         self._policy = policy
         self._distrusted_until: dict[str, float] = {}
+        self._faults: dict[str, int] = {}
 
     def policy(self, stage: str, now: float) -> RouterPolicy:
         """Who answers for `stage`."""
@@ -31,7 +35,8 @@ class Trust:
     def fault(self, stage: str, now: float) -> None:
         """The guard has just seen `stage` fail."""
         if stage in STAGES:
-            self._distrusted_until[stage] = now + DISTRUST_S
+            self._faults[stage] = count = self._faults.get(stage, 0) + 1
+            self._distrusted_until[stage] = now + DISTRUST_S if count < FAULTS_MAX else math.inf
 
     def learn(self, event: Event) -> None:
         """The chosen policy learns, trusted or not."""

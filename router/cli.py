@@ -1,4 +1,4 @@
-"""The command line: `headway serve`, `check-config`, `replay-events`, `version`.
+"""The command line: `headway serve`, `check-config`, `replay-events`, `explain-class`, `version`.
 
 Owns the words and the exit codes. Never serves anything itself: it makes a plan and hands it to the keeper."""
 
@@ -40,6 +40,12 @@ example:
   headway serve --record run.jsonl      ... requests, Ctrl-C
   headway replay-events run.jsonl"""
 
+EXPLAIN = """\
+Prints what a recorded request said of itself, what was remembered of its session, and which row of the table decided.
+
+example:
+  headway explain-class run.jsonl 49780ea5b837     the x-headway-request of an answer, or its beginning"""
+
 RAW = argparse.RawDescriptionHelpFormatter
 
 
@@ -74,6 +80,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     replay.add_argument("file", type=Path, help="what `headway serve --record` wrote")
     replay.set_defaults(run=_replay_events)
+    explain = commands.add_parser(
+        "explain-class", help="say why a recorded request is of its class", epilog=EXPLAIN, formatter_class=RAW
+    )
+    explain.add_argument("file", type=Path, help="what `headway serve --record` wrote")
+    explain.add_argument("request", help="x-headway-request of its answer")
+    explain.set_defaults(run=_explain_class)
     return parser
 
 
@@ -107,7 +119,7 @@ FLAGS = {  # flag -> key
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from policies.plugins import PolicyError
+    from policies.plugins import PolicyError, load_engine
     from policies.plugins import load as load_policy
     from router.config_load import ConfigError, load
     from router.keeper import Keeper
@@ -121,13 +133,14 @@ def _serve(arguments: argparse.Namespace) -> int:
     try:
         config = load(arguments.config or _default_file(), os.environ, flags)
         load_policy(policy_spec(config))  # the router does it again: here it costs no start of a model to be told no
+        load_engine(config.policy.engine)
     except (ConfigError, PolicyError) as error:
         return _complain(error)
     return Keeper(make_plan(config, os.environ)).run()
 
 
 def _check_config(arguments: argparse.Namespace) -> int:
-    from policies.plugins import PolicyError
+    from policies.plugins import PolicyError, load_engine
     from policies.plugins import load as load_policy
     from router.config_load import ConfigError, load
     from router.reducer import policy_spec
@@ -136,9 +149,22 @@ def _check_config(arguments: argparse.Namespace) -> int:
     try:
         config = load(path, os.environ, {})
         load_policy(policy_spec(config))
+        load_engine(config.policy.engine)
     except (ConfigError, PolicyError) as error:
         return _complain(error)
     print(f"{path or 'the defaults'}: good (digest {config.digest})")
+    return 0
+
+
+def _explain_class(arguments: argparse.Namespace) -> int:
+    from policies.plugins import PolicyError
+    from router.explain import ask, words
+    from router.record import RecordError
+
+    try:
+        print(words(ask(arguments.file, arguments.request)))
+    except (RecordError, PolicyError) as error:
+        return _complain(error)
     return 0
 
 

@@ -316,6 +316,16 @@ def test_a_faulty_stage_is_replaced_for_a_while() -> None:
     assert dispatched(offer(mind, request(2, arrived=60.0))) == []
 
 
+def test_a_stage_that_fails_three_times_is_replaced_for_good() -> None:
+    mind = Dispatcher(replace(BUILTINS["headway"]({}), place=lambda *_: ()), LIMITS, np.random.default_rng(0))
+    mind.handle(up(), 0.0)
+    for number in range(2):
+        mind.handle(PolicyFault("place", "raised"), 100.0 * number)
+        assert dispatched(offer(mind, request(number, arrived=100.0 * number + 50.0))) == []
+    mind.handle(PolicyFault("place", "raised"), 200.0)
+    assert dispatched(offer(mind, request(2, arrived=9_000.0)))
+
+
 def test_news_of_strangers_and_starts_are_no_trouble() -> None:
     mind = dispatcher(workers=1)
     assert mind.handle(Started("digest", "0.1.0", 7, "{}"), 0.0) == []
