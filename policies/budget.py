@@ -99,6 +99,12 @@ def from_params(params: Mapping[str, Any]) -> Promises:
     return Promises(rows, tenants)
 
 
+def refuse_unknown(params: Mapping[str, Any], *known: str) -> None:
+    """Raises ValueError on a parameter that a policy does not read: a typo would be a default in disguise."""
+    if unknown := sorted(set(params) - set(known)):
+        raise ValueError(f"there is no {unknown[0]!r}; there are {', '.join(known)}")
+
+
 def _rows(base: Rows, changes: Mapping[str, Mapping[str, float]]) -> Rows:
     rows = list(base)
     for name, fields in changes.items():

@@ -12,7 +12,7 @@ from policies.admission import admit
 from policies.api import EnginePolicy, RouterPolicy
 from policies.baselines.engines import ENGINES as BASELINES
 from policies.baselines.routers import ROUTERS
-from policies.budget import from_params
+from policies.budget import from_params, refuse_unknown
 from policies.classify import classify
 from policies.ordering import least_laxity
 from policies.placement import Weights, budget_place
@@ -24,6 +24,7 @@ def headway(params: Mapping[str, Any]) -> RouterPolicy:
     """Placement by remaining budget, late binding, honest refusals.
 
     Parameters: `promises` and `tenants` (see policies.budget), and `weights`, the factors of policies.placement."""
+    refuse_unknown(params, "promises", "tenants", "weights")
     weights = Weights(**params.get("weights", {}))
     return RouterPolicy(classify, from_params(params), admit, least_laxity, budget_place(weights))
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from policies.admission import admit_always
 from policies.api import FleetView, Floats, Forecast, Job, Place, RouterPolicy, ignore
-from policies.budget import from_params
+from policies.budget import from_params, refuse_unknown
 from policies.classify import classify
 from policies.events import Event, WorkerReport
 from policies.ordering import least_laxity
@@ -64,7 +64,7 @@ def cache_aware(params: Mapping[str, Any]) -> RouterPolicy:
             return fleet.streams.copy()
         return _longest(scene, job, fleet)
 
-    return _queueing(params, _by(score))
+    return _queueing(params, _by(score), knobs=("cache_threshold", "balance_abs", "balance_rel"))
 
 
 def dynamo(params: Mapping[str, Any]) -> RouterPolicy:
@@ -77,7 +77,7 @@ def dynamo(params: Mapping[str, Any]) -> RouterPolicy:
         context = np.array([decoding.tokens.get(int(worker), 0) for worker in fleet.worker], dtype=np.float64)
         return overlap * (fleet.waiting_tokens + scene.uncached) + context + job.prompt.tokens
 
-    return _queueing(params, _by(score), decoding.learn)
+    return _queueing(params, _by(score), decoding.learn, knobs=("overlap",))
 
 
 @dataclass(slots=True)
@@ -91,7 +91,10 @@ class _Decoding:
             self.tokens[event.worker] = event.load.decode_context
 
 
-def _queueing(params: Mapping[str, Any], place: Place, learn: Callable[[Event], None] = ignore) -> RouterPolicy:
+def _queueing(
+    params: Mapping[str, Any], place: Place, learn: Callable[[Event], None] = ignore, knobs: Sequence[str] = ()
+) -> RouterPolicy:
+    refuse_unknown(params, "promises", "tenants", *knobs)
     return RouterPolicy(classify, from_params(params), admit_always, least_laxity, place, learn)
 
 

@@ -36,6 +36,8 @@ def test_a_name_becomes_a_policy(ref: str) -> None:
         (PolicySpec("tests.policies.test_plugins:nonsense"), "made a str, not a RouterPolicy"),
         (PolicySpec("headway", {"promises": {"chatty": {}}}), "does not take these parameters: no class"),
         (PolicySpec("headway", {"weights": {"spred": 1}}), "does not take these parameters"),
+        (PolicySpec("headway", {"promisses": {}}), "there is no 'promisses'; there are promises, tenants, weights"),
+        (PolicySpec("dynamo", {"overlapp": 2.0}), "there is no 'overlapp'; there are promises, tenants, overlap"),
     ],
 )
 def test_a_wrong_spec_says_what_is_wrong(spec: PolicySpec, complaint: str) -> None:
