@@ -23,7 +23,7 @@ from loadgen.sim.profiles import H100_8B
 from loadgen.sim.world import Setting
 from loadgen.simulate import judged, simulate
 from loadgen.targets import PUBLISHED, target_of
-from loadgen.traces import CLASSES, Trace
+from loadgen.traces import CLASSES, Tally, Trace
 from policies import plugins
 from policies.api import RouterPolicy
 
@@ -87,7 +87,7 @@ class Workloads:
 
     def _weka(self, load: float, seed: int) -> Trace:
         path = self._path("weka_requests.csv.zst")
-        sessions = weka.fitting(weka.sessions_of(path, formats.Tally(path)), 8, PROFILE.context_max)
+        sessions = weka.fitting(weka.sessions_of(path, Tally(path, strict=False)), 8, PROFILE.context_max)
         count = max(2, round(load * 0.1 * self.duration_s))
         return compose.scale(weka.slice_of(sessions, count, seed, self.duration_s), 8)
 
