@@ -65,6 +65,11 @@ class StepModel:
         mean_context = cached + tokens / 2
         return self.bias * (self.row_s * tokens + self.chunk_context_s * tokens * mean_context)
 
+    def request_s(self, tokens: int, cached: int, output: int) -> float:
+        """GPU-seconds of one request's own: its prompt and its share of the steps that it decodes in."""
+        step_s = self.bias * (self.sequence_s + self.decode_context_s * tokens)
+        return self.prefill_s(tokens - cached, cached) + output * step_s
+
     def unloaded_ttft_s(self, tokens: int, cached: int = 0) -> float:
         """Seconds to the first token on an idle worker."""
         return max(self.prefill_s(tokens, cached), self.bias * self.floor_s) + self.bias * (

@@ -109,8 +109,7 @@ class Ledger:
 
     def cost_s(self, tokens: int, cached: int, output: int) -> float:
         """GPU-seconds that an answer took, as fairness counts them."""
-        step_s = self.sequence_s + self.decode_context_s * tokens
-        return self.model.prefill_s(tokens - cached, cached) + output * step_s
+        return self.model.request_s(tokens, cached, output)
 
     def charge(self, job: Job, forecast: Forecast, now: float) -> Charge:
         """Book a request that was just placed here."""

@@ -28,9 +28,11 @@ from policies.events import PolicyFault, Started
 from policies.plugins import PolicyError
 from policies.request import Tenant
 from router import admin, canonical
+from router.accounts import Accounts
 from router.app import App, House, shape_of
 from router.config import Config
 from router.fleet import Fleet
+from router.keys import KeysError, check_reach, keys_path
 from router.kv_hints import KvHints
 from router.metrics import GcPauses, Metrics
 from router.mind import Mind
@@ -45,6 +47,7 @@ from router.reducer import build, load_policy, policy_spec
 from router.salts import Salts
 from router.server import Listener
 from router.template import ChatTemplate
+from router.tenants import Tenants
 from router.text import Text
 from router.version import code_version
 from router.vocabulary import Vocabulary
@@ -84,6 +87,7 @@ class Parts:
     mind: Mind
     fleet: Fleet
     readiness: Readiness
+    tenants: Tenants
     app: App
     operator: admin.Admin
 
@@ -104,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         return uvloop.run(serve(config, place))
-    except (PolicyError, OSError, canonical.RuleError) as error:
+    except (PolicyError, KeysError, OSError, canonical.RuleError) as error:
         log.error("the router cannot start: %s", error)
         return BAD_START
 
@@ -119,6 +123,7 @@ async def serve(config: Config, place: Place) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         running = asyncio.create_task(parts.fleet.run())
+        following = asyncio.create_task(parts.tenants.run())
         stopped = asyncio.create_task(stop.wait())
         try:
             await public.start(place.listen)
@@ -137,10 +142,11 @@ async def serve(config: Config, place: Place) -> int:
             return 0
         finally:
             running.cancel()
+            following.cancel()
             stopped.cancel()
             await public.close()
             await operator.close()
-            await asyncio.gather(running, stopped, return_exceptions=True)
+            await asyncio.gather(running, following, stopped, return_exceptions=True)
 
 
 def _build(config: Config, place: Place, stack: contextlib.ExitStack) -> Parts:
@@ -154,24 +160,36 @@ def _build(config: Config, place: Place, stack: contextlib.ExitStack) -> Parts:
     spec = policy_spec(config).to_json()
     mind.begin(Started(config.digest, code_version(), seed, spec))
     fleet = Fleet(place.workers, mind, spec, engine=PolicySpec(config.policy.engine), restart=place.restart)
+    tenants = _tenants(config)
     metrics, receipts = Metrics(), _receipts(config, stack)
     metrics.watch(fleet, lambda: mind.live_count, lambda: recorder.dropped_events if recorder is not None else 0)
     metrics.registry.register(stack.enter_context(GcPauses()))
-    observers = Observers([receipts, metrics, *_tracing(config, place, stack)])
-    tenant = Tenant(config.tenant.id, config.tenant.organisation)
-    readiness = Readiness(fleet, policy, reducer.fleet.profile, tenant)
-    salt = Salts.load(state_folder(config, os.environ) / "salt.key").of(tenant.organisation)
+    observers = Observers([receipts, metrics, tenants.accounts, *_tracing(config, place, stack)])
+    readiness = Readiness(fleet, policy, reducer.fleet.profile, tenants.local.tenant)
     house = House(
         services=Services(mind, fleet, observers, RelayLimits(), time.monotonic),
         models=fleet.models,
         text=_text(config, place.model),
         model=served_name(config),
-        salt=salt,
-        tenant=tenant,
+        tenants=tenants,
         readiness=readiness.state,
         aliases=config.models.aliases,
     )
-    return Parts(mind, fleet, readiness, App(house), admin.Admin(metrics, fleet, receipts, KvHints(fleet, salt)))
+    hints = KvHints(fleet, tenants.local.salt)
+    operator = admin.Admin(metrics, fleet, receipts, hints, tenants=tenants, readiness=readiness.state)
+    return Parts(mind, fleet, readiness, tenants, App(house), operator)
+
+
+def _tenants(config: Config) -> Tenants:
+    """Who may call. Raises KeysError when the keys cannot be read, or others could come and need none."""
+    state = state_folder(config, os.environ)
+    accounts = Accounts(state / "usage.json", time.monotonic, time.time)
+    accounts.load()
+    local = Tenant(config.tenant.id, config.tenant.organisation)
+    tenants = Tenants(keys_path(config), Salts.load(state / "salt.key"), local, accounts)
+    check_reach(config)
+    tenants.load()
+    return tenants
 
 
 def _text(config: Config, folder: Path) -> Text:

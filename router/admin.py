@@ -1,4 +1,4 @@
-"""The admin listener's answers: dashboard, metrics, workers and receipts, for the operator on this machine.
+"""The admin listener's answers: dashboard, metrics, workers, receipts, tenants, for the operator on this machine.
 
 Owns what they show. Never reachable but from loopback, never shows a prompt; hints for KV are all that it takes."""
 
@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import ipaddress
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import resources
 from urllib.parse import parse_qs, urlsplit
 
@@ -20,6 +20,9 @@ from router.fleet import Fleet, WorkerState
 from router.kv_hints import KvHints
 from router.metrics import Metrics
 from router.receipts import Receipts
+from router.tenants import Tenants
+
+Readiness = Callable[[], tuple[bool, Mapping[str, object]]]
 
 RECEIPTS_DEFAULT = 100
 HINTS_PATH = "/kv_hints"
@@ -56,12 +59,17 @@ class Admin:
         fleet: Fleet,
         receipts: Receipts,
         hints: KvHints,
+        *,
+        tenants: Tenants,
+        readiness: Readiness,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._hints = hints
         self._metrics = metrics
         self._fleet = fleet
         self._receipts = receipts
+        self._tenants = tenants
+        self._readiness = readiness
         self._clock = clock
         self._dashboard = resources.files("router").joinpath("dashboard.html").read_bytes()
         self._routes = {
@@ -69,6 +77,8 @@ class Admin:
             "/metrics": self._show_metrics,
             "/workers": self._show_workers,
             "/receipts": self._show_receipts,
+            "/tenants": self._show_tenants,
+            "/readyz": self._show_readiness,
         }
 
     async def answer(self, exchange: Exchange) -> None:
@@ -103,6 +113,13 @@ class Admin:
     def _show_workers(self, _: Head) -> tuple[bytes, bytes]:
         now = self._clock()
         return JSON_TYPE, msgspec.json.encode([_worker(state, now) for state in self._fleet.workers])
+
+    def _show_tenants(self, _: Head) -> tuple[bytes, bytes]:
+        return JSON_TYPE, msgspec.json.encode(self._tenants.accounts.shown())
+
+    def _show_readiness(self, _: Head) -> tuple[bytes, bytes]:
+        is_ready, state = self._readiness()
+        return JSON_TYPE, msgspec.json.encode({"ready": is_ready, **state, "needs_key": self._tenants.needs_keys})
 
     def _show_receipts(self, head: Head) -> tuple[bytes, bytes]:
         last = parse_qs(head.query.decode("latin-1")).get("last", [str(RECEIPTS_DEFAULT)])[0]

@@ -4,13 +4,10 @@ Owns the list of routes and their body limits. Never schedules and never tokenis
 
 from __future__ import annotations
 
-import functools
-import ipaddress
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
 import msgspec
 from starlette.requests import Request as HttpRequest
@@ -18,7 +15,6 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
-from policies.request import Tenant
 from router.asgi import answer, refuse_method
 from router.catalogue import Catalogue
 from router.dialects.chat import CHAT
@@ -32,6 +28,7 @@ from router.fleet import ModelView
 from router.generate import Count, Desk, Generate
 from router.openapi import document
 from router.order import Services
+from router.tenants import Caller, Tenants
 from router.text import Text
 from router.turn import ErrorShape
 
@@ -45,6 +42,7 @@ BODY_BYTES_MAX = {
     "/v1/messages/count_tokens": MESSAGES_BODY_BYTES_MAX,
 }
 OTHER_BODY_BYTES_MAX = 64 * 1024
+OPEN_PATHS = frozenset(("/", "/livez", "/readyz", "/health"))  # for who has no key: probes, and whether we are there
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +53,7 @@ class House:
     models: Callable[[], Mapping[str, ModelView]]
     text: Text
     model: str  # the one that is served; clients may leave it out
-    salt: bytes
-    tenant: Tenant
+    tenants: Tenants
     readiness: Callable[[], tuple[bool, Mapping[str, Any]]]
     aliases: Mapping[str, str] = field(default_factory=dict)
 
@@ -67,7 +64,7 @@ class App:
     def __init__(self, house: House) -> None:
         self._house = house
         catalogue = self._catalogue = Catalogue(house.models, house.model, house.aliases, int(time.time()))
-        desk = Desk(house.services, catalogue, house.text, house.salt, house.tenant)
+        desk = Desk(house.services, catalogue, house.text, house.tenants)
         self._posts: dict[str, Callable[[Exchange], Awaitable[None]]] = {
             "/v1/chat/completions": Generate(desk, CHAT),
             "/v1/completions": Generate(desk, COMPLETIONS),
@@ -90,16 +87,18 @@ class App:
         )
 
     def gate(self, head: Head) -> int:
-        """The most body bytes that this head may bring. Raises RequestError 403 on what a foreign page sends."""
-        if not _is_local(head.header(b"host")) or not _is_local(_authority(head.header(b"origin"))):
-            raise RequestError(403, "This server answers loopback addresses alone, and no foreign web page.")
+        """The most body bytes that this head may bring. Raises RequestError 401 or 403: nobody's body is read for who
+        may not send it."""
+        tenants = self._house.tenants
+        if not tenants.needs_keys or head.path not in OPEN_PATHS:
+            tenants.caller(head)
         return BODY_BYTES_MAX.get(head.path, OTHER_BODY_BYTES_MAX)
 
     async def handle(self, exchange: Exchange) -> None:
         """Answer one exchange."""
         post = self._posts.get(exchange.head.path)
         if post is None:
-            await answer(self._routes, exchange)
+            await answer(self._routes, exchange, {"caller": self._caller(exchange.head)})
         elif exchange.head.method == "POST":
             await post(exchange)
         else:
@@ -107,12 +106,20 @@ class App:
 
     # Small answers ----------------------------------------------------------------------------------------------------
 
+    def _caller(self, head: Head) -> Caller | None:
+        """Who asks; None for who shows no good key, and `gate` let them come here all the same."""
+        try:
+            return self._house.tenants.caller(head)
+        except RequestError:
+            return None
+
     async def _livez(self, _: HttpRequest) -> Response:
         return _json({"alive": True})
 
-    async def _readyz(self, _: HttpRequest) -> Response:
+    async def _readyz(self, request: HttpRequest) -> Response:
         is_ready, state = self._house.readiness()
-        return _json({"ready": is_ready, **state}, 200 if is_ready else 503)
+        shown = state if request.state.caller is not None else {}
+        return _json({"ready": is_ready, **shown}, 200 if is_ready else 503)
 
     async def _root(self, _: HttpRequest) -> Response:
         return _json({"name": "headway"})  # Claude Code asks HEAD / whether anybody is there
@@ -121,13 +128,19 @@ class App:
         return Response(document(), media_type="application/json")
 
     async def _list_models(self, request: HttpRequest) -> Response:
-        return _json(self._catalogue.page(request.query_params))
+        return _json(self._seen_by(request).page(request.query_params))
 
     async def _show_model(self, request: HttpRequest) -> Response:
         try:
-            return _json(self._catalogue.entry(request.path_params["model"]))
+            return _json(self._seen_by(request).entry(request.path_params["model"]))
         except RequestError as error:
             return _error(error, shape_of(request.url.path, is_anthropic="anthropic-version" in request.headers))
+
+    def _seen_by(self, request: HttpRequest) -> Catalogue:
+        caller: Caller | None = request.state.caller
+        if caller is None:  # revoked since the gate
+            return self._catalogue.seen_by(("",))
+        return self._catalogue.seen_by(caller.models)
 
 
 def shape_of(path: str, *, is_anthropic: bool = False) -> ErrorShape:
@@ -148,21 +161,3 @@ def _error(error: RequestError, shape: ErrorShape) -> Response:
 
 def _json(value: Any, status: int = 200) -> Response:
     return Response(msgspec.json.encode(value), status, media_type="application/json")
-
-
-def _authority(origin: str | None) -> str | None:
-    """Host and port of an Origin; the literal `null` of sandboxed pages is foreign."""
-    return None if origin is None else urlsplit(origin).netloc or "null"
-
-
-@functools.lru_cache(maxsize=256)
-def _is_local(authority: str | None) -> bool:
-    """Whether a Host or Origin names this machine's loopback; a missing one says nothing against it."""
-    if authority is None:
-        return True
-    host = authority.rsplit(":", 1)[0] if not authority.endswith("]") else authority
-    host = host.strip("[]")
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -4,6 +4,8 @@ Owns the bridge between an exchange and ASGI. Streams do not pass here: they are
 
 from __future__ import annotations
 
+from typing import Any
+
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Scope
 
@@ -11,8 +13,9 @@ from router.errors import JSON, Headers, RequestError
 from router.exchange import Exchange
 
 
-async def answer(app: ASGIApp, exchange: Exchange) -> None:
-    """Let `app` answer one exchange. A route that it refuses by exception gets JSON in OpenAI's error shape."""
+async def answer(app: ASGIApp, exchange: Exchange, state: dict[str, Any]) -> None:
+    """Let `app` answer one exchange; its routes find `state` at their request. A route that it refuses by exception
+    gets JSON in OpenAI's error shape."""
     head = exchange.head
     scope: Scope = {
         "type": "http",
@@ -23,6 +26,7 @@ async def answer(app: ASGIApp, exchange: Exchange) -> None:
         "headers": list(head.fields.items()),
         "root_path": "",
         "scheme": "http",
+        "state": state,
         "app": app,  # with it starlette raises its 405 instead of answering in plain text
     }
     try:

@@ -22,12 +22,13 @@ def banner(address: Any, admin_port: int, ready: Mapping[str, Any]) -> str:
     host, port = address[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     messages = [{"role": "user", "content": "What is the capital of France?"}]
+    key = ' -H "authorization: Bearer $KEY"' if ready["needs_key"] else ""
     body = json.dumps({"model": ready["model"], "messages": messages, "temperature": 0})
     lines = [
         "",
         f"Headway serves {ready['model']} at {url}  (dashboard: http://127.0.0.1:{admin_port}/)",
         "",
-        f"  curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'",
+        f"  curl {url}/v1/chat/completions{key} -H 'content-type: application/json' -d '{body}'",
         "",
         "Budgets in force (never tighter than this machine can keep):",
         *(f"  {name:17} {_budget(budget)}" for name, budget in ready["budgets"].items()),
@@ -55,13 +56,13 @@ def _time(seconds: float) -> str:
 
 
 def ask_ready(address: Any) -> dict[str, Any] | None:
-    """What /readyz says once it says yes. The socket is ours, so connecting proves nothing yet."""
+    """What the admin listener's /readyz says once it says yes. The socket is ours, so connecting proves nothing yet."""
     connection = http.client.HTTPConnection(address[0], address[1], timeout=READY_TIMEOUT_S)
     try:
         connection.request("GET", "/readyz")
         response = connection.getresponse()
-        answer = response.read()
-        return json.loads(answer) if response.status == 200 else None
+        answer: dict[str, Any] = json.loads(response.read())
+        return answer if response.status == 200 and answer["ready"] else None
     except (OSError, http.client.HTTPException, ValueError):
         return None
     finally:

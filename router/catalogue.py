@@ -5,7 +5,7 @@ Owns the way from a client's name to a model. Never starts one."""
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,20 +19,40 @@ class Catalogue:
     """Names to models."""
 
     def __init__(
-        self, models: Callable[[], Mapping[str, ModelView]], default: str, aliases: Mapping[str, str], created: int
+        self,
+        models: Callable[[], Mapping[str, ModelView]],
+        default: str,
+        aliases: Mapping[str, str],
+        created: int,
+        patterns: Sequence[str] = (),
     ) -> None:
         self._models = models
         self._default = default  # for clients that name none
         self._aliases = aliases  # pattern to name; an empty name means the default
         self._created = created  # second of the router's start
+        self._patterns = patterns  # of models that may be seen; none: all
+
+    def seen_by(self, patterns: Sequence[str]) -> Catalogue:
+        """This catalogue for a key that is good for some models: the others look as if they were not there."""
+        if not patterns:
+            return self
+        return Catalogue(self._models, self._default, self._aliases, self._created, patterns)
+
+    def _visible(self) -> Mapping[str, ModelView]:
+        models = self._models()
+        if not self._patterns:
+            return models
+        return {
+            name: view for name, view in models.items() if any(fnmatch.fnmatchcase(name, p) for p in self._patterns)
+        }
 
     # Hot: once per request.
     def find(self, name: str) -> ModelView:
         """The model as its workers describe it, or did before they went away: the mind holds what waits for them."""
-        models = self._models()
-        if not models:
+        if not self._models():
             message = "No worker has started yet; try again in a moment."
             raise RequestError(503, message, code="no-worker", retry_after_s=2.0)
+        models = self._visible()
         view = models.get(name or self._default) or models.get(self._alias(name))
         if view is None:
             raise self._unknown(models)
@@ -53,7 +73,7 @@ class Catalogue:
 
     def page(self, query: Mapping[str, str]) -> dict[str, Any]:
         """The list, as OpenAI's and Anthropic's SDKs read it; `limit`, `after_id` and `before_id` are Anthropic's."""
-        models = [self._entry(view) for view in self._models().values()]
+        models = [self._entry(view) for view in self._visible().values()]
         ids = [model["id"] for model in models]
         begin = ids.index(query["after_id"]) + 1 if query.get("after_id") in ids else 0
         end = ids.index(query["before_id"]) if query.get("before_id") in ids else len(ids)
@@ -65,7 +85,7 @@ class Catalogue:
 
     def entry(self, name: str) -> dict[str, Any]:
         """One model. Raises RequestError 404."""
-        models = self._models()
+        models = self._visible()
         view = (models.get(name) or models.get(self._alias(name))) if name else None
         if view is None:
             raise self._unknown(models)

@@ -1,4 +1,4 @@
-"""The command line: `headway serve`, `check-config`, `replay-events`, `explain-class`, `version`.
+"""The command line: `headway serve`, `check-config`, `keys`, `replay-events`, `explain-class`.
 
 Owns the words and the exit codes. Never serves anything itself: it makes a plan and hands it to the keeper."""
 
@@ -7,11 +7,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from router import keys_cli
 from router.version import code_version
+
+if TYPE_CHECKING:
+    from router.config import Config
 
 DEFAULT_FILE = "headway.toml"
 
@@ -21,6 +25,7 @@ examples:
   headway serve --port 9000 --workers 4
   headway serve --model ./model.gguf              a GGUF file, or a directory with safetensors
   headway serve --record run.jsonl                record every decision; then: headway replay-events run.jsonl
+  headway keys add alice                          a key; with the first one, all callers need theirs
   headway serve --config headway.toml             see headway check-config for what is wrong with it
 
 Every key of the file has a variable, HEADWAY_SERVER_PORT for server.port; a flag wins over both."""
@@ -72,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.add_argument("file", nargs="?", type=Path, help=f"default: {DEFAULT_FILE} if it exists")
     check.set_defaults(run=_check_config)
+    keys_cli.add_to(commands)
     replay = commands.add_parser(
         "replay-events",
         help="decide a recording again and compare byte for byte",
@@ -119,38 +125,48 @@ FLAGS = {  # flag -> key
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from policies.plugins import PolicyError, load_engine
-    from policies.plugins import load as load_policy
-    from router.config_load import ConfigError, load
+    from policies.plugins import PolicyError
+    from router.config_load import ConfigError
     from router.keeper import Keeper
+    from router.keys import KeysError
     from router.plan import make_plan
-    from router.reducer import policy_spec
 
     given = vars(arguments)
     flags = {
         key: (f"--{name.replace('_', '-')}", given[name]) for name, key in FLAGS.items() if given[name] is not None
     }
     try:
-        config = load(arguments.config or _default_file(), os.environ, flags)
-        load_policy(policy_spec(config))  # the router does it again: here it costs no start of a model to be told no
-        load_engine(config.policy.engine)
-    except (ConfigError, PolicyError) as error:
+        config = _checked(arguments.config or default_file(), flags)
+    except (ConfigError, PolicyError, KeysError) as error:
         return _complain(error)
     return Keeper(make_plan(config, os.environ)).run()
 
 
-def _check_config(arguments: argparse.Namespace) -> int:
-    from policies.plugins import PolicyError, load_engine
+def _checked(path: Path | None, flags: Mapping[str, tuple[str, Any]]) -> Config:
+    """The configuration in force, and nothing about it that the router would refuse: here it costs no start of a model
+    to be told no. Raises ConfigError, PolicyError or KeysError."""
     from policies.plugins import load as load_policy
-    from router.config_load import ConfigError, load
+    from policies.plugins import load_engine
+    from router.config_load import load
+    from router.keys import check_reach
     from router.reducer import policy_spec
 
-    path: Path | None = arguments.file or _default_file()
+    config = load(path, os.environ, flags)
+    load_policy(policy_spec(config))
+    load_engine(config.policy.engine)
+    check_reach(config)
+    return config
+
+
+def _check_config(arguments: argparse.Namespace) -> int:
+    from policies.plugins import PolicyError
+    from router.config_load import ConfigError
+    from router.keys import KeysError
+
+    path: Path | None = arguments.file or default_file()
     try:
-        config = load(path, os.environ, {})
-        load_policy(policy_spec(config))
-        load_engine(config.policy.engine)
-    except (ConfigError, PolicyError) as error:
+        config = _checked(path, {})
+    except (ConfigError, PolicyError, KeysError) as error:
         return _complain(error)
     print(f"{path or 'the defaults'}: good (digest {config.digest})")
     return 0
@@ -187,7 +203,8 @@ def _replay_events(arguments: argparse.Namespace) -> int:
     return 1
 
 
-def _default_file() -> Path | None:
+def default_file() -> Path | None:
+    """The configuration that lies here, if one does."""
     path = Path(DEFAULT_FILE)
     return path if path.exists() else None
 

@@ -23,10 +23,11 @@ Seconds = Annotated[float, Meta(ge=0)]
 class Server(Struct, frozen=True, forbid_unknown_fields=True):
     """Where clients and the operator reach Headway."""
 
-    host: str = "127.0.0.1"  # closed by default: without keys every other address is refused
+    host: str = "127.0.0.1"  # closed by default: without keys no other address is served
     port: Port = 8080  # 0: any free one, printed at start
     admin_port: Port = 8081  # metrics, workers and receipts, always on 127.0.0.1
-    state_dir: str = ""  # keys that must outlive a restart; empty: $XDG_STATE_HOME/headway
+    state_dir: str = ""  # what must outlive a restart; empty: $XDG_STATE_HOME/headway
+    keys_file: str = ""  # who may call, see `headway keys`; empty: keys.json in state_dir
     drain_grace_s: Seconds = 30.0  # as long as chatbot+ is patient; a longer answer is cut with an error, not silently
 
 
@@ -101,7 +102,7 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Tenant(Struct, frozen=True, forbid_unknown_fields=True):
-    """Who pays. There is one until keys exist: whoever reaches the loopback address."""
+    """Who pays while there are no keys: whoever reaches the loopback address."""
 
     id: Annotated[str, Meta(min_length=1, max_length=64)] = "local"
     organisation: Annotated[str, Meta(min_length=1, max_length=64)] = "local"
@@ -163,8 +164,6 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
 def contradictions(config: Config) -> list[tuple[str, ...]]:
     """What each key alone allows and the whole does not: the keys that have a part in it, the main one first; why."""
     found: list[tuple[str, ...]] = []
-    if not _is_loopback(config.server.host):
-        found.append(("server.host", "must be a loopback address: without keys anyone else could use it too"))
     if config.server.port and config.server.port == config.server.admin_port:
         found.append(("server.admin_port", "server.port", "must differ from server.port"))
     if config.model.calls not in CALL_FORMS:
@@ -176,7 +175,7 @@ def contradictions(config: Config) -> list[tuple[str, ...]]:
     return found
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -10,6 +10,9 @@ MESSAGE_MAX_CHARS = 600  # with the other fields well under the promised 1 KiB o
 
 Headers = list[tuple[bytes, bytes]]
 JSON: Headers = [(b"content-type", b"application/json")]
+CHALLENGE: Headers = [(b"www-authenticate", b"Bearer")]
+NO_RETRY: Headers = [(b"x-should-retry", b"false")]  # SDKs would try again in seconds
+QUOTA = "insufficient_quota"  # OpenAI's code where waiting a little helps nobody
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -42,7 +45,10 @@ class RequestError(Exception):
 
     def headers(self) -> Headers:
         """The response headers."""
-        return JSON if self.retry_after_s is None else JSON + retry_headers(self.retry_after_s)
+        headers = JSON + CHALLENGE if self.status == 401 else JSON
+        if self.retry_after_s is not None:
+            headers = headers + retry_headers(self.retry_after_s)
+        return headers + NO_RETRY if self.detail.code == QUOTA else headers
 
     def body(self) -> bytes:
         """The response body."""
@@ -62,7 +68,7 @@ def error_body(detail: ErrorDetail) -> bytes:
 def retry_headers(retry_after_s: float | None) -> Headers:
     """When to come back: SDKs read the milliseconds, everybody else the seconds. None: a retry cannot succeed."""
     if retry_after_s is None:
-        return [(b"x-should-retry", b"false")]
+        return NO_RETRY
     return [
         (b"retry-after", b"%d" % max(1, round(retry_after_s))),
         (b"retry-after-ms", b"%d" % max(1, round(retry_after_s * 1000))),

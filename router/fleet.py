@@ -14,6 +14,7 @@ from typing import Protocol
 from engine.keys import ChainKey
 from engine.wire import PROTOCOL_VERSION, Hello, Submit, Welcome, WireError
 from policies.api import PolicySpec
+from policies.costs import StepModel
 from policies.events import WorkerLost, WorkerReport, WorkerUp
 from policies.request import RequestId, WorkerId
 from router.link import Link, LinkLimits, LinkLost
@@ -84,6 +85,7 @@ class WorkerState:
     dialled: Link | None = None  # the connection, hello or not
     link: Link | None = None  # the same once it said hello; None while the worker is lost
     hello: Hello | None = None  # the last one
+    step_model: StepModel | None = None  # the last one
     lost_reason: str = "not connected yet"
     losses: int = 0
     stalled_at: float | None = None  # ejected for a stall, and not back yet
@@ -129,6 +131,13 @@ class Fleet:
     def name(self, worker: WorkerId) -> str:
         """The name that people know a worker by, such as `w0`."""
         return self._workers[worker].name
+
+    def cost_s(self, worker: WorkerId, prompt: int, cached: int, output: int) -> float:
+        """GPU-seconds that so many tokens are worth there; of a worker that is lost, those it was worth before."""
+        state = self._workers[worker]
+        if state.link is not None and state.link.step_model is not None:
+            state.step_model = state.link.step_model
+        return state.step_model.request_s(prompt, cached, output) if state.step_model is not None else 0.0
 
     def models(self) -> Mapping[str, ModelView]:
         """The models that workers serve, by name; a lost worker's model stays, since it will be back."""
@@ -215,6 +224,7 @@ class Fleet:
         state.link, state.hello, state.stalled_at = link, hello, None
         self._models = _models(self._workers)
         assert link.step_model is not None, "a link is up after hello"
+        state.step_model = link.step_model
         log.info("worker %s is up: %s on %s, %d KV blocks", state.name, hello.model, hello.device, hello.blocks_total)
         self._watcher.worker_up(
             WorkerUp(

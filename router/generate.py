@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
-from policies.request import RequestId, Tenant
+from policies.request import RequestId
 from router import features
 from router.catalogue import Catalogue
 from router.chorus import Chorus
@@ -20,6 +20,7 @@ from router.errors import JSON, RequestError
 from router.exchange import Exchange
 from router.order import Order, Services
 from router.relay import Relay
+from router.tenants import Caller, Tenants
 from router.text import Identity, Text
 from router.turn import Encoder
 
@@ -33,8 +34,7 @@ class Desk:
     services: Services
     catalogue: Catalogue
     text: Text
-    salt: bytes
-    tenant: Tenant
+    tenants: Tenants
 
 
 class Generate:
@@ -46,12 +46,16 @@ class Generate:
 
     async def __call__(self, exchange: Exchange) -> None:
         request_id = RequestId(secrets.token_hex(12))
+        tenants = self._desk.tenants
         try:
-            orders = self._orders(request_id, exchange)
+            caller = tenants.caller(exchange.head)
+            with tenants.visit(caller):
+                await self._serve(request_id, exchange, self._orders(request_id, exchange, caller))
         except RequestError as error:
             status, headers, body = self._dialect.errors.refusal(error)
             exchange.respond(status, [*headers, (b"x-headway-request", request_id.encode())], body)
-            return
+
+    async def _serve(self, request_id: RequestId, exchange: Exchange, orders: list[Order]) -> None:
         if len(orders) == 1:
             relay = Relay(orders[0], exchange, self._desk.services)
             relay.begin()
@@ -67,18 +71,18 @@ class Generate:
             await relay.over
 
     # Hot: once per request. Budget 82 / 101 / 414 us for 1 / 16 / 256 kB with everything; bench/router.py.
-    def _orders(self, request_id: RequestId, exchange: Exchange) -> list[Order]:
+    def _orders(self, request_id: RequestId, exchange: Exchange, caller: Caller) -> list[Order]:
         """One; or one each answer, where a body wants several. Their seeds follow one another."""
         desk, dialect = self._desk, self._dialect
         body = dialect.read(exchange.body)
         turn = desk.text.settled(dialect.turn(body))
-        view = desk.catalogue.find(turn.model)
-        request = features.describe(request_id, exchange, body, turn, model=view.name, tenant=desk.tenant)
+        view = desk.catalogue.seen_by(caller.models).find(turn.model)
+        request = features.describe(request_id, exchange, body, turn, model=view.name, tenant=caller.tenant)
         order = Order(
             request=request,
             turn=turn,
             text=desk.text,
-            identity=Identity(view.root, desk.salt, view.block_tokens),
+            identity=Identity(view.root, caller.salt, view.block_tokens),
             context_max=view.context_max,
             encoder=dialect.encoder(request_id, view.name, int(time.time()), body),
             errors=dialect.errors,
@@ -108,17 +112,19 @@ class Count:
 
     async def __call__(self, exchange: Exchange) -> None:
         try:
-            async with self._room:
-                tokens = await self._tokens(exchange.body)
+            caller = self._desk.tenants.caller(exchange.head)
+            with self._desk.tenants.visit(caller):
+                async with self._room:
+                    tokens = await self._tokens(exchange.body, caller)
         except RequestError as error:
             exchange.respond(*self._dialect.errors.refusal(error))
             return
         exchange.respond(200, JSON, msgspec.json.encode({"input_tokens": tokens}))
 
-    async def _tokens(self, body: bytes) -> int:
+    async def _tokens(self, body: bytes, caller: Caller) -> int:
         desk, text = self._desk, self._desk.text
         turn = text.settled(self._dialect.turn(self._dialect.read(body)))
-        view = desk.catalogue.find(turn.model)
-        rendered = text.render(turn, Identity(view.root, desk.salt, view.block_tokens))
+        view = desk.catalogue.seen_by(caller.models).find(turn.model)
+        rendered = text.render(turn, Identity(view.root, caller.salt, view.block_tokens))
         tokenised = await asyncio.to_thread(text.tokenise, rendered.cold)
         return len(text.assemble(rendered, tokenised).ids)

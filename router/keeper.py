@@ -141,7 +141,7 @@ class Keeper:
 
     def _announce(self, address: Any, admin_port: int, now: float) -> None:
         """Say the banner once all workers serve, or some do and the others take long."""
-        answer = ask_ready(address)
+        answer = ask_ready(("127.0.0.1", admin_port))
         if answer is None:
             return
         self._serves_since = self._serves_since or now

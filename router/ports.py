@@ -96,6 +96,9 @@ class FleetPort(Protocol):
     def name(self, worker: WorkerId) -> str:
         """The worker's name, for people."""
 
+    def cost_s(self, worker: WorkerId, prompt: int, cached: int, output: int) -> float:
+        """GPU-seconds that so many tokens are worth there."""
+
 
 class Observer(Protocol):
     """Who hears how each request ended."""

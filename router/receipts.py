@@ -39,6 +39,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int = 0
     output_tokens: int = 0
     lost_tokens: int | None = None  # of the conversation's last turn, behind the first that differs now
+    gpu_s: float = 0.0  # GPU-seconds of its own, by the worker's step model, as fairness counts them
     budget_ttft_s: float | None = None
     budget_tpot_s: float | None = None
     budget_deadline_s: float | None = None

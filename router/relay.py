@@ -282,6 +282,9 @@ class Relay:
         order, placed = self._order, self._placed
         duration_s = self._since_arrival_s()
         usage = self.usage()
+        gpu_s = 0.0
+        if placed is not None and self._ttft_s is not None:
+            gpu_s = self._services.fleet.cost_s(placed.worker, usage.prompt, usage.cached, usage.output)
         return Receipt(
             request=order.request.id,
             operation=order.operation,
@@ -304,6 +307,7 @@ class Relay:
             cached_tokens=usage.cached,
             output_tokens=usage.output,
             lost_tokens=self._lost_tokens,
+            gpu_s=gpu_s,
             budget_ttft_s=_finite(placed.budget.ttft_s) if placed is not None else None,
             budget_tpot_s=_finite(placed.budget.tpot_s) if placed is not None else None,
             budget_deadline_s=_finite(placed.budget.deadline_s) if placed is not None else None,

@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 HOST = re.compile(rb"(?:[A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 TARGET = re.compile(rb"/[!-~]*")
 
+# Two of one of these are two requests: what stands before or behind us might read the other one.
+SINGLE = (b"host", b"transfer-encoding", b"authorization", b"x-api-key")
+
 CUT_S = 1.0  # what a handler may take to notice that its client is gone
 CUT_POLL_S = 0.02
 
@@ -310,8 +313,8 @@ class HttpConnection(asyncio.Protocol):
             raise RequestError(400, "The request must have exactly one valid Host header.")
         if coding is not None and (coding.strip().lower() != b"chunked" or version == "1.0"):
             raise RequestError(400, "The only transfer coding taken is chunked, on HTTP/1.1.")
-        if len(fields) < len(self._headers) and self._has_twice((b"host", b"transfer-encoding")):
-            raise RequestError(400, "Host and Transfer-Encoding may be sent once.")
+        if len(fields) < len(self._headers) and self._has_twice(SINGLE):
+            raise RequestError(400, "Host, Transfer-Encoding and keys may be sent once.")
         if b"upgrade" in fields:
             raise RequestError(400, "Upgrade is not supported.")
         path, _, query = self._target.partition(b"?")
@@ -355,10 +358,11 @@ class HttpConnection(asyncio.Protocol):
         self._pump()
 
     def _refuse_now(self, error: RequestError) -> None:
-        code, body = self._listener.shape(self._target.decode("latin-1")).body(error.status, error.detail)
-        status = f"HTTP/1.1 {code} Refused\r\n".encode()
-        fixed = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
-        self.transport.write(status + fixed + body)
+        status, headers, body = self._listener.shape(self._target.decode("latin-1")).refusal(error)
+        line = b"HTTP/1.1 %d Refused\r\n" % status
+        fields = b"".join(b"%b: %b\r\n" % field for field in headers)
+        fixed = b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
+        self.transport.write(line + fields + fixed + body)
         self._deadline = self._loop.time() + self._limits.linger_s
         if self.transport.can_write_eof():
             self.transport.write_eof()

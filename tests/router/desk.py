@@ -20,6 +20,7 @@ from engine import keys
 from engine.wire import End, Start, Submit
 from policies.actions import Cancel, Dispatch, Reject, Tokenise
 from policies.request import Budget, Request, RequestClass, RequestId, Tenant, WorkerId
+from router.accounts import Accounts
 from router.app import App, House, shape_of
 from router.canonical import Rule
 from router.fleet import ModelView
@@ -27,8 +28,10 @@ from router.link import LinkLost
 from router.order import RelayLimits, Services
 from router.ports import Client, Sink
 from router.receipts import Receipt
+from router.salts import Salts
 from router.server import Listener, ListenerLimits
 from router.template import ChatTemplate
+from router.tenants import Tenants
 from router.text import Text, TextLimits
 from router.vocabulary import Vocabulary
 
@@ -110,6 +113,10 @@ class Fleet:
 
     def name(self, worker: WorkerId) -> str:
         return f"w{worker}"
+
+    def cost_s(self, worker: WorkerId, prompt: int, cached: int, output: int) -> float:
+        del worker
+        return (prompt - cached) * 0.001 + output * 0.01
 
     async def next(self) -> Attempt:
         async with asyncio.timeout(10):
@@ -210,6 +217,11 @@ class Desk:
                 await asyncio.sleep(0)
 
 
+def keyless() -> Tenants:
+    """Whoever is on this machine."""
+    return Tenants(None, Salts(b"s" * 32), Tenant(), Accounts(None, time.monotonic, time.time))
+
+
 @asynccontextmanager
 async def desk(
     *,
@@ -218,6 +230,7 @@ async def desk(
     text_limits: TextLimits | None = None,
     template: str = TEMPLATE,
     rules: Sequence[Rule] = (),
+    tenants: Tenants | None = None,
 ) -> AsyncIterator[Desk]:
     """A desk that is open."""
     mind, fleet, sock = Mind(), Fleet(), socket.create_server(("127.0.0.1", 0))
@@ -235,8 +248,7 @@ async def desk(
             models=lambda: fleet.views,
             text=Text(VOCABULARY, ChatTemplate(template, {}), text_limits, rules=rules),
             model="tiny",
-            salt=b"s" * 16,
-            tenant=Tenant(),
+            tenants=tenants or keyless(),
             readiness=lambda: (True, {"workers": 1}),
             aliases={"claude-*": "", "gpt-*": "", "other": "no-such-model"},
         )

@@ -1,6 +1,6 @@
 """A keeper on a stage: real processes, but the children are a few lines of Python each.
 
-Owns the stand-in router (it answers /readyz) and worker. Run as `python -m tests.router.stage DIRECTORY CHANGES`."""
+Owns the stand-in router (it is always ready) and worker. Run as `python -m tests.router.stage DIRECTORY CHANGES`."""
 
 from __future__ import annotations
 
@@ -16,24 +16,28 @@ WORKER = NOTE + "import time; time.sleep(3600)"
 ROUTER = (
     NOTE
     + """
-import http.server, json, os, signal, socket, sys
+import http.server, json, os, signal, socket, sys, threading
 flags = dict(zip(sys.argv[2::2], sys.argv[3::2]))
 class Ready(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         if self.path == "/stall":
             os.write(int(flags["--keeper-fd"]), b"w0\\n")
         budgets = {"chatbot+": {"ttft_s": 1.5}}
-        body = json.dumps({"ready": True, "workers": 1, "model": "tiny", "budgets": budgets}).encode()
+        state = {"ready": True, "workers": 1, "model": "tiny", "budgets": budgets, "needs_key": False}
+        body = json.dumps(state).encode()
         self.send_response(200)
         self.send_header("content-length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
     def log_message(self, *_):
         pass
-server = http.server.HTTPServer(("127.0.0.1", 0), Ready, bind_and_activate=False)
-server.socket.close()
-server.socket = socket.socket(fileno=int(flags["--listen-fd"]))
-server.serve_forever()
+def serve(flag):
+    server = http.server.HTTPServer(("127.0.0.1", 0), Ready, bind_and_activate=False)
+    server.socket.close()
+    server.socket = socket.socket(fileno=int(flags[flag]))
+    server.serve_forever()
+threading.Thread(target=serve, args=("--admin-fd",), daemon=True).start()
+serve("--listen-fd")
 """
 )
 DEAF_ROUTER = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN);" + ROUTER

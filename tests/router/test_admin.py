@@ -22,18 +22,28 @@ from router.kv_hints import KvHints
 from router.metrics import Metrics
 from router.receipts import Receipts
 from router.server import Listener
+from router.tenants import Tenants
+from tests.router.desk import keyless
 from tests.router.frames import hello, load
 from tests.router.test_fleet import Quiet, linked
 from tests.router.test_metrics import receipt
 
 
 @contextlib.asynccontextmanager
-async def served(receipts: Receipts) -> AsyncIterator[str]:
+async def served(receipts: Receipts, tenants: Tenants | None = None) -> AsyncIterator[str]:
     """The URL of an admin listener whose fleet has one live worker and one that never came."""
     fleet = Fleet([("w0", "/a"), ("w1", "/b")], Quiet(), "{}")
     link, _ = linked(fleet, 0, hello())
     link.load = load(running=3)
-    operator = admin.Admin(Metrics(), fleet, receipts, KvHints(fleet, b"salt"), clock=lambda: 1.0)
+    operator = admin.Admin(
+        Metrics(),
+        fleet,
+        receipts,
+        KvHints(fleet, b"salt"),
+        tenants=tenants or keyless(),
+        readiness=lambda: (True, {"workers": 1}),
+        clock=lambda: 1.0,
+    )
     listener = Listener(admin.gate, operator.answer)
     with socket.create_server(("127.0.0.1", 0)) as bound:
         await listener.start(bound)

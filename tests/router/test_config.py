@@ -91,14 +91,6 @@ def test_a_file_that_is_no_configuration_is_not_read(tmp_path: Path) -> None:
     assert problems(path) == [f"{path}: cannot be read: {FILE_MAX_BYTES + 2} bytes, more than any configuration needs"]
 
 
-def test_only_loopback_is_served_without_keys(tmp_path: Path) -> None:
-    path = written(tmp_path, '[server]\nhost = "0.0.0.0"\n')
-
-    (problem,) = problems(path)
-
-    assert problem.startswith(f"{path}:2: server.host: must be a loopback address")
-
-
 def test_a_configuration_survives_its_way_to_another_process() -> None:
     config = load(None, {"HEADWAY_CLASSES_CHATBOT_TTFT_S": "2"}, {})
 

@@ -214,7 +214,7 @@ def test_the_banner_shows_address_curl_and_budgets() -> None:
         "data-processor": {"ttft_s": None, "tpot_s": None, "deadline_s": 900.0},
     }
 
-    text = banner(("127.0.0.1", 8080), 8081, {"model": "smollm2", "budgets": budgets})
+    text = banner(("127.0.0.1", 8080), 8081, {"model": "smollm2", "budgets": budgets, "needs_key": False})
 
     assert "Headway serves smollm2 at http://127.0.0.1:8080" in text
     assert "curl http://127.0.0.1:8080/v1/chat/completions" in text
