@@ -136,10 +136,18 @@ def test_serve_answers_survives_a_killed_worker_and_leaves_no_process(tmp_path: 
             assert first.json()["choices"][0]["message"]["content"]
             worker = first.headers["x-headway-worker"]
             os.kill(children[int(worker[1:])], signal.SIGKILL)
-            until(lambda: f"{worker} is up" in printed.read_text().split("ended (SIGKILL)")[-1], "it is back")
+            until(lambda: f"{worker} is up" in printed.read_text().partition("ended (SIGKILL)")[2], "it is back")
             again = client.post("/v1/chat/completions", json=body).json()
             assert again["usage"]["prompt_tokens_details"]["cached_tokens"] >= 32  # the KV outlived the worker
             assert again["choices"] == first.json()["choices"]
+
+            client.post("/v1/chat/completions", json=body, headers={"x-session-id": "s1"})
+            admin = re.search(r"dashboard: (http://127\.0\.0\.1:\d+)/", text)
+            assert admin is not None
+            action = {"action_id": "a", "action_type": "retain", "payload": {"session": "s1", "ttl_s": 60}}
+            hint = {"protocol_version": 1, "message_id": "m", "actions": [action]}
+            (done,) = client.post(f"{admin[1]}/kv_hints", json=hint).json()["actions"]
+            assert (done["status"], done["blocks"] >= 2, len(done["workers"])) == ("done", True, 2)
 
         with httpx.stream("POST", f"{base[0]}/v1/chat/completions", json=body | {"max_tokens": 200, "stream": True}):
             keeper.terminate()
