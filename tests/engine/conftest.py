@@ -38,7 +38,7 @@ def embedded_folder(embedded_gguf: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def embedded_runner(embedded_folder: Path) -> TorchRunner:
-    return TorchRunner.load(embedded_folder, RunnerConfig(kv_bytes=128 * 2**20))
+    return TorchRunner.load(embedded_folder, RunnerConfig(kv_bytes=320 * 2**20))
 
 
 @pytest.fixture(scope="session")

@@ -42,7 +42,44 @@ TEXTS = (
     "A",
     "To be, or not to be, that is the question: " * 12,
 )
-PROMPTS = (*(f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" for text in QUESTIONS), *TEXTS)
+MORE_QUESTIONS = (
+    "How do I boil an egg?",
+    "Qu'est-ce que la photosynthèse ?",
+    "Was ist der Unterschied zwischen das und dass?",
+    "¿Cuántos planetas hay?",
+    "Rewrite politely: give me the report now.",
+    "Which is heavier, a kilo of feathers or a kilo of iron?",
+    "Give three synonyms of happy as a JSON list.",
+    "What comes next: 2, 4, 8, 16?",
+    "Explain recursion in one sentence.",
+    "Correct the grammar: he go to school yesterday.",
+    "Plan a day in Rome.",
+    "Is it safe to eat raw potatoes?",
+)
+MORE_TEXTS = (
+    "<html>\n<head>\n<title>",
+    "import numpy as np\n\ndef softmax(x):\n    ",
+    "Dear Sir or Madam,\n\nI am writing to",
+    "1. Preheat the oven to 180 degrees.\n2.",
+    "Q: What is DNA?\nA:",
+    "| name | age |\n| --- | --- |\n| Ada | 36 |\n|",
+    "    \n\n\t\tindented",
+    "0123456789 " * 9,
+    "🙂🙃🙂🙃🙂🙃",
+    "In 1969, humans first",
+)
+# Up to a thousand tokens; by night one of 4,000.
+LINE = "Item {number}: the {thing} weighs {weight} grams and is kept in box {box}.\n"
+LONG_TEXTS = tuple(
+    "".join(LINE.format(number=at, thing=thing, weight=at * 7 % 50, box=at % 9) for at in range(lines))
+    for thing, lines in (("red stone", 14), ("blue bottle", 22), ("old coin", 32), ("small key", 46))
+)
+SHORT = (
+    *(f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" for text in (*QUESTIONS, *MORE_QUESTIONS)),
+    *TEXTS,
+    *MORE_TEXTS,
+)
+PROMPTS = (*SHORT, *LONG_TEXTS)
 
 
 @pytest.fixture(scope="session")
@@ -73,12 +110,31 @@ def test_greedy_text_equals_transformers_on_every_prompt(
 ) -> None:
     """The oracle reads prompt and output at once: if its best token is ours at every place, its own text is ours."""
     model, _ = oracle
-    assert len(prompts) >= 20
+    assert len(prompts) == 49
+    assert sum(len(prompt) <= 256 for prompt in prompts) == 45
 
     for text, prompt, output in zip(PROMPTS, prompts, outputs, strict=True):
         with torch.inference_mode():
-            logits = model(torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1]
+            logits = model(torch.tensor([prompt + output]), logits_to_keep=NEW + 1).logits[0, :-1]
         assert logits.argmax(-1).tolist() == output, text
+
+
+@pytest.mark.nightly
+def test_greedy_text_equals_transformers_behind_four_thousand_tokens(
+    oracle: Any, embedded_runner: TorchRunner, embedded_folder: Path
+) -> None:
+    """The fiftieth prompt; a chunk of 512 rows at a time."""
+    model, _ = oracle
+    tokenizer = Tokenizer.from_file(str(embedded_folder / "tokenizer.json"))
+    prompt = tokenizer.encode(LONG_TEXTS[-1] * 6).ids[:4000]
+    assert len(prompt) == 4000
+
+    blocks = Blocks(embedded_runner.blocks_total, embedded_runner.block_tokens)
+    output = generate(embedded_runner, blocks, prompt, NEW, [512] * 7)
+
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompt + output]), logits_to_keep=NEW + 1).logits[0, :-1]
+    assert logits.argmax(-1).tolist() == output
 
 
 def test_greedy_text_equals_what_transformers_generates(
