@@ -22,7 +22,7 @@ import torch
 from engine import gpu_build
 from engine.arrange import CHUNK_BUCKETS, DECODE_BUCKETS
 from engine.calibrate import Shape, batch_of
-from engine.config import GPU_BLOCK_TOKENS, GPU_PRIOR
+from engine.config import GPU_BLOCK_TOKENS, GPU_PRIOR, GPU_ROWS_MAX, GPU_SEQUENCES_MAX
 from policies.costs import StepFit
 
 CONTEXTS = (32, 32_768)
@@ -54,7 +54,12 @@ def main() -> None:
     with path.open("w") as file:
         file.write(json.dumps({"device": torch.cuda.get_device_name(), "model": options.model.name}) + "\n")
         while count < options.samples and time.monotonic() < until:
-            batch, features = batch_of(draw(random), GPU_BLOCK_TOKENS)
+            shape = draw(random)
+            if shape.decodes + bool(shape.chunk) > GPU_SEQUENCES_MAX or shape.chunk > GPU_ROWS_MAX:
+                continue
+            if shape.context * max(1, shape.decodes) > runner.blocks_total * GPU_BLOCK_TOKENS:
+                continue
+            batch, features = batch_of(shape, GPU_BLOCK_TOKENS, runner.blocks_total)
             runner.run(batch)
             for _ in range(REPEATS):
                 taken = runner.run(batch).seconds

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from engine.config import GPU_BLOCK_TOKENS, GPU_KV_BYTES, EngineConfig
+from engine.config import GPU_BLOCK_TOKENS, GPU_KV_BYTES, GPU_SEQUENCES_MAX, EngineConfig
 from engine.worker import StartError
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ def _for_gpu(config: EngineConfig, arguments: argparse.Namespace) -> EngineConfi
         config,
         device="cuda:0" if config.device == "cuda" else config.device,
         block_tokens=arguments.block_tokens or GPU_BLOCK_TOKENS,
+        sequences_max=min(config.sequences_max, GPU_SEQUENCES_MAX),
         kv_bytes=arguments.kv_bytes or GPU_KV_BYTES,
         ahead_tokens=1,
     )

@@ -18,8 +18,10 @@ from engine.step import Int32, StepBatch
 DECODE_BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 224, 256)
 # Decode rows beside chunks: coarser, for each is captured with each bucket of chunk rows.
 BESIDE_BUCKETS = (0, 1, 4, 16, 32, 64, 128, 256)
-CHUNK_BUCKETS = (64, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048)
+CHUNK_BUCKETS = (64, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096)
 CHUNKED_BUCKETS = (1, 4, 32)  # sequences with a chunk
+# A prefix is read once for its group where that saves so many reads of a token: below, a merge costs more.
+SHARED_TOKENS_MIN = 8192
 BELOW_ONE = np.float32(1.0 - 2.0**-24)  # the largest float32 under 1
 
 
@@ -41,6 +43,7 @@ class Arranged:
     chunk_rows: int
     chunked: int  # sequences with a chunk, at most
     has_parts: bool
+    has_shared: bool
     tables: Int32  # [sequences, blocks]
     arrays: dict[str, npt.NDArray[Any]]
 
@@ -56,10 +59,21 @@ def most(sequences_max: int) -> Size:
     return Size(sequences + CHUNK_BUCKETS[-1], sequences + CHUNKED_BUCKETS[-1], sequences)
 
 
-def arrange(batch: StepBatch, kv_heads: int, parts_max: int, sources: Int32 | None = None) -> Arranged:
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """What the kernels' launches fix: heads of KV, tokens of a block, tokens of a shared part, parts in all."""
+
+    kv_heads: int
+    block_tokens: int
+    shared_part_tokens: int
+    parts_max: int
+
+
+def arrange(batch: StepBatch, packing: Packing, sources: Int32 | None = None) -> Arranged:
     """Rows of the batch in device order. `sources`: for each row where the step before sampled its id, or -1."""
     counts = np.diff(batch.row_starts)
     single, chunked = np.flatnonzero(counts == 1), np.flatnonzero(counts > 1)
+    single, shared, leads = _grouped(batch, single, packing)
     if len(chunked):
         decodes, chunk_slots = bucket(len(single), BESIDE_BUCKETS), bucket(len(chunked), CHUNKED_BUCKETS)
         chunk_rows = bucket(int(counts[chunked].sum()), CHUNK_BUCKETS)
@@ -75,8 +89,9 @@ def arrange(batch: StepBatch, kv_heads: int, parts_max: int, sources: Int32 | No
     used = int(place[-1]) + 1
     target = np.empty(len(origin), np.int64)
     target[origin] = place
-    own = batch.contexts[single] - 1
-    part = part_tokens(own, kv_heads, parts_max)
+    own = batch.contexts[single] - 1 - shared
+    taken = int((-(-shared // packing.shared_part_tokens)).sum())
+    part = part_tokens(own, packing.kv_heads, packing.parts_max - taken)
     # Unused decodes beside chunks are sequences of one token that write nowhere.
     filler = decodes - len(single) if len(chunked) else 0
     tables = np.zeros((len(single) + filler + len(chunked), batch.block_tables.shape[1]), np.int32)
@@ -93,10 +108,34 @@ def arrange(batch: StepBatch, kv_heads: int, parts_max: int, sources: Int32 | No
         "sample_rows": target[batch.sample_rows].astype(np.int32),
         "part_size": np.array([part], np.int32),
     }
+    if len(shared) and shared.any():
+        arrays |= {"shared": shared, "leads": leads}
     if sources is not None:
         arrays["sources"] = _spread(sources, origin, place, used, -1)
     has_parts = bool((own > part).any())
-    return Arranged(size, decodes, chunk_rows, chunk_slots, has_parts, tables, arrays | _knobs(batch))
+    return Arranged(
+        size, decodes, chunk_rows, chunk_slots, has_parts, "shared" in arrays, tables, arrays | _knobs(batch)
+    )
+
+
+def _grouped(batch: StepBatch, single: npt.NDArray[np.int64], packing: Packing) -> tuple[Any, Int32, Int32]:
+    """Decodes with those of a long common prefix side by side; for each the tokens that its group reads once, and its
+    group's first."""
+    shared, leads = np.zeros(len(single), np.int32), np.arange(len(single), dtype=np.int32)
+    if (len(single) - 1) * int(batch.contexts[single].max(initial=0)) < SHARED_TOKENS_MIN:
+        return single, shared, leads
+    first = batch.block_tables[single, 0]
+    single = single[np.argsort(first, kind="stable")]
+    starts = np.flatnonzero(np.diff(batch.block_tables[single, 0], prepend=-1))
+    for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(single)], strict=True):
+        tables = batch.block_tables[single[start:end]]
+        whole = (int(batch.contexts[single[start:end]].min()) - 1) // packing.block_tokens
+        is_common = (tables[:, :whole] == tables[0, :whole]).all(0)
+        common = (whole if is_common.all() else int(is_common.argmin())) * packing.block_tokens
+        if (end - start - 1) * common >= SHARED_TOKENS_MIN:
+            shared[start:end], leads[start:end] = common, start
+    parts = int((-(-shared // packing.shared_part_tokens)).sum())
+    return single, shared if parts <= packing.parts_max // 2 else np.zeros_like(shared), leads
 
 
 def _spread(

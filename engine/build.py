@@ -10,11 +10,12 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from engine import keys
 from engine.blocks import BlockTrie
-from engine.config import GPU_PRIOR, PRIOR, EngineConfig
+from engine.config import GPU_PRIOR, GPU_ROWS_MAX, PRIOR, EngineConfig
 from engine.control import Control
 from engine.copies import Hands
 from engine.core import Core, Inbox, Wake, parts
@@ -44,8 +45,11 @@ def build(
     trie = BlockTrie(runner.blocks_total, config.block_tokens, root)
     tiers = _tiers(trie, runner, config, lambda: inbox.put(Wake()))
     limits = SchedulerLimits(config.sequences_max, config.waiting_max, ahead_tokens=config.ahead_tokens)
-    prior = GPU_PRIOR if config.device.startswith("cuda") else PRIOR
+    is_gpu = config.device.startswith("cuda")
+    prior = GPU_PRIOR if is_gpu else PRIOR
     plan_limits = PlanLimits(quantum_tokens=config.block_tokens)
+    if is_gpu:
+        plan_limits = replace(plan_limits, rows_max=GPU_ROWS_MAX)
     policy = headway_engine(plan_limits) if config.policy == "headway" else load_engine(config.policy)
     scheduler = Scheduler(trie, facts, limits, plan_limits, tiers, policy=policy, is_strict=False)
     hello = Hello(

@@ -1,6 +1,6 @@
 """Calibration: a second of made-up steps at start, so that the first request already meets a planner that knows speed.
 
-Owns the shapes tried. Writes no KV (slot -1) and reads whatever block 0 holds."""
+Owns the shapes tried. Writes no KV (slot -1) and reads whatever blocks hold."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def calibrate(
     while clock() < until:
         shape = shapes[count % len(shapes)]
         count += 1
-        batch, features = batch_of(shape, trie.block_tokens)
+        batch, features = batch_of(shape, trie.block_tokens, trie.blocks_total)
         if count == 1 or fit.model.step_s(features) <= until - clock():
             fit.observe(features, runner.run(batch).seconds)
         elif shape == shapes[0]:
@@ -81,19 +81,19 @@ def calibrate(
     return fit.publish()
 
 
-def batch_of(shape: Shape, block_tokens: int) -> tuple[StepBatch, StepFeatures]:
-    """A made-up step of this shape."""
+def batch_of(shape: Shape, block_tokens: int, blocks: int = 1) -> tuple[StepBatch, StepFeatures]:
+    """A made-up step of this shape, which reads so many blocks in turn."""
     sizes = np.array([1] * shape.decodes + ([shape.chunk] if shape.chunk else []), dtype=np.int64)
     contexts = shape.context + sizes
     starts = np.concatenate(([0], np.cumsum(sizes)))
-    rows = int(starts[-1])
+    rows, width = int(starts[-1]), int(-(-contexts.max() // block_tokens))
     batch = StepBatch(
         ids=np.zeros(rows, dtype=np.int32),
         positions=(np.arange(rows) - np.repeat(starts[:-1], sizes) + shape.context).astype(np.int32),
         write_slots=np.full(rows, NOWHERE, dtype=np.int64),
         row_starts=starts.astype(np.int32),
         contexts=contexts.astype(np.int32),
-        block_tables=np.zeros((len(sizes), int(-(-contexts.max() // block_tokens))), dtype=np.int32),
+        block_tables=np.arange(len(sizes) * width, dtype=np.int32).reshape(len(sizes), width) % blocks,
         sample_rows=(starts[1:] - 1).astype(np.int32),
         sampling=(Sampling(temperature=0.0),) * len(sizes),
         sample_positions=np.zeros(len(sizes), dtype=np.int32),

@@ -145,7 +145,8 @@ class Core:
 
     def calibrate(self, budget_s: float) -> StepModel:
         """Learn the device's speed from made-up steps; before the first request."""
-        shapes = GPU_SHAPES if self._hello.device.startswith("cuda") else SHAPES
+        known = GPU_SHAPES if self._hello.device.startswith("cuda") else SHAPES
+        shapes = tuple(shape for shape in known if shape.context + shape.chunk < self._hello.context_max)
         return calibrate(self._runner, self._fit, self._trie, budget_s, self._clock, shapes=shapes)
 
     def run(self) -> None:

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from engine import arrange, sampling
-from engine.arrange import Arranged
+from engine.arrange import Arranged, Packing
 from engine.calibrate import Shape, batch_of
 from engine.device_memory import DeviceMemory
 from engine.graphs import HOST_BUFFERS, Graphs, StepInputs
 from engine.kernels import tuned
-from engine.kernels.paged import CHUNK_ROWS, Launch
+from engine.kernels.paged import CHUNK_ROWS, SHARED_PART_TOKENS, Launch
 from engine.kernels.sample import Sampler
 from engine.models import gpu
 from engine.models.config import ModelConfig, ModelError
@@ -38,7 +38,7 @@ FREE_SHARE = 0.92  # of the memory left beside the weights; the rest is for libr
 FEW, MANY = Launch(264, stages=4, pdl=2), Launch(528, stages=2, registers=128, pdl=2)  # measured: gpu_step
 INTERPRETED = Launch(4)  # the interpreter knows no programmatic launch
 WARM_CONTEXTS = (2, 2048)  # without parts, and with parts where the batch is small
-WARM_CHUNKS = ((64, 1), (192, 4), (2048, 32))  # rows in all, sequences
+WARM_CHUNKS = ((64, 1), (192, 4), (4096, 32))  # rows in all, sequences
 MANY_FROM = 48  # sequences; fewer registers and more programs are faster from here on
 
 
@@ -91,6 +91,7 @@ class GpuRunner:
         self._stream = torch.cuda.Stream(device) if self._is_cuda else None  # type: ignore[no-untyped-call]
         self._memory = DeviceMemory(pool, self._stream)
         self._graphs = Graphs(GRAPHS_MAX) if self._is_cuda else None
+        self._packing = Packing(config.kv_heads, block_tokens, SHARED_PART_TOKENS, PARTS_MAX)
         self._turn = 0
         self._ahead: Flight | None = None
         self._read_at = 0.0
@@ -186,7 +187,7 @@ class GpuRunner:
         last = self._flights[turn]
         if last is not None and last.done is not None:
             last.done.synchronize()
-        step = arrange.arrange(batch, self._decoder.shape.kv_heads, PARTS_MAX, sources)
+        step = arrange.arrange(batch, self._packing, sources)
         self._inputs.write(turn, step)
         self._compute(step)
         answer = self._answers[turn]
@@ -201,7 +202,7 @@ class GpuRunner:
     def _compute(self, step: Arranged) -> None:
         per_tile = CHUNK_ROWS // self._decoder.shape.pack
         tiles = step.chunk_rows // per_tile + step.chunked
-        kind = gpu.Kind(step.decodes, tiles, has_parts=step.has_parts)
+        kind = gpu.Kind(step.decodes, tiles, step.has_shared, step.has_parts)
         decoder = self._many if step.decodes >= MANY_FROM else self._decoder
         inputs, knobs = self._inputs.view(step.size)
 
@@ -220,7 +221,7 @@ class GpuRunner:
         assert self._stream is not None
         for _ in range(2):
             self.run(batch)
-        step = arrange.arrange(batch, self._decoder.shape.kv_heads, PARTS_MAX)
+        step = arrange.arrange(batch, self._packing)
         with torch.inference_mode(), torch.cuda.stream(self._stream):
             yield lambda: self._compute(step)
             torch.cuda.synchronize()
@@ -230,13 +231,14 @@ class GpuRunner:
         decodes = [Shape(rows, 0, context) for rows in arrange.DECODE_BUCKETS for context in WARM_CONTEXTS]
         chunks = [Shape(0, rows, 0) for rows in arrange.CHUNK_BUCKETS]
         for shape in [shape for shape in decodes if shape.decodes <= sequences_max] + chunks:
-            batch, _ = batch_of(shape, self.block_tokens)
-            for _ in range(2):  # plain, then captured
-                self.run(batch)
+            for blocks in {1, self.blocks_total} if shape.decodes > 1 else {1}:  # one block for all: a shared prefix
+                batch, _ = batch_of(shape, self.block_tokens, blocks)
+                for _ in range(2):  # plain, then captured
+                    self.run(batch)
         # Both at once: compiled only, for there are hundreds. Tiles differ by rows, lists by sequences.
         for beside in (rows for rows in arrange.BESIDE_BUCKETS if 0 < rows <= sequences_max):
             for chunk_rows, chunked in WARM_CHUNKS:
-                self.run(_mixed(beside, chunk_rows, chunked, self.block_tokens))
+                self.run(_mixed(beside, chunk_rows, chunked, self.block_tokens, sequences_max))
 
 
 def _found(batch: StepBatch, ahead: StepBatch) -> Int64 | None:
@@ -293,12 +295,12 @@ def _needs_host(wanted: Sampling, position: int) -> bool:
     return is_steered or wanted.has_penalties or wanted.logprobs >= 0
 
 
-def _mixed(decodes: int, chunk_rows: int, chunked: int, block_tokens: int) -> StepBatch:
-    """A made-up step of decodes and several chunks, all of which end their prompts; it writes nowhere."""
+def _mixed(decodes: int, chunk_rows: int, chunked: int, block_tokens: int, sampled_max: int) -> StepBatch:
+    """A made-up step of decodes and several chunks; it writes nowhere."""
     counts = np.array([1] * decodes + [chunk_rows // chunked] * chunked)
     starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
     rows = int(starts[-1])
-    sampled = min(len(counts), 256)
+    sampled = min(len(counts), sampled_max)
     return StepBatch(
         np.zeros(rows, np.int32), (np.arange(rows) - np.repeat(starts[:-1], counts)).astype(np.int32),
         np.full(rows, -1, np.int64), starts, counts.astype(np.int32),

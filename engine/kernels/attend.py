@@ -185,12 +185,12 @@ def attend(
                 acc += own_value.to(tl.float32)
             elif is_last != 0:
                 j = tl.arange(0, 16)
-                key, value = own_tokens(
+                own_keys, own_values = own_tokens(
                     qkv, turn, k_norm, kv, slots, row, j[:, None], (j < rows)[:, None], head, d,
                     BLOCK_STRIDE, H, HK, HEAD_DIM, BLOCK, EPS, NORMED,
                 )  # fmt: skip
                 seen = (j[None, :] <= (r // GP)[:, None]) & (j < rows)[None, :]
-                top, total, acc = fold(q, key, value, seen, scale, top, total, acc)
+                top, total, acc = fold(q, own_keys, own_values, seen, scale, top, total, acc)
         if AHEAD:
             top, total, acc = fold(q, keys, values, (low + t < high)[None, :], scale, top, total, acc)
             low += BLOCK

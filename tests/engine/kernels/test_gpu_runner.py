@@ -20,6 +20,7 @@ from tests.engine.driver import Blocks, Generation, batch_of
 from tests.engine.kernels.test_gpu_decoder import BLOCK, config, on_cpu, weights
 
 BLOCKS = 40
+PACKING = arrange.Packing(2, BLOCK, 256, 64)
 
 
 @pytest.fixture
@@ -125,7 +126,7 @@ def test_rows_in_device_order_are_all_rows_once() -> None:
     decode.computed = 9
     batch = batch_of([(chunk, 30), (decode, 1), (single, 1)], BLOCK)
 
-    arranged = arrange.arrange(batch, 2, 64)
+    arranged = arrange.arrange(batch, PACKING)
 
     assert (arranged.decodes, arranged.chunk_rows, arranged.chunked) == (4, 64, 1)
     assert arranged.arrays["row_starts"].tolist() == [0, 1, 2, 3, 4, 34]
@@ -156,3 +157,39 @@ def test_a_block_copied_out_and_in_is_the_same(made: gpu.Weights) -> None:
     assert (back == content).all()
     memory.save(6, back)
     assert not back.any()
+
+
+def test_decodes_behind_a_long_common_prefix_stand_side_by_side() -> None:
+    blocks = 40  # of 16 tokens: 640 in common
+    common, other = list(range(100, 100 + blocks)), list(range(200, 200 + blocks))
+    sequences = [
+        Generation([1] * 660, 0, (other if at % 2 else common) + [at, at + 50], computed=658) for at in range(40)
+    ]
+    batch = batch_of([(one, 1) for one in sequences], BLOCK)
+
+    arranged = arrange.arrange(batch, replace(PACKING, parts_max=4096))
+
+    assert arranged.has_shared
+    assert arranged.tables[:, 0].tolist() == [100] * 20 + [200] * 20
+    assert arranged.arrays["shared"].tolist() == [640] * 40
+    assert arranged.arrays["leads"].tolist() == [0] * 20 + [20] * 20
+    few = arrange.arrange(batch_of([(one, 1) for one in sequences[:6]], BLOCK), PACKING)
+    assert not few.has_shared
+
+
+def test_a_shared_prefix_is_read_for_the_whole_group_and_changes_no_text(
+    made: gpu.Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = []
+    for least in (1 << 30, 32):
+        monkeypatch.setattr(arrange, "SHARED_TOKENS_MIN", least)
+        runner, blocks = on_gpu(made), Blocks(BLOCKS, BLOCK)
+        first = blocks.start(list(range(3, 43)), 8)
+        step(runner, [(first, 40)])
+        second = Generation([*range(3, 35), 99, 98], 34, [*first.blocks[:2], blocks.free.pop()], computed=32)
+        step(runner, [(first, 1), (second, 2)])
+        for _ in range(3):
+            step(runner, [(first, 1), (second, 1)])
+        texts.append([first.output, second.output])
+
+    assert texts[0] == texts[1]
