@@ -20,10 +20,6 @@ SSE: Headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache
 class Teller(Protocol):
     """The relay, to its answer."""
 
-    @property
-    def is_watched(self) -> bool:
-        """Whether a person reads along: then every token leaves at once."""
-
     def headers(self) -> Headers:
         """What the response says of the request."""
 
@@ -41,6 +37,7 @@ class Answer:
         self._encoder, self._errors, self._is_stream = order.encoder, order.errors, order.turn.is_stream
         self._exchange, self._services, self._teller = exchange, services, teller
         self.speech = order.text.speech(order.turn)
+        self.is_watched = True  # whether a person reads along: then every token leaves at once
         self._unsent: list[Event] = []
         self._unsent_tokens = 0
         self._is_flush_soon = False
@@ -61,7 +58,7 @@ class Answer:
                 self._services.flusher.soon(self)
 
     def _is_flush_due(self) -> bool:
-        if self._teller.is_watched or not self._has_opened:
+        if self.is_watched or not self._has_opened:
             return True
         limits = self._services.limits
         is_late = self._services.clock() - self._flushed_at > limits.coalesce_s
@@ -79,7 +76,7 @@ class Answer:
                 exchange.write(data)
         else:
             self._open(data)
-        if not self._teller.is_watched:
+        if not self.is_watched:
             self._flushed_at = self._services.clock()
 
     def fault(self, error: Exception) -> None:

@@ -73,7 +73,8 @@ class Echoes:
             for number, message in enumerate(messages)
             if message.role == "assistant" and (echo := self._find(salt, message)) is not None
         }
-        spoke = max((number for number, message in enumerate(messages) if message.role == "user"), default=-1)
+        last = len(messages) - 1
+        spoke = next((last - back for back, message in enumerate(reversed(messages)) if message.role == "user"), -1)
         return {
             number: echo for number, echo in found.items() if number > spoke or not echo.has_thoughts or echo.is_plain
         }
@@ -95,8 +96,9 @@ def _called(call: Any) -> tuple[str, Any]:
 def _name(salt: bytes, text: str, calls: Sequence[tuple[str, Any]]) -> bytes:
     """Of what a client was given, whatever white space or order of keys it sends a call's arguments back with."""
     data = text.encode()
-    digest = xxhash.xxh3_128(salt + b"%d:" % len(data))
-    digest.update(data)
+    if not calls:
+        return xxhash.xxh3_128_digest(b"%b%d:%b" % (salt, len(data), data))
+    digest = xxhash.xxh3_128(b"%b%d:%b" % (salt, len(data), data))
     for name, arguments in calls:
         value = _value(arguments) if isinstance(arguments, str) else arguments
         digest.update(msgspec.json.encode((name, value), order="sorted"))

@@ -68,6 +68,7 @@ class Relay:
 
     def tokenise(self, action: Tokenise) -> None:
         self._request_class, self._class_reason = action.request_class, action.reason
+        self._answer.is_watched = action.request_class is RequestClass.CHATBOT
         try:
             rendered = self._order.text.render(self._order.turn, self._order.identity)
             if rendered.cold_chars > self._order.text.limits.inline_chars_max:
@@ -152,10 +153,6 @@ class Relay:
         self._failed(reason)
 
     # router.answer.Teller ---------------------------------------------------------------------------------------------
-
-    @property
-    def is_watched(self) -> bool:
-        return self._request_class is RequestClass.CHATBOT
 
     def headers(self) -> Headers:
         headers = [

@@ -42,35 +42,54 @@ class PlainText:
 class Speech:
     """One answer on its way from ids to events."""
 
-    __slots__ = ("_detokeniser", "_parser", "_stops", "calls", "is_reasoning", "reasoning_tokens")
+    __slots__ = (
+        "_detokeniser",
+        "_has_begun",
+        "_parser",
+        "_stops",
+        "calls",
+        "has_stopped",
+        "is_reasoning",
+        "reasoning_tokens",
+    )
 
     def __init__(self, detokeniser: Detokeniser, stops: Sequence[str], parser: Parser | None = None) -> None:
         self._detokeniser = detokeniser
         self._stops = StopScanner(stops) if stops else None
-        self._parser = parser or PlainText()
+        self._parser = parser  # None: all of it is text
+        self._has_begun = False
+        self.has_stopped = False  # a stop string came: nothing more is said
         self.calls = self.reasoning_tokens = 0
         self.is_reasoning = False
-
-    @property
-    def has_stopped(self) -> bool:
-        """A stop string came: nothing more is said."""
-        return self._stops is not None and self._stops.has_stopped
 
     # Hot: once per token and stream; bench/router.py.
     def feed(self, ids: Sequence[int]) -> Sequence[Event]:
         """The events that `ids` complete."""
-        if self.is_reasoning:
-            self.reasoning_tokens += len(ids)
         text = self._detokeniser.feed(ids)
         if self._stops is not None:
             text = self._stops.feed(text)
+            self.has_stopped = self._stops.has_stopped
+        if self._parser is None:
+            return self._plain(text)
+        if self.is_reasoning:
+            self.reasoning_tokens += len(ids)
         return self._noted(self._parser.feed(text)) if text else ()
+
+    def _plain(self, text: str) -> Sequence[Event]:
+        if self._has_begun or not text:
+            return (text,) if text else ()
+        self._has_begun = True
+        return (TEXT_START, text)
 
     def finish(self) -> Sequence[Event]:
         """What was held back; every part is whole then."""
         text = self._detokeniser.flush()
         if self._stops is not None:
             text = self._stops.feed(text) + self._stops.flush()
+            self.has_stopped = self._stops.has_stopped
+        if self._parser is None:
+            said = self._plain(text)
+            return (*said, PART_END) if self._has_begun else said
         events = [*self._parser.feed(text)] if text else []
         return self._noted([*events, *self._parser.flush()])
 

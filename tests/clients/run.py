@@ -60,6 +60,7 @@ NODE = "@BIN@/node_modules/.bin/"
 EXEC = (NODE + "codex", "exec")
 CODEX_FLAGS = ("--skip-git-repo-check",)
 AIDER = "--model openai/tiny-agent --no-git --yes --no-show-model-warnings --no-check-update --analytics-disable"
+AIDER += " --chat-history-file .chat --input-history-file .input"  # else it writes beside the .git above
 AGENTS = (
     Agent(
         "claude-code",
@@ -106,7 +107,12 @@ class Bench:
         for name, text in agent.files.items():
             (home / name).parent.mkdir(parents=True, exist_ok=True)
             (home / name).write_text(text.replace("@URL@", self._url))
-        env = os.environ | {"HOME": str(home)} | {name: self._filled(text) for name, text in agent.env.items()}
+        # opencode believes PWD, not where it is started.
+        env = (
+            os.environ
+            | {"HOME": str(home), "PWD": str(home / "work")}
+            | {name: self._filled(text) for name, text in agent.env.items()}
+        )
         if subprocess.run(self._words(agent.install), capture_output=True, text=True, check=False).returncode:
             print(f"{agent.name}: could not be installed here")
             return False
