@@ -132,6 +132,6 @@ class Launch:
             sample_rows=(starts[1:] - 1)[wants].astype(np.int32),
             sampling=tuple(s.sampling for s in self.sampled),
             sample_positions=table.emitted[self.sampled_rows].astype(np.int32),
-            histories={at: s.history for at, s in enumerate(self.sampled) if s.sampling.has_penalties},
+            histories={at: s.history for at, s in enumerate(self.sampled) if s.has_penalties},
             room=(table.blocks[self.rows] * block_tokens).astype(np.int32),
         )

@@ -176,9 +176,8 @@ class Scheduler:
         self._table.emit(step.sampled_rows, result.ids, now)
         self._table.emit_more(step.sampled_rows, result.more, now)
         is_bad = result.is_bad | (result.ids < 0) | (result.ids >= self._facts.vocab_size)
-        for sequence, bad in zip(step.sampled, is_bad.tolist(), strict=True):
-            if bad:
-                self._tiers.forget(self._trie.forget(sequence.blocks, now))
+        for at in np.flatnonzero(is_bad).tolist():
+            self._tiers.forget(self._trie.forget(step.sampled[at].blocks, now))
         self._commit(step, now)
         outcome = Outcome()
         answers = zip(step.sampled, result.ids.tolist(), is_bad.tolist(), strict=True)
@@ -187,11 +186,11 @@ class Scheduler:
                 message = result.messages.get(at, NOT_A_TOKEN)
                 outcome.ends.append(self._end(sequence, "error", now, message))
                 continue
-            reason = outcome.speak(sequence, at, result, now)
+            reason = outcome.speak(sequence, at, token, result, now)
             if reason:
                 self._memory.learn(sequence)
                 outcome.ends.append(self._end(sequence, reason, now))
-            elif stuck := sequence.step_grammar(token):
+            elif sequence.grammar is not None and (stuck := sequence.step_grammar(token)):
                 outcome.ends.append(self._end(sequence, "error", now, stuck))
         self._owed = owe(step.plan, step.view, model, result.seconds, self._plan_limits)
         return outcome

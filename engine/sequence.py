@@ -30,6 +30,7 @@ class Sequence:
         "first_due",
         "grammar",
         "habit",
+        "has_penalties",
         "handle",
         "ids",
         "length",
@@ -73,6 +74,7 @@ class Sequence:
         self.public_blocks = order.public_blocks
         self.request_class = RequestClass(order.request_class)
         self.sampling = order.sampling
+        self.has_penalties = order.sampling.has_penalties
         self.habit = Habit()
         self.grammar = grammar  # behind the tokens that are there
         ends_anyway = grammar is not None  # nothing may follow the end of its text
@@ -103,7 +105,7 @@ class Sequence:
     @property
     def may_speculate(self) -> bool:
         """Whether its next tokens can be drafted: what depends on each token before it cannot be computed beside it."""
-        return self.grammar is None and self.sampling.logprobs < 0 and not self.sampling.has_penalties
+        return self.grammar is None and self.sampling.logprobs < 0 and not self.has_penalties
 
     @property
     def history(self) -> History:
