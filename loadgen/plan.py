@@ -90,6 +90,7 @@ class Asked:
     starts: Sequence[float]
     span_s: float
     curve: Sequence[tuple[float, float]]  # of an LRU cache: tokens, share of the ideal hit
+    shared: Sequence[int]  # tokens of each row that its session found in others': they lie in memory once
 
 
 def asked(trace: Trace, kv_tokens: int) -> Asked:
@@ -103,7 +104,17 @@ def asked(trace: Trace, kv_tokens: int) -> Asked:
     curve = []
     if found.reuse is not None and found.reuse.curve[-1].hit > 0:
         curve = [(float(one.tokens), one.hit / found.reuse.curve[-1].hit) for one in found.reuse.curve]
-    return Asked(trace.rows, ideal, starts, max(span_s, 1e-9), curve)
+    return Asked(trace.rows, ideal, starts, max(span_s, 1e-9), curve, _shared(trace.rows, ideal))
+
+
+def _shared(rows: Sequence[Row], ideal: Sequence[int]) -> list[int]:
+    """What the first turn of a session could hit was left by others. A row without a session counts as all its own:
+    what it could hit may be an earlier turn of the same talk."""
+    first: dict[str, int] = {}
+    for row, hit in zip(rows, ideal, strict=True):
+        if row.session_id:
+            first.setdefault(row.session_id, hit)
+    return [first.get(row.session_id, 0) for row in rows]
 
 
 def plan(work: Asked, profile: Profile, budgets: Budgets, spare: int, price_per_hour: float) -> Planned:
@@ -162,14 +173,18 @@ class _Fleet:
         )
 
     def context(self) -> float:
-        """Tokens that a decoding sequence holds, in the mean."""
+        """Tokens that a decoding sequence reads, in the mean."""
         return float(np.mean([row.input_length + row.output_length / 2 for row in self.work.rows]))
+
+    def own(self) -> float:
+        """Those of them that lie in memory for it alone."""
+        return max(1.0, self.context() - float(np.mean(self.work.shared)))
 
     def batch(self) -> int:
         """The largest decode set that keeps the tightest pace and fits the memory."""
         profile, context = self.profile, self.context()
         paces = [line.tpot_s for line in self.budgets.values() if line.tpot_s is not None]
-        fitting = int(KV_SHARE * profile.blocks_total * profile.block_tokens / max(context, 1.0))
+        fitting = int(KV_SHARE * profile.blocks_total * profile.block_tokens / self.own())
         limit_s = TPOT_SHARE * min(paces, default=math.inf)
         counts = range(1, max(1, min(profile.sequences_max, fitting)) + 1)
         return max((n for n in counts if profile.model.decode_s(n, round(n * context)) <= limit_s), default=1)
@@ -257,11 +272,11 @@ def _resident_tokens(work: Asked, step_s: float) -> float:
     """Little's law over the trace: each prompt stays while it is answered, and until its session's next turn."""
     ends: dict[str, tuple[int, float]] = {}
     total = 0.0
-    for row, start in zip(work.rows, work.starts, strict=True):
+    for row, start, shared in zip(work.rows, work.starts, work.shared, strict=True):
         last = ends.get(row.session_id)
         if last is not None and start - last[1] <= RETAIN_S:
             total += last[0] * (start - last[1])
-        size, lasts_s = row.input_length + row.output_length, row.output_length * step_s
+        size, lasts_s = row.input_length + row.output_length - shared, row.output_length * step_s
         total += size * lasts_s
         if row.session_id:
             ends[row.session_id] = size, start + lasts_s

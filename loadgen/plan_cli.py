@@ -1,10 +1,11 @@
 """`headway-loadgen plan`: a workload and a kind of machine in; replicas, the reason and the price out.
 
-Owns the command, and asking the simulator for one replica fewer, as many, and one more. Never talks to a server."""
+Owns the command, and the simulated runs that check its answer. Never talks to a server."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,18 +14,19 @@ from typing import Any
 
 import msgspec
 
-from loadgen import formats, options, simulate
+from loadgen import fleets, formats, options, simulate
 from loadgen.compose import Mix, compose
+from loadgen.fleets import Checked
 from loadgen.plan import Planned, asked, plan
 from loadgen.records import Run
 from loadgen.report import aligned
-from loadgen.search import Measured, Share, point, pooled
+from loadgen.search import Measured, point, pooled
 from loadgen.session import read_budgets, span_s
 from loadgen.sim import profiles
 from loadgen.sim.profiles import Profile
 from loadgen.sim.world import Setting
 from loadgen.targets import PUBLISHED, Budgets, to_plain
-from loadgen.traces import CLASSES, ClassName, Trace
+from loadgen.traces import Trace
 from policies import plugins
 from policies.api import PolicySpec
 
@@ -38,19 +40,12 @@ conversation_trace.jsonl.zst --hardware h100 --model llama-8b --price 2.2 --spar
 """
 
 
-class Checked(msgspec.Struct, frozen=True):
-    """What the simulator says of a fleet of this size."""
-
-    replicas: int
-    is_pass: bool
-    classes: dict[ClassName, Share]
-
-
 class Answer(msgspec.Struct, frozen=True):
     """All that --json writes."""
 
     planned: Planned
-    simulated: list[Checked]
+    simulated: list[Checked]  # by size
+    smallest: int | None  # that suffices of these, spare ones not counted
     label: str
 
 
@@ -87,14 +82,14 @@ def _run(arguments: argparse.Namespace) -> int:
     checked: list[Checked] = []
     if not arguments.closed_form:
         need = planned.replicas - planned.spare
-        sizes = [size for size in (need - 1, need, need + 1) if size >= 1]
         seeds = range(1, arguments.seeds + 1)
-        check = _Check(trace, profile, budgets, arguments.policy)
-        checked = [check.size(size, seeds) for size in sizes]
-        print(f"\n{simulate.LABEL}, {arguments.policy}, {arguments.seeds} seeds\n\n{checked_text(checked)}")
+        checked = fleets.search(_Check(trace, profile, budgets, arguments.policy, seeds).size, need)
+        said = fleets.text(checked, need, sum(one.busy for one in planned.classes.values()))
+        print(f"\n{simulate.LABEL}, {arguments.policy}, {arguments.seeds} seeds\n\n{said}")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        answer = Answer(planned, checked, simulate.LABEL if checked else "closed form")
+        label = simulate.LABEL if checked else "closed form"
+        answer = Answer(planned, checked, fleets.edge(checked)[1], label)
         arguments.json.write_bytes(msgspec.json.format(msgspec.json.encode(answer), indent=1))
         print(f"wrote {arguments.json}")
     return 0
@@ -169,10 +164,12 @@ class _Check:
     profile: Profile
     budgets: Budgets
     policy: str
+    seeds: Sequence[int]
 
-    def size(self, workers: int, seeds: Sequence[int]) -> Checked:
+    def size(self, workers: int) -> Checked:
         """One size, over all seeds."""
-        found = point(1.0, pooled([self.run(workers, seed) for seed in seeds], self.budgets), 0)
+        print(f"simulating {workers} replicas", file=sys.stderr)
+        found = point(1.0, pooled([self.run(workers, seed) for seed in self.seeds], self.budgets), 0)
         return Checked(workers, all(one.met >= one.wanted for one in found.classes.values()), found.classes)
 
     def run(self, workers: int, seed: int) -> Measured:
@@ -204,13 +201,3 @@ class _Check:
             budgets=to_plain(self.budgets),
         )
         return run, simulate.judged(world.records, 0.0)
-
-
-def checked_text(found: Sequence[Checked]) -> str:
-    """A row a size."""
-    rows = [["replicas", *(f"{name} met %" for name in CLASSES), ""]]
-    for one in found:
-        shares = [one.classes.get(name) for name in CLASSES]
-        cells = ["-" if s is None else f"{100 * s.met:.1f} ({100 * s.low:.1f} to {100 * s.high:.1f})" for s in shares]
-        rows.append([str(one.replicas), *cells, "pass" if one.is_pass else "FAIL"])
-    return aligned(rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from loadgen.cli import main
@@ -97,6 +98,24 @@ def test_long_prompts_that_wait_for_tools_are_bound_by_memory() -> None:
     assert found.bounds.kv == pytest.approx(50 * 60_001 * 2 / (0.85 * 640_000), rel=0.01)
 
 
+def test_what_sessions_share_lies_in_memory_once() -> None:
+    def talks(preamble: list[int]) -> Trace:
+        rows = [
+            Row(timestamp=100.0 * n, session_id=f"s{n}", input_length=64_000, output_length=64, hash_ids=[*preamble, n])
+            for n in range(1, 1001)
+        ]
+        return Trace(Header(block_size=64, notes={"duration_s": 100}), tuple(rows))
+
+    common = list(range(10_000, 10_999))
+    quick = msgspec.structs.replace(PLAIN, theta=Theta(0.010, 1e-7, 0.0, 0.0, 0.0, 0.0))
+    apart, shared = planned(talks([]), quick), planned(talks(common), quick)
+    assert (apart.batch, shared.batch) == (
+        8,
+        10,
+    )  # 640,000 tokens hold 8 of 64,032; those that share all but a block: all
+    assert shared.bounds.kv < apart.bounds.kv / 100
+
+
 def test_the_price_is_paid_by_the_classes_and_by_nobody_else() -> None:
     both = Trace(Header(notes={"duration_s": 100}), workload(2.0).rows + workload(3.0, name="data-processor").rows)
     found = planned(both, spare=1)
@@ -137,7 +156,7 @@ def test_a_workload_file_changes_the_mix_by_its_own_names() -> None:
         read_mix({"chat": 1})
 
 
-def test_the_command_plans_and_asks_the_simulator_for_its_neighbours(
+def test_the_command_plans_and_asks_the_simulator_until_the_edge_is_found(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, out = tmp_path / "workload.toml", tmp_path / "plan.json"
@@ -147,5 +166,9 @@ def test_the_command_plans_and_asks_the_simulator_for_its_neighbours(
     assert "binds" in said
     assert "simulated, not validated" in said
     answer = json.loads(out.read_text())
-    need = answer["planned"]["replicas"]
-    assert [one["replicas"] for one in answer["simulated"]] == [n for n in (need - 1, need, need + 1) if n]
+    passed = {one["replicas"]: one["is_pass"] for one in answer["simulated"]}
+    smallest = answer["smallest"]
+    assert smallest is not None
+    assert passed[smallest]
+    assert smallest == 1 or not passed[smallest - 1]
+    assert f"smallest fleet that suffices: {smallest}" in said
