@@ -88,7 +88,7 @@ def fill(record: Record, answer: Answer, origin: float, dialect: Dialect) -> Non
         record.outcome, record.reason = "refused", _reason(answer.body(), f"status {answer.status}")
     elif answer.status != 200:
         record.outcome, record.reason = "failed", answer.error or _reason(answer.body(), f"status {answer.status}")
-    elif headers.get("content-type", "").startswith("text/event-stream"):
+    elif _is_stream(answer):
         _read_stream(record, answer, origin, dialect)
     else:
         _read_whole(record, answer, dialect)
@@ -101,6 +101,18 @@ def cut(record: Record, answer: Answer, outcome: Outcome, origin: float, dialect
     fill(record, answer, origin, dialect)
     if record.outcome != "refused":
         record.outcome, record.reason = outcome, ""
+
+
+def is_read(answer: Answer, dialect: Dialect) -> bool:
+    """Whether a stream has brought its first text: a ping or an opening is not yet something to read."""
+    if not _is_stream(answer):
+        return False
+    events = (_object(data) for _, data in answer.events())
+    return any(event is not None and dialect.says(event) == "text" for event in events)
+
+
+def _is_stream(answer: Answer) -> bool:
+    return answer.headers.get("content-type", "").startswith("text/event-stream")
 
 
 def _read_stream(record: Record, answer: Answer, origin: float, dialect: Dialect) -> None:

@@ -6,20 +6,22 @@ slow the load, and a turn that waits for its own session is late on the server's
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 
 from loadgen.client import Answer, Client, post_obediently
 from loadgen.dialects import DIALECTS, Dialect, Name
 from loadgen.prompts import Dresser, prompt_ids
-from loadgen.records import Outcome, Record, cut, fill
+from loadgen.records import Outcome, Record, cut, fill, is_read
 from loadgen.traces import ClassName, Row, Slo, Trace, ideal_cached, turn_names
 
 GRACE_S = 30.0  # after the offered time, for answers under way; what is open then is unfinished
 PREPARE_S = 0.02  # before its time a prompt is made: 8,000 ids take about 1 ms
-# Client patience by class, as in the published budgets; a row's own timeout_s wins.
+# Client patience by class, as in the published budgets: for the first token of a stream, and for the whole of any other
+# answer. A row's own timeout_s wins.
 PATIENCE_S: dict[ClassName, float] = {"chatbot+": 30.0, "background-agent": 600.0, "data-processor": 900.0}
 
 Clock = Callable[[], float]
@@ -201,9 +203,10 @@ class Replay:
         await self._sleep_until(record.intended_s or 0.0)
         record.sent_s = round(self._now(), 6)
         patience_s = row.timeout_s or PATIENCE_S[row.request_class]
+        left_s = patience_s - (record.sent_s - (record.intended_s or 0.0))
         answer = Answer()
         try:
-            async with asyncio.timeout(patience_s - (record.sent_s - (record.intended_s or 0.0))):
+            async with self._patience(left_s, answer):
                 await post_obediently(self.client, self._dialect.path, headers, payload, answer)
         except TimeoutError:
             self._cut(record, answer, "left")
@@ -212,6 +215,22 @@ class Replay:
             raise
         else:
             fill(record, answer, self.origin, self._dialect)
+
+    @contextlib.asynccontextmanager
+    async def _patience(self, left_s: float, answer: Answer) -> AsyncIterator[None]:
+        """TimeoutError when it ends; who reads a stream by then stays, as people do and the simulator has it."""
+        loop = asyncio.get_running_loop()
+
+        def end() -> None:
+            if not is_read(answer, self._dialect):
+                scope.reschedule(loop.time())
+
+        async with asyncio.timeout(None) as scope:
+            ending = loop.call_later(left_s, end)
+            try:
+                yield
+            finally:
+                ending.cancel()
 
     def _cut(self, record: Record, answer: Answer, outcome: Outcome) -> None:
         answer.ended_at = self.clock()

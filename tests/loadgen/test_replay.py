@@ -123,7 +123,8 @@ def test_a_later_turn_is_intended_at_the_end_of_the_one_before_it_plus_the_gap()
 def test_a_client_whose_patience_ends_hangs_up_and_that_is_a_miss() -> None:
     async def script(asked: Asked) -> None:
         asked.open_stream(**{"x-headway-class": "chatbot+"})
-        asked.token()
+        asked.event(b": still working\n\n")
+        asked.event(b'data: {"choices": [{"text": ""}]}\n\n')  # a stream, but nothing to read
         await asked.left.wait()
 
     async def scene() -> tuple[Replay, list[Asked]]:
@@ -138,8 +139,32 @@ def test_a_client_whose_patience_ends_hangs_up_and_that_is_a_miss() -> None:
     replay, asked = asyncio.run(scene())
     left, abandoned = replay.records
     assert len(asked) == 1
-    assert (left.outcome, len(left.token_s), left.assigned_class) == ("left", 1, "chatbot+")
+    assert (left.outcome, len(left.token_s), left.assigned_class) == ("left", 0, "chatbot+")
     assert abandoned.outcome == "abandoned"
+
+
+def test_who_reads_a_stream_stays_beyond_his_patience() -> None:
+    async def script(asked: Asked) -> None:
+        asked.open_stream()
+        asked.token()
+        await asyncio.sleep(0.3)
+        asked.token()
+        asked.close_stream()
+
+    replay, _ = replayed([row(0, timeout_s=0.15)], script)
+    record = replay.records[0]
+    assert (record.outcome, len(record.token_s)) == ("done", 2)
+    assert record.end_s is not None
+    assert record.end_s > 0.15
+
+
+def test_who_waits_for_a_whole_answer_leaves_although_it_has_begun() -> None:
+    async def script(asked: Asked) -> None:
+        asked.send(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{")
+        await asked.left.wait()
+
+    replay, _ = replayed([row(0, timeout_s=0.1, request_class="data-processor")], script)
+    assert [record.outcome for record in replay.records] == ["left"]
 
 
 def test_a_refused_client_comes_back_and_is_timed_from_its_first_intended_moment() -> None:
