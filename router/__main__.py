@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -29,7 +30,7 @@ from policies.plugins import PolicyError
 from policies.request import Tenant
 from router import admin, canonical
 from router.accounts import Accounts
-from router.app import App, House, shape_of
+from router.app import App, House, Posts, generation, shape_of
 from router.config import Config
 from router.fleet import Fleet
 from router.keys import KeysError, check_reach, keys_path
@@ -49,6 +50,10 @@ from router.server import Listener
 from router.template import ChatTemplate
 from router.tenants import Tenants
 from router.text import Text
+from router.upstreams.fleet import Upstreams
+from router.upstreams.forward import ForwardDesk, forwarding
+from router.upstreams.metrics import UpstreamMetrics
+from router.upstreams.relay import ForwardServices
 from router.version import code_version
 from router.vocabulary import Vocabulary
 
@@ -65,7 +70,7 @@ class Place:
     listen: socket.socket
     admin: socket.socket
     workers: Sequence[tuple[str, str]]  # (name, path of its socket)
-    model: Path  # the prepared model: its tokenizer and template are read here
+    model: Path | None  # the prepared model: its tokenizer and template are read here; upstreams need none
     restart: Callable[[str], None]  # ask the keeper to restart a worker
 
 
@@ -85,7 +90,7 @@ class Parts:
     """What runs."""
 
     mind: Mind
-    fleet: Fleet
+    computing: Fleet | Upstreams
     readiness: Readiness
     tenants: Tenants
     app: App
@@ -96,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serve. Returns the exit code."""
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells each question to an upstream, one a second
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would take the workers' cores
     config = Config.from_json(arguments.config.read_bytes())
     workers = [worker.partition("=") for worker in arguments.worker]
@@ -122,7 +128,7 @@ async def serve(config: Config, place: Place) -> int:
         stop = asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        running = asyncio.create_task(parts.fleet.run())
+        running = asyncio.create_task(parts.computing.run())
         following = asyncio.create_task(parts.tenants.run())
         stopped = asyncio.create_task(stop.wait())
         try:
@@ -165,19 +171,30 @@ def _build(config: Config, place: Place, stack: contextlib.ExitStack) -> Parts:
     metrics.watch(fleet, lambda: mind.live_count, lambda: recorder.dropped_events if recorder is not None else 0)
     metrics.registry.register(stack.enter_context(GcPauses()))
     observers = Observers([receipts, metrics, tenants.accounts, *_tracing(config, place, stack)])
-    readiness = Readiness(fleet, policy, reducer.fleet.profile, tenants.local.tenant)
+    upstreams = Upstreams(config.upstreams, os.environ, mind) if config.upstreams else None
+    computing = upstreams or fleet
+    readiness = Readiness(computing, policy, reducer.fleet.profile, tenants.local.tenant)
+    if upstreams is not None:
+        metrics.registry.register(UpstreamMetrics(upstreams))
+        forward = ForwardServices(mind, upstreams, observers, RelayLimits(), time.monotonic)
+        posts: Posts = forwarding(partial(ForwardDesk, forward, tenants))
+    else:
+        assert place.model is not None, "own workers have a model"
+        services = Services(mind, fleet, observers, RelayLimits(), time.monotonic)
+        posts = generation(services, _text(config, place.model), tenants)
     house = House(
-        services=Services(mind, fleet, observers, RelayLimits(), time.monotonic),
-        models=fleet.models,
-        text=_text(config, place.model),
-        model=served_name(config),
+        models=computing.models,
+        model=config.model.served_as if upstreams is not None else served_name(config),
+        posts=posts,
         tenants=tenants,
         readiness=readiness.state,
         aliases=config.models.aliases,
     )
     hints = KvHints(fleet, tenants.local.salt)
-    operator = admin.Admin(metrics, fleet, receipts, hints, tenants=tenants, readiness=readiness.state)
-    return Parts(mind, fleet, readiness, tenants, App(house), operator)
+    operator = admin.Admin(
+        metrics, fleet, receipts, hints, tenants=tenants, readiness=readiness.state, upstreams=upstreams
+    )
+    return Parts(mind, computing, readiness, tenants, App(house), operator)
 
 
 def _tenants(config: Config) -> Tenants:
@@ -236,7 +253,7 @@ def _ask(keeper_fd: int, name: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m router", description="One router; `headway serve` starts it.")
     parser.add_argument("--config", type=Path, required=True, help="JSON that the keeper wrote")
-    parser.add_argument("--model", type=Path, required=True, help="folder of the prepared model")
+    parser.add_argument("--model", type=Path, help="folder of the prepared model; not for upstreams")
     parser.add_argument("--listen-fd", type=int, required=True, help="bound socket for clients")
     parser.add_argument("--admin-fd", type=int, required=True, help="bound socket for the operator")
     parser.add_argument("--keeper-fd", type=int, required=True, help="pipe: names of workers to restart")

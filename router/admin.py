@@ -21,6 +21,7 @@ from router.kv_hints import KvHints
 from router.metrics import Metrics
 from router.receipts import Receipts
 from router.tenants import Tenants
+from router.upstreams.fleet import Upstreams
 
 Readiness = Callable[[], tuple[bool, Mapping[str, object]]]
 
@@ -62,6 +63,7 @@ class Admin:
         *,
         tenants: Tenants,
         readiness: Readiness,
+        upstreams: Upstreams | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._hints = hints
@@ -70,6 +72,7 @@ class Admin:
         self._receipts = receipts
         self._tenants = tenants
         self._readiness = readiness
+        self._upstreams = upstreams
         self._clock = clock
         self._dashboard = resources.files("router").joinpath("dashboard.html").read_bytes()
         self._routes = {
@@ -111,6 +114,8 @@ class Admin:
         return CONTENT_TYPE_LATEST.encode(), self._metrics.exposition()
 
     def _show_workers(self, _: Head) -> tuple[bytes, bytes]:
+        if self._upstreams is not None:
+            return JSON_TYPE, msgspec.json.encode(self._upstreams.shown())
         now = self._clock()
         return JSON_TYPE, msgspec.json.encode([_worker(state, now) for state in self._fleet.workers])
 

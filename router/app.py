@@ -40,22 +40,44 @@ BODY_BYTES_MAX = {
     "/v1/responses": MESSAGES_BODY_BYTES_MAX,
     "/v1/messages": MESSAGES_BODY_BYTES_MAX,
     "/v1/messages/count_tokens": MESSAGES_BODY_BYTES_MAX,
+    "/v1/embeddings": 8 * MIB,
+    "/v1/rerank": 8 * MIB,
+    "/v1/score": 8 * MIB,
 }
 OTHER_BODY_BYTES_MAX = 64 * 1024
 OPEN_PATHS = frozenset(("/", "/livez", "/readyz", "/health"))  # for who has no key: probes, and whether we are there
+
+
+Post = Callable[[Exchange], Awaitable[None]]
+Posts = Callable[[Catalogue], Mapping[str, Post]]  # what generates, by path
 
 
 @dataclass(frozen=True, slots=True)
 class House:
     """What the routes need of the rest of the router."""
 
-    services: Services
     models: Callable[[], Mapping[str, ModelView]]
-    text: Text
-    model: str  # the one that is served; clients may leave it out
+    model: str  # the one that is served; clients may leave it out. Empty: the first that there is
+    posts: Posts
     tenants: Tenants
     readiness: Callable[[], tuple[bool, Mapping[str, Any]]]
     aliases: Mapping[str, str] = field(default_factory=dict)
+
+
+def generation(services: Services, text: Text, tenants: Tenants) -> Posts:
+    """The routes that our own workers answer."""
+
+    def posts(catalogue: Catalogue) -> Mapping[str, Post]:
+        desk = Desk(services, catalogue, text, tenants)
+        return {
+            "/v1/chat/completions": Generate(desk, CHAT),
+            "/v1/completions": Generate(desk, COMPLETIONS),
+            "/v1/responses": Generate(desk, RESPONSES),
+            "/v1/messages": Generate(desk, MESSAGES),
+            "/v1/messages/count_tokens": Count(desk, MESSAGES),
+        }
+
+    return posts
 
 
 class App:
@@ -64,14 +86,7 @@ class App:
     def __init__(self, house: House) -> None:
         self._house = house
         catalogue = self._catalogue = Catalogue(house.models, house.model, house.aliases, int(time.time()))
-        desk = Desk(house.services, catalogue, house.text, house.tenants)
-        self._posts: dict[str, Callable[[Exchange], Awaitable[None]]] = {
-            "/v1/chat/completions": Generate(desk, CHAT),
-            "/v1/completions": Generate(desk, COMPLETIONS),
-            "/v1/responses": Generate(desk, RESPONSES),
-            "/v1/messages": Generate(desk, MESSAGES),
-            "/v1/messages/count_tokens": Count(desk, MESSAGES),
-        }
+        self._posts = house.posts(catalogue)
         self._routes = Router(
             [
                 Route("/", self._root, methods=["GET"]),

@@ -27,7 +27,7 @@ class Catalogue:
         patterns: Sequence[str] = (),
     ) -> None:
         self._models = models
-        self._default = default  # for clients that name none
+        self._default = default  # for clients that name none; empty: the first that there is
         self._aliases = aliases  # pattern to name; an empty name means the default
         self._created = created  # second of the router's start
         self._patterns = patterns  # of models that may be seen; none: all
@@ -53,16 +53,19 @@ class Catalogue:
             message = "No worker has started yet; try again in a moment."
             raise RequestError(503, message, code="no-worker", retry_after_s=2.0)
         models = self._visible()
-        view = models.get(name or self._default) or models.get(self._alias(name))
+        view = models.get(name or self._first(models)) or models.get(self._alias(name))
         if view is None:
             raise self._unknown(models)
         return view
+
+    def _first(self, models: Mapping[str, ModelView]) -> str:
+        return self._default or next(iter(models), "")
 
     def _alias(self, name: str) -> str:
         """What the first alias that fits stands for; empty when none does."""
         for pattern, model in self._aliases.items():
             if fnmatch.fnmatchcase(name, pattern):
-                return model or self._default
+                return model or self._first(self._visible())
         return ""
 
     def _unknown(self, models: Mapping[str, ModelView]) -> RequestError:
@@ -100,7 +103,7 @@ class Catalogue:
             "created_at": _iso(self._created),
             "owned_by": "headway",
             "display_name": view.name,
-            "max_model_len": view.context_max,
+            "max_model_len": view.context_max or None,  # an upstream need not say
         }
 
 

@@ -25,6 +25,7 @@ examples:
   headway serve --port 9000 --workers 4
   headway serve --model ./model.gguf              a GGUF file, or a directory with safetensors
   headway serve --record run.jsonl                record every decision; then: headway replay-events run.jsonl
+  headway serve --upstream http://gpu1:8000 --upstream http://gpu2:8000    in front of vLLM or SGLang
   headway keys add alice                          a key; with the first one, all callers need theirs
   headway serve --config headway.toml             see headway check-config for what is wrong with it
 
@@ -109,6 +110,12 @@ def _add_serve(commands: Any) -> None:
     serve.add_argument("--model", metavar="MODEL", help="smollm2, a GGUF file or a directory [model.name]")
     serve.add_argument("--device", metavar="DEVICE", help="auto, cpu, cuda, or fake: made-up tokens [workers.device]")
     serve.add_argument("--policy", metavar="REF", help="a built-in, an entry point or module:factory [policy.ref]")
+    serve.add_argument(
+        "--upstream",
+        action="append",
+        metavar="URL",
+        help="a vLLM, SGLang or other OpenAI-compatible server instead of own workers; may be repeated [upstreams]",
+    )
     serve.add_argument("--record", metavar="FILE", help="record what the mind sees and decides [record.path]")
     serve.set_defaults(run=_serve)
 
@@ -135,6 +142,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     flags = {
         key: (f"--{name.replace('_', '-')}", given[name]) for name, key in FLAGS.items() if given[name] is not None
     }
+    if arguments.upstream:
+        flags["upstreams"] = ("--upstream", [{"url": url} for url in arguments.upstream])
     try:
         config = _checked(arguments.config or default_file(), flags)
     except (ConfigError, PolicyError, KeysError) as error:

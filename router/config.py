@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta, Struct, field
@@ -14,6 +15,22 @@ from msgspec import Meta, Struct, field
 CALL_FORMS = ("auto", "hermes", "llama", "mistral", "pythonic", "none")
 THOUGHT_FORMS = ("auto", "think", "magistral", "none")
 DEVICES = ("auto", "cpu", "cuda", "fake")
+
+UPSTREAMS_MAX = 64  # as many as there are workers
+PRIORITIES = ("", "vllm", "sglang")
+FORWARDED_ROUTES = frozenset(
+    f"/v1/{name}"
+    for name in (
+        "chat/completions",
+        "completions",
+        "responses",
+        "messages",
+        "messages/count_tokens",
+        "embeddings",
+        "rerank",
+        "score",
+    )
+)
 
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Count = Annotated[int, Meta(ge=1)]
@@ -56,6 +73,19 @@ class Workers(Struct, frozen=True, forbid_unknown_fields=True):
     threads: Count = 1  # of each: more processes beat more threads for a 135M model on few cores
     device: str = "auto"  # cuda where a card is, else cpu | cpu | cuda | fake: made-up tokens, to try clients
     kv_mib: Count = 512  # on a CPU: 11,650 tokens of the embedded model (45 KiB each); a GPU takes what is free
+
+
+class Upstream(Struct, frozen=True, forbid_unknown_fields=True):
+    """A foreign engine: an OpenAI-compatible server such as vLLM or SGLang."""
+
+    url: Annotated[str, Meta(min_length=1)]  # http://HOST:PORT; a path before /v1 is kept
+    name: str = ""  # for people; empty: host and port
+    key_env: str = ""  # the variable that holds its key; it goes to this upstream alone
+    models: dict[str, str] = field(default_factory=dict)  # name here to name there; empty: what it lists
+    # Further paths that it has, such as /v1/embeddings.
+    routes: tuple[str, ...] = ("/v1/chat/completions", "/v1/completions")
+    priority: str = ""  # vllm | sglang: send the class as `priority`, in that engine's polarity; empty: do not
+    concurrency: Count = 256  # requests there at one time; beyond it they wait here, in the order of their budgets
 
 
 class KV(Struct, frozen=True, forbid_unknown_fields=True):
@@ -137,6 +167,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     model: Model = field(default_factory=Model)
     models: Models = field(default_factory=Models)
     workers: Workers = field(default_factory=Workers)
+    upstreams: tuple[Upstream, ...] = ()  # foreign engines instead of own workers
     kv: KV = field(default_factory=KV)
     classes: Classes = field(default_factory=Classes)
     policy: Policy = field(default_factory=Policy)
@@ -166,6 +197,9 @@ def contradictions(config: Config) -> list[tuple[str, ...]]:
     found: list[tuple[str, ...]] = []
     if config.server.port and config.server.port == config.server.admin_port:
         found.append(("server.admin_port", "server.port", "must differ from server.port"))
+    found += [("upstreams", why) for upstream in config.upstreams if (why := _unusable(upstream))]
+    if len(config.upstreams) > UPSTREAMS_MAX:
+        found.append(("upstreams", f"must be {UPSTREAMS_MAX} at most"))
     if config.model.calls not in CALL_FORMS:
         found.append(("model.calls", f"must be one of {', '.join(CALL_FORMS)}"))
     if config.model.thoughts not in THOUGHT_FORMS:
@@ -173,6 +207,17 @@ def contradictions(config: Config) -> list[tuple[str, ...]]:
     if config.workers.device not in DEVICES:
         found.append(("workers.device", f"must be one of {', '.join(DEVICES)}"))
     return found
+
+
+def _unusable(upstream: Upstream) -> str:
+    parts = urlsplit(upstream.url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+        return f"{upstream.url!r} must be http://HOST:PORT or https://HOST:PORT"
+    if upstream.priority not in PRIORITIES:
+        return f"priority must be one of {', '.join(PRIORITIES)}, or empty"
+    if unknown := sorted(set(upstream.routes) - FORWARDED_ROUTES):
+        return f"routes: {unknown[0]!r} is none of {', '.join(sorted(FORWARDED_ROUTES))}"
+    return ""
 
 
 def is_loopback(host: str) -> bool:

@@ -4,6 +4,7 @@ Owns how a mistake is explained: file, line, key, what was expected, the nearest
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import re
@@ -174,7 +175,7 @@ def _dotted(key: Key) -> str:
 
 # Lines: tomllib keeps none, so a second look at the text finds them ---------------------------------------------------
 
-_TABLE = re.compile(r"^\s*\[\s*([^\[\]]+?)\s*\]")
+_TABLE = re.compile(r"^\s*\[\[?\s*([^\[\]]+?)\s*\]")
 _ENTRY = re.compile(r"""^\s*((?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*'))*)\s*=""")
 _PART = re.compile(r"""[A-Za-z0-9_-]+|"[^"]*"|'[^']*'""")
 
@@ -211,7 +212,7 @@ def _build(leaves: Mapping[Key, Any], values: Mapping[Key, _Value], problems: li
     tree: dict[str, Any] = {}
     for key, given in values.items():
         try:
-            value = msgspec.convert(given.value, leaves[key], strict=not given.is_text)
+            value = msgspec.convert(_parsed(given), leaves[key], strict=not given.is_text)
         except msgspec.ValidationError as error:
             problems.append(Problem(given.where, ".".join(key), f"{_plain(error)}, got {given.value!r}"[:300]))
             continue
@@ -220,6 +221,14 @@ def _build(leaves: Mapping[Key, Any], values: Mapping[Key, _Value], problems: li
             at = at.setdefault(part, {})
         at[key[-1]] = value
     return msgspec.convert(tree, Config)
+
+
+def _parsed(given: _Value) -> Any:
+    """The environment writes lists and tables as JSON."""
+    if given.is_text and given.value[:1] in ("[", "{"):
+        with contextlib.suppress(msgspec.DecodeError):
+            return msgspec.json.decode(given.value)
+    return given.value
 
 
 def _plain(error: msgspec.ValidationError) -> str:

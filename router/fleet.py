@@ -149,6 +149,10 @@ class Fleet:
     def workers(self) -> Sequence[WorkerState]:
         return self._workers
 
+    @property
+    def up_count(self) -> int:
+        return sum(state.link is not None for state in self._workers)
+
     def is_ready(self) -> bool:
         """Whether a worker has proved a step, by its measured speed or since; a listening port proves nothing."""
         return any(state.link is not None and state.link.has_stepped for state in self._workers)

@@ -47,6 +47,7 @@ class Plan:
     router: Sequence[str]  # gets --listen-fd, --admin-fd, --keeper-fd and a --worker for each beside it
     env: Mapping[str, str]
     pool_bytes: int = 0
+    serving: int = 1  # so many workers or upstreams are all of them
 
 
 class StartError(Exception):
@@ -77,7 +78,7 @@ class Keeper:
                 stack.callback(os.close, ask)
                 (run / "config.json").write_bytes(self.plan.config)
                 stack.callback(self._kill_all)
-                model = self._prepare(wake)
+                model = self._prepare(wake) if self.plan.prepare else ""
                 pool = stack.enter_context(_pool(self.plan.pool_bytes))
                 self._plan_children(run, model, pool, (listen.fileno(), admin.fileno(), ask))
                 self._serve(wake, asks, listen.getsockname(), admin.getsockname()[1])
@@ -145,7 +146,7 @@ class Keeper:
         if answer is None:
             return
         self._serves_since = self._serves_since or now
-        if answer["workers"] == len(self.plan.workers) or now - self._serves_since > COMPLETE_S:
+        if answer["workers"] >= self.plan.serving or now - self._serves_since > COMPLETE_S:
             self._is_ready = True
             self.say(banner(address, admin_port, answer))
 

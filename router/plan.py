@@ -25,6 +25,8 @@ CGROUP_FILES = (
 
 def make_plan(config: Config, env: Mapping[str, str], devices: Path = Path("/dev")) -> Plan:
     """What `headway serve` runs with this configuration."""
+    if config.upstreams:
+        return _upstream_plan(config, env)
     gpus = _gpus(devices) if config.workers.device in ("auto", "cuda") else 0
     return Plan(
         host=config.server.host,
@@ -37,6 +39,23 @@ def make_plan(config: Config, env: Mapping[str, str], devices: Path = Path("/dev
         router=(*PYTHON, "router", "--config", "{run}/config.json", "--model", "{model}"),
         env=_environment(config, env),
         pool_bytes=pool_bytes(config, gpus),
+        serving=_count(config, gpus),
+    )
+
+
+def _upstream_plan(config: Config, env: Mapping[str, str]) -> Plan:
+    """A router alone: no model to prepare, no worker, no engine library."""
+    return Plan(
+        host=config.server.host,
+        port=config.server.port,
+        admin_port=config.server.admin_port,
+        drain_grace_s=config.server.drain_grace_s,
+        config=config.to_json(),
+        prepare=(),
+        workers={},
+        router=(*PYTHON, "router", "--config", "{run}/config.json"),
+        env=_environment(config, env),
+        serving=len(config.upstreams),
     )
 
 

@@ -7,23 +7,33 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from policies.api import Output, Promise, Prompt, RouterPolicy
 from policies.chain import NO_CHAIN
 from policies.costs import StepModel
 from policies.request import Facts, Request, RequestClass, RequestId, Tenant
-from router.fleet import Fleet
+from router.fleet import ModelView
 
 PROBE_TOKENS = 1024  # a slope is measured over so many: beyond the floor that reading the weights sets
 
 Budgets = dict[str, dict[str, float | None]]
 
 
+class Serving(Protocol):
+    """Those who compute: our own fleet, or upstreams."""
+
+    @property
+    def up_count(self) -> int: ...
+    def is_ready(self) -> bool: ...
+    def models(self) -> Mapping[str, ModelView]: ...
+
+
 @dataclass(slots=True)
 class Readiness:
     """Asked by /readyz; `is_draining` is set once and stays."""
 
-    fleet: Fleet
+    fleet: Serving
     policy: RouterPolicy
     profile: Callable[[str], StepModel | None]  # the fastest worker's model, by model name
     tenant: Tenant
@@ -36,7 +46,7 @@ class Readiness:
     def state(self) -> tuple[bool, Mapping[str, object]]:
         """What /readyz says: whether we are ready, and what there is."""
         model = next(iter(self.fleet.models()), "")
-        workers = sum(state.link is not None for state in self.fleet.workers)
+        workers = self.fleet.up_count
         return self.is_ready(), {"workers": workers, "model": model, "budgets": self._budgets(model)}
 
     def _budgets(self, model: str) -> Budgets:

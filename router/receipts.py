@@ -45,6 +45,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     budget_deadline_s: float | None = None
     predicted_ttft_s: float | None = None
     predicted_cached_tokens: int = 0
+    weaker: str = ""  # what a foreign engine cannot promise; empty: our own worker
     traceparent: str = ""  # W3C, as the client sent it
 
     @property

@@ -21,7 +21,7 @@ from engine.wire import End, Start, Submit
 from policies.actions import Cancel, Dispatch, Reject, Tokenise
 from policies.request import Budget, Request, RequestClass, RequestId, Tenant, WorkerId
 from router.accounts import Accounts
-from router.app import App, House, shape_of
+from router.app import App, House, generation, shape_of
 from router.canonical import Rule
 from router.fleet import ModelView
 from router.link import LinkLost
@@ -242,13 +242,15 @@ async def desk(
         def ended(self, receipt: Receipt) -> None:
             receipts.append(receipt)
 
+    services = Services(mind, fleet, Book(), relay_limits or RelayLimits(), time.monotonic)
+    text = Text(VOCABULARY, ChatTemplate(template, {}), text_limits, rules=rules)
+    tenants = tenants or keyless()
     app = App(
         House(
-            services=Services(mind, fleet, Book(), relay_limits or RelayLimits(), time.monotonic),
             models=lambda: fleet.views,
-            text=Text(VOCABULARY, ChatTemplate(template, {}), text_limits, rules=rules),
             model="tiny",
-            tenants=tenants or keyless(),
+            posts=generation(services, text, tenants),
+            tenants=tenants,
             readiness=lambda: (True, {"workers": 1}),
             aliases={"claude-*": "", "gpt-*": "", "other": "no-such-model"},
         )

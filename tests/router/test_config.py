@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -120,3 +121,29 @@ def test_what_is_not_there_is_said_before_anything_starts(tmp_path: Path, monkey
         f"{path}:2: model.name: ./none.gguf is not there",
         f"{path}:4: record.path: no file can be made at /none/run.jsonl",
     ]
+
+
+@pytest.mark.parametrize(
+    ("upstreams", "why"),
+    [
+        ('[{"url": "gpu1:8000"}]', "must be http://HOST:PORT"),
+        ('[{"url": "http://user:pass@gpu1"}]', "must be http://HOST:PORT"),
+        ('[{"url": "http://gpu1", "priority": "best"}]', "priority must be one of"),
+        ('[{"url": "http://gpu1", "routes": ["/admin"]}]', "routes: '/admin' is none of"),
+        ('[{"url": "http://gpu1", "key": "secret"}]', "unknown field `key`"),
+        (json.dumps([{"url": "http://gpu1"}] * 65), "must be 64 at most"),
+    ],
+)
+def test_upstreams_that_cannot_be_used_are_named(upstreams: str, why: str) -> None:
+    (problem,) = problems(None, {"HEADWAY_UPSTREAMS": upstreams})
+
+    assert problem.startswith("HEADWAY_UPSTREAMS: upstreams: ")
+    assert why in problem
+
+
+def test_upstreams_are_tables_of_the_file(tmp_path: Path) -> None:
+    path = written(tmp_path, '[[upstreams]]\nurl = "http://a"\nmodels = { x = "y" }\n[[upstreams]]\nurl = "http://b"\n')
+
+    first, second = load(path, {}, {}).upstreams
+
+    assert (first.url, first.models, second.url) == ("http://a", {"x": "y"}, "http://b")
