@@ -25,6 +25,7 @@ LAG_SHARE = 0.05  # of the tightest TTFT target: a client later than this at p99
 REFUSED_CHAT_MAX = 0.01  # no run counts with more chat refused
 PASS_SHARE: dict[ClassName, float] = {"chatbot+": 0.99, "background-agent": 0.95, "data-processor": 0.99}
 FAIR_OFFERED_MIN = 5  # a user with fewer offered chat requests is not named the worst
+NO_WORKER = "none"  # in the place of a name
 BOOTSTRAP_ROUNDS, BOOTSTRAP_CELLS = 1000, 500_000
 OUTCOMES: tuple[Outcome, ...] = ("done", "refused", "failed", "left", "abandoned", "unfinished")
 
@@ -76,6 +77,10 @@ class ClassVerdict(msgspec.Struct, frozen=True, kw_only=True):
     attainment_high: float
     retried_met: int  # met after an obeyed refusal, counted from the first intended time
 
+    def is_unsure(self, wanted: float) -> bool:
+        """It did not pass, but so few sessions may miss by chance: the interval includes what is wanted."""
+        return not self.is_pass and self.attainment_high >= wanted
+
 
 class UserVerdict(msgspec.Struct, frozen=True, kw_only=True):
     """One user's chat requests."""
@@ -107,7 +112,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     good_tokens_per_s: float
     wasted_tokens: int  # generated for requests that missed
     classes: dict[ClassName, ClassVerdict]
-    workers: dict[ClassName, dict[str, Cell]]  # only answered or refused requests have a worker
+    workers: dict[ClassName, dict[str, Cell]]  # they add up to the class; NO_WORKER: never had one, or it was not told
     users: list[UserVerdict]  # worst first
     worst_user: UserVerdict | None  # of those with FAIR_OFFERED_MIN requests: one miss of one is chance
     users_p5: float | None
@@ -240,11 +245,13 @@ def _class_verdict(name: ClassName, judged: Sequence[Judged]) -> ClassVerdict:
 
 
 def _by_worker(judged: Sequence[Judged]) -> dict[str, Cell]:
+    """None where the server named no worker at all: the class says it already."""
     grouped: dict[str, list[Judged]] = {}
     for one in judged:
-        if one.record.worker:
-            grouped.setdefault(one.record.worker, []).append(one)
-    return {name: _cell(grouped[name]) for name in sorted(grouped)}
+        grouped.setdefault(one.record.worker or NO_WORKER, []).append(one)
+    named = sorted(name for name in grouped if name != NO_WORKER)
+    order = [*named, NO_WORKER] if named and NO_WORKER in grouped else named
+    return {name: _cell(grouped[name]) for name in order}
 
 
 def _interval(judged: Sequence[Judged]) -> tuple[float, float]:

@@ -21,7 +21,7 @@ h3{font-size:14px;margin:20px 0 2px}
 p{margin:0 0 12px;color:var(--soft);max-width:80ch}
 .badge{display:inline-block;padding:3px 12px;border-radius:99px;color:var(--card);font-weight:650;font-size:14px;
 margin-left:12px;vertical-align:4px}
-.pass{background:var(--met)}.fail{background:var(--missed)}.invalid{background:var(--lost)}
+.pass{background:var(--met)}.fail{background:var(--missed)}.unsure{background:var(--refused)}.invalid{background:var(--lost)}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(205px,1fr));gap:14px;margin:22px 0}
 .card,figure,.scroll{background:var(--card);border:1px solid var(--line);border-radius:10px}
 .card{padding:16px 18px}.card b{display:block;font-size:30px;font-weight:620;letter-spacing:-.02em;line-height:1.2}

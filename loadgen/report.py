@@ -6,9 +6,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from loadgen.judge import FAIR_OFFERED_MIN, PASS_SHARE, Cell, Verdict
+from loadgen.judge import FAIR_OFFERED_MIN, NO_WORKER, PASS_SHARE, Cell, ClassVerdict, Verdict
 from loadgen.ranks import Quantiles
-from loadgen.traces import CLASSES
+from loadgen.traces import CLASSES, ClassName
 
 HEADS = (
     *("", "offered", "met", "refused", "lost", "left"),
@@ -25,17 +25,32 @@ def text(verdict: Verdict) -> str:
 
 def headline(verdict: Verdict) -> str:
     """Goodput, pass or fail by class, validity: what to read if only one thing is read."""
-    share = verdict.met / verdict.offered if verdict.offered else 0.0
+    met = verdict.met / verdict.offered if verdict.offered else 0.0
     lines = [
-        f"met {verdict.met} of {verdict.offered} offered requests ({share:.1%}): "
+        f"met {verdict.met} of {verdict.offered} offered requests ({met:.1%}): "
         f"{verdict.goodput_per_s:.2f} requests/s and {verdict.good_tokens_per_s:.1f} tokens/s of goodput"
     ]
+    marks = {name: mark_of(name, found) for name, found in verdict.classes.items()}
+    width = max(len(mark) for mark in ("pass", *marks.values()))
     for name, found in verdict.classes.items():
-        mark = "pass" if found.is_pass else "FAIL"
         span = f"95 % interval by session {found.attainment_low:.1%} to {found.attainment_high:.1%}"
-        lines.append(f"  {mark}  {name:16} {found.cell.attainment:6.1%} of {PASS_SHARE[name]:.0%} wanted   {span}")
+        lines.append(
+            f"  {marks[name]:{width}}  {name:16} {found.cell.attainment:6.1%} of {PASS_SHARE[name]:.0%} wanted   {span}"
+        )
     lines += [f"  INVALID: {reason}" for reason in verdict.invalid]
     return "\n".join(lines)
+
+
+def mark_of(name: ClassName, found: ClassVerdict) -> str:
+    """A class's verdict. One late answer of 25 is no proof against 99 %: nor is it a pass."""
+    if found.is_pass:
+        return "pass"
+    return "too few to say" if found.is_unsure(PASS_SHARE[name]) else "FAIL"
+
+
+def worker_name(worker: str) -> str:
+    """A row's or a column's head."""
+    return "no worker" if worker == NO_WORKER else f"worker {worker}"
 
 
 def _legend() -> str:
@@ -54,7 +69,7 @@ def table(verdict: Verdict) -> str:
         if name in verdict.classes:
             rows.append([name, *columns(verdict.classes[name].cell)])
             workers = verdict.workers[name]
-            rows += [[f"  worker {worker}", *columns(cell)] for worker, cell in workers.items()]
+            rows += [[f"  {worker_name(worker)}", *columns(cell)] for worker, cell in workers.items()]
     return aligned(rows)
 
 

@@ -9,13 +9,14 @@ from html import escape
 
 from loadgen import report_parts
 from loadgen.charts import Bar, Dot, gauge, scatter, strip, timeline
-from loadgen.judge import FAIR_OFFERED_MIN, PASS_SHARE, Cell, Judged, Second, Verdict, points
+from loadgen.judge import FAIR_OFFERED_MIN, NO_WORKER, PASS_SHARE, Cell, Judged, Second, Verdict, points
 from loadgen.page import document
 from loadgen.records import Record
-from loadgen.report import HEADS, columns, honesty
+from loadgen.report import HEADS, columns, honesty, mark_of, worker_name
 from loadgen.targets import BudgetLine, Budgets
 from loadgen.traces import CLASSES
 
+BADGES = {"unsure": "too few to say"}
 DOTS_MAX = 4000  # in one picture: about 1 MB of page
 KEYS = (("met", "met"), ("missed", "answered, too late"), ("refused", "refused"), ("lost", "failed, left or lost"))
 
@@ -41,13 +42,21 @@ def page(verdict: Verdict, records: Sequence[Record], budgets: Budgets) -> str:
 
 
 def _head(verdict: Verdict) -> str:
-    style = "invalid" if verdict.invalid else "pass" if verdict.is_pass else "fail"
+    style = _style(verdict)
     run = verdict.run
     reasons = "".join(f"<p><b>Invalid:</b> {escape(reason)}</p>" for reason in verdict.invalid)
     return (
-        f'<h1>Replay of {escape(run.trace_name)}<span class="badge {style}">{style}</span></h1>'
+        f'<h1>Replay of {escape(run.trace_name)}<span class="badge {style}">{BADGES.get(style, style)}</span></h1>'
         f"<p>{escape(run.model)} at {escape(run.target)}, {escape(run.started)}; {escape(run.machine)}</p>{reasons}"
     )
+
+
+def _style(verdict: Verdict) -> str:
+    """One class that surely fails is enough to fail."""
+    if verdict.invalid or verdict.is_pass:
+        return "invalid" if verdict.invalid else "pass"
+    missed = [(name, found) for name, found in verdict.classes.items() if not found.is_pass]
+    return "unsure" if all(found.is_unsure(PASS_SHARE[name]) for name, found in missed) else "fail"
 
 
 def _cards(verdict: Verdict) -> str:
@@ -62,8 +71,8 @@ def _cards(verdict: Verdict) -> str:
         picture = gauge(cell.attainment, found.attainment_low, found.attainment_high, wanted)
         cards.append(
             f'<div class="card"><h3>{name}</h3><b>{cell.attainment:.1%}</b>'
-            f"<span>{cell.met} of {cell.offered} met; {wanted:.0%} wanted; 95 % interval by session "
-            f"{found.attainment_low:.0%} to {found.attainment_high:.0%}</span>{picture}</div>"
+            f"<span>{mark_of(name, found)}: {cell.met} of {cell.offered} met; {wanted:.0%} wanted; 95 % interval by "
+            f"session {found.attainment_low:.0%} to {found.attainment_high:.0%}</span>{picture}</div>"
         )
     return f'<div class="cards">{"".join(cards)}</div>'
 
@@ -72,7 +81,7 @@ def _table(verdict: Verdict) -> str:
     rows = []
     for name, found in verdict.classes.items():
         rows.append(_row("class", name, found.cell))
-        rows += [_row("worker", f"worker {worker}", cell) for worker, cell in verdict.workers[name].items()]
+        rows += [_row("worker", worker_name(worker), cell) for worker, cell in verdict.workers[name].items()]
     heads = "".join(f"<th>{escape(head)}</th>" for head in HEADS)
     return (
         "<h2>By class and worker</h2><p>Times in milliseconds from the intended moment. Every refused, failed, left, "
@@ -159,10 +168,11 @@ def _title(second: Second) -> str:
 
 
 def _heat(verdict: Verdict) -> str:
-    workers = sorted({worker for cells in verdict.workers.values() for worker in cells})
+    named = {worker for cells in verdict.workers.values() for worker in cells}
+    workers = sorted(named, key=lambda worker: (worker == NO_WORKER, worker))
     if not workers:
         return ""
-    heads = "".join(f"<th>worker {escape(worker)}</th>" for worker in workers)
+    heads = "".join(f"<th>{escape(worker_name(worker))}</th>" for worker in workers)
     rows = [
         f"<tr><td>{name}</td>{''.join(_heat_cell(cells.get(worker)) for worker in workers)}</tr>"
         for name, cells in verdict.workers.items()

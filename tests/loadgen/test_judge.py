@@ -73,7 +73,28 @@ def test_a_refused_request_counts_as_met_only_by_its_obedient_return() -> None:
 
 def test_a_class_is_broken_down_by_the_worker_that_answered() -> None:
     workers = judge(RUN, TWENTY, BUDGETS).workers["chatbot+"]
-    assert {name: (cell.met, cell.offered) for name, cell in workers.items()} == {"w0": (4, 5), "w1": (1, 5)}
+    assert {name: (cell.met, cell.offered) for name, cell in workers.items()} == {
+        "w0": (4, 5),
+        "w1": (1, 5),
+        "none": (0, 2),
+    }
+
+
+def test_workers_add_up_to_their_class_and_a_server_that_names_none_has_none() -> None:
+    verdict = judge(RUN, TWENTY, BUDGETS)
+    for name, found in verdict.classes.items():
+        assert sum(cell.offered for cell in verdict.workers[name].values()) == found.cell.offered
+    silent = judge(RUN, [msgspec.structs.replace(record, worker="") for record in TWENTY], BUDGETS)
+    assert set(map(len, silent.workers.values())) == {0}
+
+
+def test_a_miss_that_may_be_chance_is_unsure_and_one_that_cannot_is_not() -> None:
+    late = TWENTY[2]
+    good = [msgspec.structs.replace(TWENTY[0], row=n, session=f"s{n}") for n in range(100, 124)]
+    few = judge(RUN, [*good, late], BUDGETS).classes["chatbot+"]
+    assert (few.is_pass, few.attainment_high, few.is_unsure(0.99)) == (False, 1.0, True)
+    assert judge(RUN, good, BUDGETS).classes["chatbot+"].is_unsure(0.99) is False
+    assert judge(RUN, [late] * 3, BUDGETS).classes["chatbot+"].is_unsure(0.99) is False
 
 
 def test_ideal_and_realised_hits_stand_side_by_side() -> None:

@@ -54,8 +54,19 @@ def html() -> str:
 def test_the_terminal_report_begins_with_the_verdict() -> None:
     lines = text(judge(RUN, TWENTY, BUDGETS)).splitlines()
     assert lines[0] == "met 10 of 20 offered requests (50.0%): 0.10 requests/s and 1.0 tokens/s of goodput"
-    assert re.match(r"  FAIL  chatbot\+ +41.7% of 99% wanted", lines[1])
+    assert re.match(r"  FAIL +chatbot\+ +41.7% of 99% wanted", lines[1])
     assert lines[4] == "  INVALID: 1 of 12 chatbot+ requests were refused; over 1 % no run counts"
+
+
+def test_too_few_sessions_to_say_are_not_called_a_failure() -> None:
+    good = [msgspec.structs.replace(TWENTY[0], row=n, session=f"s{n}") for n in range(100, 124)]
+    verdict = judge(RUN, [*good, TWENTY[2]], BUDGETS)
+    assert text(verdict).splitlines()[1].startswith("  too few to say  chatbot+")
+    assert not verdict.is_pass
+    written = page(verdict, [*good, TWENTY[2]], BUDGETS)
+    assert '<span class="badge unsure">too few to say</span>' in written
+    assert "too few to say: 24 of 25 met" in written
+    assert '<span class="badge fail">fail</span>' in page(judge(RUN, [TWENTY[2]], BUDGETS), [TWENTY[2]], BUDGETS)
 
 
 def test_the_table_has_a_row_a_class_and_below_it_a_row_a_worker() -> None:
@@ -63,6 +74,7 @@ def test_the_table_has_a_row_a_class_and_below_it_a_row_a_worker() -> None:
     #                    offered met refused lost left
     assert ["chatbot+", "12", "5", "1", "3", "1"] in [row[:6] for row in rows]
     assert ["worker", "w0", "5", "4", "1", "0", "0"] in [row[:7] for row in rows]
+    assert ["no", "worker", "2", "0", "0", "2", "0"] in [row[:7] for row in rows]
     chat = next(row for row in rows if row[:2] == ["chatbot+", "12"])
     # TTFT p50 p90 p99 in ms; then three of TPOT; met, line and smooth of 12; ideal and real hit of 3,500 tokens
     assert chat[6:9] == ["600", "1200", "1200"]
