@@ -15,6 +15,7 @@ from loadgen.traces import ClassName, Gap, Header, Row, Trace, nominal_starts_s
 
 BLOCK_TOKENS = 256  # before scaling; 1/16 makes it 16, the embedded engine's own block
 NOMINAL_TURN_S = 2.0  # what a turn is taken to last when the trace is cut to its duration
+FEW = 16  # arrivals of a class, below which they are spread: one every 6 s of the demonstration
 Z90 = 1.2815515594600038  # standard normal quantile: p90 of a lognormal is median * exp(Z90 * sigma)
 
 
@@ -98,7 +99,14 @@ class _Builder:
         return f"user-{1 + int(self.rng.choice(self.mix.users, p=weights / weights.sum())):02d}"
 
     def arrivals(self, rate: float, duration_s: float) -> list[float]:
-        """A Poisson process over the duration, its first arrival in the first tenth: a short trace has every class."""
+        """A Poisson process over the duration, its first arrival in the first tenth: a short trace has every class.
+
+        One that expects at most FEW arrivals draws one in each of so many equal parts: chance alone left half of a
+        trace of 100 s idle."""
+        if 0 < rate * duration_s <= FEW:
+            parts = max(1, round(rate * duration_s))
+            first = float(self.rng.uniform(0, duration_s / max(parts, 10)))
+            return [first, *(float(self.rng.uniform(n, n + 1)) * duration_s / parts for n in range(1, parts))]
         at, found = float(self.rng.uniform(0, duration_s / 10)), []
         while rate > 0 and at < duration_s:
             found.append(at)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import statistics
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +39,28 @@ def test_a_short_trace_already_has_all_three_classes_within_its_duration() -> No
     trace = composed()
     assert {row.request_class for row in trace.rows} == set(CLASSES)
     assert 0 <= min(nominal_starts_s(trace.rows)) <= max(nominal_starts_s(trace.rows)) <= DURATION_S
+
+
+@pytest.mark.parametrize("seed", range(1, 9))
+def test_few_arrivals_are_spread_and_leave_no_idle_hole(seed: int) -> None:
+    trace = compose(Mix(), seed, DURATION_S, load=2.0)
+    starts = sorted(row.timestamp / 1e3 for row in trace.rows if row.timestamp is not None and row.session_id)
+    chat = sorted(
+        row.timestamp / 1e3 for row in trace.rows if row.request_class == "chatbot+" and row.timestamp is not None
+    )
+    assert [int(at * 16 / DURATION_S) for at in chat] == list(range(16))  # one in each of so many equal parts
+    assert (
+        max(later - earlier for earlier, later in itertools.pairwise([0.0, *starts, DURATION_S])) < 2 * DURATION_S / 16
+    )
+
+
+def test_many_arrivals_come_as_chance_has_them() -> None:
+    trace = compose(Mix(), 1, 6000.0, load=2.0)
+    starts = sorted(
+        row.timestamp for row in trace.rows if row.request_class == "chatbot+" and row.timestamp is not None
+    )
+    gaps = [later - earlier for earlier, later in itertools.pairwise(starts)]
+    assert 0.9 < statistics.stdev(gaps) / statistics.mean(gaps) < 1.1  # of a Poisson process: 1; of spread ones: 0.4
 
 
 def test_a_composed_trace_reads_back_without_one_bad_row(tmp_path: Path) -> None:
