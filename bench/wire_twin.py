@@ -30,6 +30,7 @@ from engine.wire import (
     decode_from_router,
     encode,
 )
+from policies.api import PolicySpec
 
 BLOCK_TOKENS = 64
 CONTEXT_MAX = 262_144
@@ -81,7 +82,7 @@ class Twin(asyncio.Protocol):
             context_max=CONTEXT_MAX,
             vocab_size=self._vocabulary,
             root=ROOT,
-            policy_digest="",
+            policy_digest=PolicySpec().digest,
             step_model=MODEL,
             cached=b"".join(self._told),
             nonce=b"",

@@ -247,9 +247,11 @@ class Fleet:
 
     def link_down(self, link: Link, reason: str) -> None:
         state = self._workers[link.worker]
-        state.lost_reason = reason
-        if state.link is not link:
-            return  # it never was up
+        is_news, state.lost_reason = reason != state.lost_reason, reason
+        if state.link is not link:  # it never was up
+            if is_news:  # and is dialled for ever: once is enough
+                log.warning("worker %s cannot be taken in: %s", state.name, reason)
+            return
         state.link = None
         state.losses += 1
         self._models = _models(self._workers)

@@ -72,15 +72,19 @@ def test_somebody_else_at_the_address_is_turned_away(stranger: Hello) -> None:
     assert fleet.models()["tiny"].workers == ("w0",)
 
 
-def test_a_worker_with_another_step_policy_is_refused_by_name() -> None:
+def test_a_worker_with_another_step_policy_is_refused_by_name_and_once_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     watcher = Quiet()
     fleet = Fleet([("w0", "/a")], watcher, "{}", engine=PolicySpec("static-512"))
 
+    linked(fleet, 0, hello())
     _, pipe = linked(fleet, 0, hello())
 
     assert pipe.is_closing()
     assert watcher.events == []
     assert "another step policy" in fleet.workers[0].lost_reason
+    assert ["another step policy" in record.message for record in caplog.records] == [True]
     assert "static-512" in fleet.workers[0].lost_reason
 
 
