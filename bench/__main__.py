@@ -10,6 +10,7 @@ import sys
 RESULTS = "bench/results"
 BENCHES: dict[str, tuple[str, ...]] = {
     "engine_cpu": (),
+    "pacing": ("--real", "--out", f"{RESULTS}/pacing.json"),
     "tiers": ("--out", f"{RESULTS}/tiers.json"),
     "step_host": ("--out", f"{RESULTS}/step_host.json"),
     "dispatcher": ("--out", f"{RESULTS}/dispatcher.json"),

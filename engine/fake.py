@@ -118,7 +118,7 @@ class FakeRunner:
             is_bad[:1] = True
         if fault and fault.kind == "foreign":
             ids[:1] = self._facts.vocab_size
-        seconds = self._speed.step_s(_features(batch))
+        seconds = self._speed.step_s(features(batch))
         self._sleep(seconds + (fault.seconds if fault else 0.0))
         return StepResult(ids, is_bad, seconds)
 
@@ -131,7 +131,7 @@ class FakeRunner:
         return token(prompt, index, self._facts.vocab_size, self._facts.eos_ids)
 
 
-def _features(batch: StepBatch) -> StepFeatures:
+def features(batch: StepBatch) -> StepFeatures:
     tokens = np.diff(batch.row_starts).astype(np.int64)
     mean = batch.contexts - tokens / 2
     is_decode = tokens == 1

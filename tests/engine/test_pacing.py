@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from bench.pacing import Load, replayed
 from engine.fake import FAKE_SPEED
 from policies.costs import StepModel
 from tests.engine.rig import AGENT, BATCH, CHAT, Rig, order, prompt
@@ -120,3 +121,11 @@ def test_a_fast_device_takes_large_chunks_when_nobody_decodes() -> None:
 
     assert launch is not None
     assert int(launch.tokens.sum()) == 2048  # rows_max: 0.25 s would have been enough for more
+
+
+def test_residents_keep_their_pace_under_long_prompts_where_a_static_budget_breaks_it() -> None:
+    load = Load(16, 256, 64, tpot_s=0.04, every_s=0.1, seconds=6.0)
+    ours, static = replayed("headway", load), replayed("static-2048", load)
+
+    assert ours.tpot_worst_ms < 1.03 * ours.target_ms
+    assert static.tpot_p50_ms > 1.1 * static.target_ms
