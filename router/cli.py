@@ -7,7 +7,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,7 +132,6 @@ FLAGS = {  # flag -> key
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from policies.plugins import PolicyError
     from router.config_load import ConfigError
     from router.keeper import Keeper
     from router.keys import KeysError
@@ -146,36 +145,45 @@ def _serve(arguments: argparse.Namespace) -> int:
         flags["upstreams"] = ("--upstream", [{"url": url} for url in arguments.upstream])
     try:
         config = _checked(arguments.config or default_file(), flags)
-    except (ConfigError, PolicyError, KeysError) as error:
+    except (ConfigError, KeysError) as error:
         return _complain(error)
     return Keeper(make_plan(config, os.environ)).run()
 
 
 def _checked(path: Path | None, flags: Mapping[str, tuple[str, Any]]) -> Config:
     """The configuration in force, and nothing about it that the router would refuse: here it costs no start of a model
-    to be told no. Raises ConfigError, PolicyError or KeysError."""
-    from policies.plugins import load as load_policy
-    from policies.plugins import load_engine
+    to be told no. Raises ConfigError or KeysError."""
     from router.config_load import load
     from router.keys import check_reach
-    from router.reducer import policy_spec
 
-    config = load(path, os.environ, flags)
-    load_policy(policy_spec(config))
-    load_engine(config.policy.engine)
+    config = load(path, os.environ, flags, checks=[_policy_faults])
     check_reach(config)
     return config
 
 
+def _policy_faults(config: Config) -> Iterator[tuple[str, str]]:
+    from policies.plugins import PolicyError, load_engine
+    from policies.plugins import load as load_policy
+    from router.reducer import policy_spec
+
+    try:
+        load_policy(policy_spec(config))
+    except PolicyError as error:
+        yield "policy.ref", str(error)
+    try:
+        load_engine(config.policy.engine)
+    except PolicyError as error:
+        yield "policy.engine", str(error)
+
+
 def _check_config(arguments: argparse.Namespace) -> int:
-    from policies.plugins import PolicyError
     from router.config_load import ConfigError
     from router.keys import KeysError
 
     path: Path | None = arguments.file or default_file()
     try:
         config = _checked(path, {})
-    except (ConfigError, PolicyError, KeysError) as error:
+    except (ConfigError, KeysError) as error:
         return _complain(error)
     print(f"{path or 'the defaults'}: good (digest {config.digest})")
     return 0

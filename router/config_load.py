@@ -9,7 +9,7 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,15 @@ class _Value:
     is_text: bool = False  # from the environment: "8080" is a number there
 
 
-def load(path: Path | None, env: Mapping[str, str], flags: Mapping[str, tuple[str, Any]]) -> Config:
+Check = Callable[[Config], Iterable[tuple[str, ...]]]  # what is wrong with the whole: keys, the main one first; why
+
+
+def load(
+    path: Path | None,
+    env: Mapping[str, str],
+    flags: Mapping[str, tuple[str, Any]],
+    checks: Sequence[Check] = (),
+) -> Config:
     """The configuration in force. `flags`: key ("server.port") -> (flag, value). Raises ConfigError."""
     leaves, problems = _schema(), list[Problem]()
     values: dict[Key, _Value] = {}
@@ -62,7 +70,7 @@ def load(path: Path | None, env: Mapping[str, str], flags: Mapping[str, tuple[st
         values[tuple(key.split("."))] = _Value(value, flag)
     config = _build(leaves, values, problems)
     if not problems:
-        found = (*contradictions(config), *absent(config))
+        found = (fault for check in (contradictions, absent, *checks) for fault in check(config))
         problems += [Problem(_where(values, keys), keys[0], why) for *keys, why in found]
     if problems:
         raise ConfigError(problems)

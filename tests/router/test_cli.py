@@ -52,7 +52,7 @@ def test_a_policy_that_is_not_there_is_found_by_the_check(tmp_path: Path, capsys
 
     assert main(["check-config", str(path)]) == 1
     error = capsys.readouterr().err
-    assert "no policy is called 'nobody'; there are " in error
+    assert f"{path}:2: policy.ref: no policy is called 'nobody'; there are " in error
     assert "headway, " in error
 
 
