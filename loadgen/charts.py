@@ -147,16 +147,22 @@ class Curve:
     points: Sequence[tuple[float, float]]
 
 
-def curves(found: Sequence[Curve], x_name: str, y_name: str, *, is_log: bool = True, height: int = 260) -> str:
-    """Lines whose height is a share, each in its colour; few points are marked."""
+def curves(
+    found: Sequence[Curve], x_name: str, y_name: str, *, is_log: bool = True, wanted: float | None = None
+) -> str:
+    """Lines whose height is a share, each in its colour, above the share that is wanted; few points are marked."""
+    height = 260
     drawn = [curve for curve in found if curve.points]
     if not drawn:
         return ""
     xs = [x for curve in drawn for x, _ in curve.points if x > 0 or not is_log]
     low, high = (min(xs), max(xs)) if xs else (0.1, 1.0)
     x = Axis(low, high if high > low else low * 1.01 + 1e-9, LEFT, WIDTH - RIGHT, is_log=is_log)
-    y = Axis(0.0, 1.08, height - BOTTOM, TOP)
+    y = Axis(0.0, 1.15, height - BOTTOM, TOP)  # room for the axis's name above the lines
     parts = frame(x, y, height, x_name, y_name)
+    if wanted is not None:
+        parts.append(f'<path class="target" d="M{LEFT},{y.at(wanted)}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<text class="target-name" x="{WIDTH - RIGHT}" y="{y.at(wanted) - 5}">{wanted:.0%} wanted</text>')
     for curve in drawn:
         path = " ".join(f"{x.at(a)},{y.at(b)}" for a, b in curve.points)
         parts.append(f'<polyline class="curve" style="stroke:var(--{curve.style})" points="{path}"/>')

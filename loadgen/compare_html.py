@@ -7,7 +7,8 @@ from __future__ import annotations
 from html import escape
 
 from loadgen.charts import Curve, curves, gauge, keys
-from loadgen.compare import Compared, compare_text, headline
+from loadgen.compare import Compared, Difference, compare_text, headline
+from loadgen.judge import PASS_SHARE
 from loadgen.page import document
 from loadgen.search import Edge
 from loadgen.traces import CLASSES, ClassName
@@ -58,9 +59,15 @@ def _cell(found: Compared, side: int, name: ClassName) -> str:
     more = found.differences[side].get(name)
     said = ""
     if side and more is not None:
-        said = f"{100 * more.more:+.1f} points ({100 * more.low:+.1f} to {100 * more.high:+.1f})"
-    shown = gauge(verdict.cell.attainment, verdict.attainment_low, verdict.attainment_high, 0.99)
+        said = f"{_word(more)}: {100 * more.more:+.1f} points ({100 * more.low:+.1f} to {100 * more.high:+.1f})"
+    shown = gauge(verdict.cell.attainment, verdict.attainment_low, verdict.attainment_high, PASS_SHARE[name])
     return f"<td><b>{verdict.cell.attainment:.1%}</b> of {verdict.cell.offered}{shown}<small>{said}</small></td>"
+
+
+def _word(more: Difference) -> str:
+    if more.low > 0 or more.high < 0:
+        return "better" if more.low > 0 else "worse"
+    return "may be chance"
 
 
 def _curves(found: Compared) -> str:
@@ -69,7 +76,7 @@ def _curves(found: Compared) -> str:
     figures = []
     for name in CLASSES:
         drawn = [_curve(edge, name, COLOURS[place % SIDES_MAX]) for place, edge in enumerate(found.edges)]
-        picture = curves(drawn, "sessions offered a second", f"{name} met", is_log=False)
+        picture = curves(drawn, "sessions offered a second", f"{name} met", is_log=False, wanted=PASS_SHARE[name])
         figures.append(f"<figure>{picture}</figure>" if picture else "")
     named = keys((COLOURS[place % SIDES_MAX], edge.name) for place, edge in enumerate(found.edges))
     return f"<h2>Attainment by offered load</h2><p>{named}</p>{''.join(figures)}"

@@ -34,7 +34,8 @@ tr:last-child td{border-bottom:0}th{color:var(--soft);font-weight:550}
 th:first-child,td:first-child{text-align:left;padding-left:14px}
 td:last-child,th:last-child{padding-right:14px}
 tr.class td{font-weight:620}tr.worker td:first-child{padding-left:26px;color:var(--soft)}
-.heat td,.heat th{text-align:center}.heat small,.users small{color:var(--soft)}.heat td:first-child{text-align:left}
+.heat td,.heat th{text-align:center}.heat small,.users small{color:var(--soft)}
+.heat .gauge{margin:6px auto 2px}.heat td:first-child{text-align:left}
 .grid{stroke:var(--line);stroke-width:1}.tick,.axis{fill:var(--soft);font-size:12px}
 .axis{font-weight:600;paint-order:stroke;stroke:var(--card);stroke-width:4px}
 circle.met,rect.met{fill:var(--met)}circle.plain{fill:var(--ink);fill-opacity:.55}circle.met{fill-opacity:.62}rect.missed,circle.missed{fill:var(--missed)}

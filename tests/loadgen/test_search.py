@@ -122,16 +122,26 @@ def sides() -> Compared:
     )
 
 
+def level() -> Compared:
+    """Two sides alike."""
+    both, same = sides(), ran(90, 10)
+    return msgspec.structs.replace(
+        both, differences=[difference([same], [same], BUDGETS)] * 2, verdicts=both.verdicts[:1] * 2
+    )
+
+
 def comparison_page() -> str:
     """Of two sides, each at several loads."""
-    edges = [found(holds(1.0)), found(holds(2.0))]
+    edges = [msgspec.structs.replace(found(holds(load)), name=f"holds {load:g}") for load in (1.0, 2.0)]
     return page(msgspec.structs.replace(sides(), edges=edges), "Comparison")
 
 
 def test_the_page_shows_sides_and_curves_and_needs_nothing_else() -> None:
     drawn = comparison_page()
     assert "&lt;new&gt;" in drawn
-    assert "+10.0 points" in drawn
+    assert "better: +10.0 points" in drawn
+    assert "may be chance: +0.0 points" in page(level(), "Level")
+    assert drawn.count("99% wanted") == 1
     assert "+10.0" in compare_text(sides())
     assert drawn.count('<polyline class="curve"') == 2
     assert "<script" not in drawn
