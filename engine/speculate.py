@@ -62,7 +62,8 @@ class Speculator:
 
     def draft(self, step: Launch, batch: StepBatch, model: StepModel) -> Drafted | None:
         """The step with drafts, if there are any that are likely to pay for themselves."""
-        if not step.is_pure_decode:
+        # Drafts move the sampled rows that masks, penalties and scores are told by: such a row keeps its step plain.
+        if not step.is_pure_decode or not all(sequence.may_speculate for sequence in step.sampled):
             return None
         drafts = [self._draft(sequence, known) for sequence, known in zip(step.sampled, batch.contexts, strict=True)]
         counts = np.array([len(draft) for draft in drafts])

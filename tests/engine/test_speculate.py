@@ -120,6 +120,33 @@ def test_what_depends_on_every_token_before_it_is_not_drafted(runner: TorchRunne
     assert right_tokens(loop) == (0, 0)
 
 
+@pytest.mark.parametrize(
+    "bound",
+    [
+        Sampling(temperature=0.0, max_tokens=60, logprobs=1),
+        Sampling(temperature=0.0, max_tokens=60, repetition_penalty=1.1),
+        Sampling(temperature=0.0, max_tokens=60, grammar_kind="regex", grammar="(ab)*"),
+    ],
+    ids=["scores", "penalties", "grammar"],
+)
+def test_beside_a_drafted_neighbour_each_says_what_it_says_alone(runner: TorchRunner, bound: Sampling) -> None:
+    free, kind = Sampling(temperature=0.0, max_tokens=60), bound.grammar_kind
+    asked = [(prompt(1, 40, 4), free, ""), (prompt(2, 40, 4), bound, kind)]
+
+    def submit(loop: Loop, ids: list[int], sampling: Sampling, kind: str) -> Heard:
+        grammar = COMPILER.compile(kind, sampling.grammar) if kind else None
+        return loop.submit(ids, sampling, grammar=grammar)
+
+    together = Loop(runner, FACTS, SIZE, has_drafts=True)
+    heard = [submit(together, *one) for one in asked]
+    together.run()
+    for one, said in zip(asked, heard, strict=True):
+        alone = Loop(runner, FACTS, SIZE)
+        expected = submit(alone, *one)
+        alone.run()
+        assert (said.ids, len(said.scored)) == (expected.ids, len(expected.scored))
+
+
 @given(ids=st.lists(st.integers(0, 3), max_size=60), count=st.integers(0, 9), words=st.integers(1, 4))
 def test_a_draft_is_what_followed_the_same_words_last(ids: list[int], count: int, words: int) -> None:
     drafted = lookup(np.array(ids, np.int32), count, words).tolist()
