@@ -163,9 +163,11 @@ def _fake(arguments: argparse.Namespace) -> int:
         eos_ids=(2,),
     )
     faults = tuple(fake.Fault.parse(text) for text in arguments.fault)
-    runner = fake.FakeRunner(
-        facts, (arguments.blocks, config.block_tokens), fake.speed(arguments.slower), time.sleep, faults
-    )
+    import numpy as np
+
+    says = np.fromfile(arguments.says, np.int32) if arguments.says is not None else None
+    memory = (arguments.blocks, config.block_tokens)
+    runner = fake.FakeRunner(facts, memory, fake.speed(arguments.slower), time.sleep, faults, says=says)
     return build.serve(runner, facts, config, encode=fake.encoder(runner, faults))
 
 
@@ -246,6 +248,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KIND@STEP[:S]",
         help="stall, nan, foreign (a token outside the vocabulary), bad-frame or die at that step; may be repeated",
     )
+    fake.add_argument("--says", type=Path, help="int32 token ids of every answer, for parsers (hashes)")
     fake.set_defaults(command=_fake)
     return parser
 

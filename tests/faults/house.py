@@ -34,6 +34,7 @@ class Stream:
         self.status = 0
         self.headers = httpx.Headers()
         self.text = ""
+        self.said: dict[str, str] = {}  # all of it, by answer and part: `0.content`, `1.call 0`
         self.errors: list[Any] = []
         self.is_done = False  # [DONE] came
         self.finish_reason: str | None = None
@@ -62,7 +63,15 @@ class Stream:
             if "error" in chunk:
                 self.errors.append(chunk["error"])
             for choice in chunk.get("choices", ()):
-                self.text += choice["delta"].get("content") or ""
+                delta = choice["delta"]
+                self.text += delta.get("content") or ""
+                parts = [(part, delta.get(part) or "") for part in ("content", "reasoning_content")]
+                for call in delta.get("tool_calls") or ():
+                    function = call["function"]
+                    parts.append((f"call {call['index']}", function.get("name", "") + function.get("arguments", "")))
+                for part, more in parts:
+                    key = f"{choice['index']}.{part}"
+                    self.said[key] = self.said.get(key, "") + more
                 self.finish_reason = choice["finish_reason"] or self.finish_reason
 
     async def until(self, is_so: Callable[[Stream], bool]) -> Stream:
@@ -91,11 +100,20 @@ class Stream:
 class House:
     """Fake workers and a router."""
 
-    def __init__(self, directory: Path, model: Path, config: Config, names: Sequence[str], **worker: object) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        model: Path,
+        config: Config,
+        names: Sequence[str],
+        engine: Sequence[str],
+        **worker: object,
+    ) -> None:
         self.directory = directory
         self.model = model
         self.config = config
         self.names = names
+        self.engine = list(engine)
         self.worker_flags = [f"--{name.replace('_', '-')}={value}" for name, value in worker.items()]
         self.workers: dict[str, subprocess.Popen[bytes]] = {}
         self.router: subprocess.Popen[bytes] | None = None
@@ -136,7 +154,7 @@ class House:
         """Start a worker, again if it ran before."""
         if name in self.workers:
             self.workers[name].wait(DEADLINE_S)
-        command = [sys.executable, "-m", "engine", "fake", "--socket", str(self.directory / f"{name}.sock")]
+        command = [sys.executable, "-m", "engine", *self.engine, "--socket", str(self.directory / f"{name}.sock")]
         command += ["--name", name, "--model-name", "tiny", "--calibrate-s", "0.2", *self.worker_flags, *flags]
         with (self.directory / f"{name}.log").open("ab") as log:
             self.workers[name] = subprocess.Popen(command, stderr=log)
@@ -178,10 +196,19 @@ class House:
 
         await poll(is_ready)
 
-    def ask(self, prompt: str, *, tokens: int = 20, stream: bool = True, n: int = 1, **headers: str) -> Stream:
-        """Send a request; its answer is read in the background."""
+    def ask(
+        self,
+        prompt: str,
+        *,
+        tokens: int = 20,
+        stream: bool = True,
+        n: int = 1,
+        fields: dict[str, Any] | None = None,
+        **headers: str,
+    ) -> Stream:
+        """Send a request, with `fields` over the usual ones; its answer is read in the background."""
         body = {"model": "tiny", "messages": [{"role": "user", "content": prompt}], "stream": stream}
-        body |= {"max_tokens": tokens, "temperature": 0, "ignore_eos": True, "n": n}
+        body |= {"max_tokens": tokens, "temperature": 0, "ignore_eos": True, "n": n, **(fields or {})}
         answer = Stream(prompt)
         answer.task = asyncio.create_task(answer.read(self.client, body, headers))
         return answer
@@ -207,10 +234,15 @@ def logs(directory: Path) -> str:
 
 @contextlib.asynccontextmanager
 async def house(
-    directory: Path, model: Path, config: Config | None = None, names: Sequence[str] = ("w0", "w1"), **worker: object
+    directory: Path,
+    model: Path,
+    config: Config | None = None,
+    names: Sequence[str] = ("w0", "w1"),
+    engine: Sequence[str] = ("fake",),
+    **worker: object,
 ) -> AsyncIterator[House]:
-    """A house that is ready; what it printed is shown when a test fails in it."""
-    built = House(directory, model, config or Config(), names, **worker)
+    """A house that is ready; what it printed is shown when a test fails in it. `engine`: for `python -m engine`."""
+    built = House(directory, model, config or Config(), names, engine, **worker)
     try:
         async with built:
             yield built
