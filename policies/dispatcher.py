@@ -23,6 +23,7 @@ from policies.events import (
     Gone,
     Offered,
     PolicyFault,
+    Reconfigured,
     Started,
     Tick,
     WorkerLost,
@@ -62,14 +63,18 @@ TRANSITIONS: dict[tuple[State, type], str] = {
 
 NO_OUTPUT = Output(0.0, 0.0, 0.0)
 
+Load = Callable[[str], RouterPolicy]  # from PolicySpec JSON, for policies that are changed while it runs
 Step = Callable[[Live, Any, float, list[Action]], None]
 
 
 class Dispatcher:
     """Feed it events in order, carry out what it says. `rng` only spreads Retry-After."""
 
-    def __init__(self, policy: RouterPolicy, limits: Limits, rng: np.random.Generator) -> None:
+    def __init__(
+        self, policy: RouterPolicy, limits: Limits, rng: np.random.Generator, load: Load | None = None
+    ) -> None:
         self._trust = Trust(policy)
+        self._load = load
         self._limits = limits
         self._rng = rng
         self._live: dict[RequestId, Live] = {}
@@ -94,6 +99,7 @@ class Dispatcher:
             WorkerLost: self._on_worker_lost,
             PolicyFault: self._on_fault,
             Started: self._on_nothing,
+            Reconfigured: self._on_reconfigured,
             Tick: self._on_tick,
         }
 
@@ -182,6 +188,11 @@ class Dispatcher:
     def _on_fault(self, event: PolicyFault, now: float, actions: list[Action]) -> None:
         del actions
         self._trust.fault(event.stage, now)
+
+    def _on_reconfigured(self, event: Reconfigured, now: float, actions: list[Action]) -> None:
+        assert self._load is not None, "who sends this says how policies are loaded"
+        self._trust.change(self._load(event.policy))
+        self._pump.run(now, actions)
 
     def _on_nothing(self, event: Event, now: float, actions: list[Action]) -> None:
         del event, now, actions

@@ -19,6 +19,14 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class Reconfigured:
+    """The operator changed classes or policy: from here on this policy decides. What was promised stays promised."""
+
+    config_digest: str
+    policy: str  # as PolicySpec JSON
+
+
+@dataclass(frozen=True, slots=True)
 class Offered:
     """A client sent a request. Nothing costly was done yet: it is not tokenised."""
 
@@ -110,4 +118,16 @@ class Tick:
     """The time that a WakeAt asked for has come."""
 
 
-Event = Started | Offered | Arrived | Gone | Failed | WorkerUp | WorkerReport | WorkerLost | PolicyFault | Tick
+Event = (
+    Started
+    | Reconfigured
+    | Offered
+    | Arrived
+    | Gone
+    | Failed
+    | WorkerUp
+    | WorkerReport
+    | WorkerLost
+    | PolicyFault
+    | Tick
+)

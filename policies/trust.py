@@ -28,6 +28,12 @@ class Trust:
         self._distrusted_until: dict[str, float] = {}
         self._faults: dict[str, int] = {}
 
+    def change(self, policy: RouterPolicy) -> None:
+        """Another policy was chosen; nothing is held against it."""
+        self._policy = policy
+        self._distrusted_until.clear()
+        self._faults.clear()
+
     def policy(self, stage: str, now: float) -> RouterPolicy:
         """Who answers for `stage`."""
         return BUILT_IN if now < self._distrusted_until.get(stage, now) else self._policy

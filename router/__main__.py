@@ -43,8 +43,9 @@ from router.plan import served_name, state_folder
 from router.ports import Observer
 from router.readiness import Readiness
 from router.receipts import Receipt, Receipts
+from router.reconfigure import Reconfigurer
 from router.record import FORMAT, Header, Recorder, set_aside
-from router.reducer import build, load_policy, policy_spec
+from router.reducer import build, load_policy, loader, policy_spec
 from router.salts import Salts
 from router.server import Listener
 from router.template import ChatTemplate
@@ -72,6 +73,7 @@ class Place:
     workers: Sequence[tuple[str, str]]  # (name, path of its socket)
     model: Path | None  # the prepared model: its tokenizer and template are read here; upstreams need none
     restart: Callable[[str], None]  # ask the keeper to restart a worker
+    config: Path  # where the configuration lies, and a changed one when SIGHUP comes
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         workers=[(name, path) for name, _, path in workers],
         model=arguments.model,
         restart=lambda name: _ask(arguments.keeper_fd, name),
+        config=arguments.config,
     )
     try:
         return uvloop.run(serve(config, place))
@@ -128,6 +131,8 @@ async def serve(config: Config, place: Place) -> int:
         stop = asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        reconfigurer = Reconfigurer(place.config, config, parts.mind, parts.readiness, parts.tenants)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reconfigurer.apply)
         running = asyncio.create_task(parts.computing.run())
         following = asyncio.create_task(parts.tenants.run())
         stopped = asyncio.create_task(stop.wait())
@@ -159,7 +164,7 @@ def _build(config: Config, place: Place, stack: contextlib.ExitStack) -> Parts:
     """From the configuration to parts that run; `stack` closes what they opened."""
     seed, faults = secrets.randbits(32), deque[PolicyFault]()
     policy = load_policy(config, faults, is_timed=True)
-    reducer = build(config, policy, seed)
+    reducer = build(config, policy, seed, loader(faults, is_timed=True))
     recorder = _recorder(config, seed, stack)
     mind = Mind(reducer, faults, recorder)
     stack.callback(mind.close)

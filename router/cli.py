@@ -135,7 +135,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     from router.config_load import ConfigError
     from router.keeper import Keeper
     from router.keys import KeysError
-    from router.plan import make_plan
+    from router.plan import make_plan, reread
 
     given = vars(arguments)
     flags = {
@@ -144,19 +144,20 @@ def _serve(arguments: argparse.Namespace) -> int:
     if arguments.upstream:
         flags["upstreams"] = ("--upstream", [{"url": url} for url in arguments.upstream])
     try:
-        config = _checked(arguments.config or default_file(), flags)
+        path: Path | None = arguments.config or default_file()
+        config = checked(path, flags, os.environ)
     except (ConfigError, KeysError) as error:
         return _complain(error)
-    return Keeper(make_plan(config, os.environ)).run()
+    return Keeper(make_plan(config, os.environ, reread=reread(path, flags))).run()
 
 
-def _checked(path: Path | None, flags: Mapping[str, tuple[str, Any]]) -> Config:
+def checked(path: Path | None, flags: Mapping[str, tuple[str, Any]], env: Mapping[str, str]) -> Config:
     """The configuration in force, and nothing about it that the router would refuse: here it costs no start of a model
     to be told no. Raises ConfigError or KeysError."""
     from router.config_load import load
     from router.keys import check_reach
 
-    config = load(path, os.environ, flags, checks=[_policy_faults])
+    config = load(path, env, flags, checks=[_policy_faults])
     check_reach(config)
     return config
 
@@ -182,7 +183,7 @@ def _check_config(arguments: argparse.Namespace) -> int:
 
     path: Path | None = arguments.file or default_file()
     try:
-        config = _checked(path, {})
+        config = checked(path, {}, os.environ)
     except (ConfigError, KeysError) as error:
         return _complain(error)
     print(f"{path or 'the defaults'}: good (digest {config.digest})")

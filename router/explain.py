@@ -9,13 +9,13 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
-from policies.api import Classified, SessionView
+from policies.api import Classified, RouterPolicy, SessionView
 from policies.classify import ROWS, Evidence
 from policies.events import Offered, PolicyFault
 from policies.request import Request
 from router.config import Config
 from router.record import RecordError, read_events, read_header
-from router.reducer import build, load_policy
+from router.reducer import build, load_policy, loader
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +32,20 @@ def ask(path: Path, request_id: str) -> Asked:
     """The call that classified `request_id`; an unambiguous beginning of it will do. Raises RecordError."""
     header = read_header(path)
     config = Config.from_json(header.config)
-    policy, found = load_policy(config, deque[PolicyFault](), is_timed=False), list[Asked]()
+    faults, found = deque[PolicyFault](), list[Asked]()
+    load = loader(faults, is_timed=False)
 
-    def listening(request: Request, session: SessionView, now: float) -> Classified:
-        answer = policy.classify(request, session, now)
-        if request.id.startswith(request_id):
-            found.append(Asked(request, session, now, answer))
-        return answer
+    def listened(policy: RouterPolicy) -> RouterPolicy:
+        def listening(request: Request, session: SessionView, now: float) -> Classified:
+            answer = policy.classify(request, session, now)
+            if request.id.startswith(request_id):
+                found.append(Asked(request, session, now, answer))
+            return answer
 
-    reducer = build(config, dataclasses.replace(policy, classify=listening), header.seed)
+        return dataclasses.replace(policy, classify=listening)
+
+    policy = listened(load_policy(config, faults, is_timed=False))
+    reducer = build(config, policy, header.seed, lambda text: listened(load(text)))
     for _, now, event, _ in read_events(path):
         reducer.handle(event, now)
         if isinstance(event, Offered) and event.request.id == request_id:

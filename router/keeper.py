@@ -27,6 +27,7 @@ START_DEATHS_MAX = 3  # of one child before anything was ever ready: a wrong mod
 READY_POLL_S = 0.1
 COMPLETE_S = 5.0  # so long the banner waits for the other workers once the first one serves
 ERROR_S = 3.0  # beyond the grace: the router ends what is left with errors and leaves
+REREAD_S = 20.0  # for reading the configuration again: imports of the policy's libraries take the most
 STOP_WORKERS_S = 5.0  # a worker whose router is gone has nothing to finish
 BACKLOG = 2048  # connections that wait while a router restarts
 ASK_MAX_BYTES = 4096  # names of workers to kill, from the router
@@ -47,6 +48,7 @@ class Plan:
     router: Sequence[str]  # gets --listen-fd, --admin-fd, --keeper-fd and a --worker for each beside it
     env: Mapping[str, str]
     pool_bytes: int = 0
+    reread: Sequence[str] = ()  # on SIGHUP: writes {run}/config.json again, or says what is wrong and fails
     serving: int = 1  # so many workers or upstreams are all of them
 
 
@@ -62,6 +64,7 @@ class Keeper:
     say: Callable[[str], None] = field(default=lambda line: print(line, flush=True))
     _children: list[Child] = field(default_factory=list)
     _signals: int = 0  # SIGINT and SIGTERM so far: the second one ends the patience
+    _hangups: int = 0  # SIGHUPs not obeyed yet
     _serves_since: float = 0.0
     _is_ready: bool = False  # the banner was said
 
@@ -81,7 +84,7 @@ class Keeper:
                 model = self._prepare(wake) if self.plan.prepare else ""
                 pool = stack.enter_context(_pool(self.plan.pool_bytes))
                 self._plan_children(run, model, pool, (listen.fileno(), admin.fileno(), ask))
-                self._serve(wake, asks, listen.getsockname(), admin.getsockname()[1])
+                self._serve(wake, asks, run, (listen.getsockname(), admin.getsockname()[1]))
                 listen.close()  # from here on a connection is refused, not left waiting for nobody
                 self._drain(wake)
             except StartError as error:
@@ -128,7 +131,8 @@ class Keeper:
 
     # Watch ------------------------------------------------------------------------------------------------------------
 
-    def _serve(self, wake: socket.socket, asks: int, address: Any, admin_port: int) -> None:
+    def _serve(self, wake: socket.socket, asks: int, run: Path, addresses: tuple[Any, int]) -> None:
+        address, admin_port = addresses
         while not self._signals:
             now = time.monotonic()
             for child in self._children:
@@ -139,6 +143,8 @@ class Keeper:
             pause = min([*due, READY_POLL_S] if not self._is_ready else due, default=None)
             for name in _wait(wake, (asks,), pause):
                 self._restart(name)
+            if self._hangups:
+                self._reread(wake, run)
 
     def _announce(self, address: Any, admin_port: int, now: float) -> None:
         """Say the banner once all workers serve, or some do and the others take long."""
@@ -170,6 +176,22 @@ class Keeper:
             if child.name == name:
                 self.say(f"headway: {name} makes no step; killing it")
                 child.kill()
+
+    def _reread(self, wake: socket.socket, run: Path) -> None:
+        """The operator changed the configuration: write it anew, and let the router look."""
+        self._hangups = 0
+        reader = Child("reread", [part.replace("{run}", str(run)) for part in self.plan.reread])
+        reader.start(self.plan.env)
+        assert reader.process is not None, "it was started"
+        deadline = time.monotonic() + REREAD_S
+        while reader.process.poll() is None and not self._signals and time.monotonic() < deadline:
+            _wait(wake, (), READY_POLL_S)
+        reader.kill()
+        is_good = reader.process.returncode == 0
+        self.say(f"headway: SIGHUP: the configuration was {'read again' if is_good else 'not changed'}")
+        for child in self._children:
+            if is_good and child.name == "router" and child.process is not None:
+                child.process.send_signal(signal.SIGHUP)
 
     # Stop -------------------------------------------------------------------------------------------------------------
 
@@ -210,14 +232,19 @@ class Keeper:
         reader.setblocking(False)
         writer.setblocking(False)
         old_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+
+        def hang_up(*_: object) -> None:
+            self._hangups += bool(self.plan.reread)
+
         stops = {number: signal.signal(number, count) for number in (signal.SIGINT, signal.SIGTERM)}
+        old_hangup = signal.signal(signal.SIGHUP, hang_up)
         old_child = signal.signal(signal.SIGCHLD, lambda *_: None)  # the default would not wake us
         try:
             with reader, writer:
                 yield reader
         finally:
             signal.set_wakeup_fd(old_fd)
-            for number, handler in {**stops, signal.SIGCHLD: old_child}.items():
+            for number, handler in {**stops, signal.SIGHUP: old_hangup, signal.SIGCHLD: old_child}.items():
                 signal.signal(number, handler)
 
 

@@ -19,6 +19,7 @@ from policies.events import (
     Gone,
     Offered,
     PolicyFault,
+    Reconfigured,
     Started,
     Tick,
     WorkerLost,
@@ -72,6 +73,10 @@ class Mind:
 
     def begin(self, event: Started) -> None:
         """The first event of a life, and of its recording."""
+        self._handle(event)
+
+    def reconfigured(self, event: Reconfigured) -> None:
+        """Another policy decides from here on."""
         self._handle(event)
 
     # For the relay ----------------------------------------------------------------------------------------------------

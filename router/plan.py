@@ -5,10 +5,12 @@ Owns the command lines between our own processes. Never starts one."""
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from router.config import Config
 from router.keeper import Plan
@@ -23,10 +25,16 @@ CGROUP_FILES = (
 )
 
 
-def make_plan(config: Config, env: Mapping[str, str], devices: Path = Path("/dev")) -> Plan:
+def reread(path: Path | None, flags: Mapping[str, tuple[str, Any]]) -> tuple[str, ...]:
+    """The command that reads the same sources once more, for SIGHUP."""
+    source = ("--file", str(path.resolve())) if path is not None else ()
+    return (*PYTHON, "router.reread", *source, "--flags", json.dumps(flags), "--out", "{run}/config.json")
+
+
+def make_plan(config: Config, env: Mapping[str, str], devices: Path = Path("/dev"), reread: Sequence[str] = ()) -> Plan:
     """What `headway serve` runs with this configuration."""
     if config.upstreams:
-        return _upstream_plan(config, env)
+        return _upstream_plan(config, env, reread)
     gpus = _gpus(devices) if config.workers.device in ("auto", "cuda") else 0
     return Plan(
         host=config.server.host,
@@ -40,10 +48,11 @@ def make_plan(config: Config, env: Mapping[str, str], devices: Path = Path("/dev
         env=_environment(config, env),
         pool_bytes=pool_bytes(config, gpus),
         serving=_count(config, gpus),
+        reread=reread,
     )
 
 
-def _upstream_plan(config: Config, env: Mapping[str, str]) -> Plan:
+def _upstream_plan(config: Config, env: Mapping[str, str], reread: Sequence[str]) -> Plan:
     """A router alone: no model to prepare, no worker, no engine library."""
     return Plan(
         host=config.server.host,
@@ -56,6 +65,7 @@ def _upstream_plan(config: Config, env: Mapping[str, str]) -> Plan:
         router=(*PYTHON, "router", "--config", "{run}/config.json"),
         env=_environment(config, env),
         serving=len(config.upstreams),
+        reread=reread,
     )
 
 

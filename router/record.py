@@ -10,33 +10,20 @@ import logging
 from collections.abc import Iterator, Sequence
 from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, get_args
 
 import msgspec
 from msgspec import Raw, Struct
 
 from policies.actions import Action
 from policies.events import (
-    Arrived,
     Event,
-    Failed,
-    Gone,
-    Offered,
-    PolicyFault,
-    Started,
-    Tick,
-    WorkerLost,
-    WorkerReport,
-    WorkerUp,
 )
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-EVENTS: dict[str, type] = {
-    kind.__name__: kind
-    for kind in (Started, Offered, Arrived, Gone, Failed, WorkerUp, WorkerReport, WorkerLost, PolicyFault, Tick)
-}
+EVENTS: dict[str, type] = {kind.__name__: kind for kind in get_args(Event)}
 LINE_MAX_BYTES = 64 * 1024 * 1024  # the largest event is a hello's snapshot of chain keys: 16 MiB, 22 MiB as base64
 
 

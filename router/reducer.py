@@ -13,7 +13,7 @@ import numpy as np
 from policies import plugins
 from policies.api import PolicySpec, RouterPolicy
 from policies.builtin import BUILTINS
-from policies.dispatcher import Dispatcher
+from policies.dispatcher import Dispatcher, Load
 from policies.events import PolicyFault
 from policies.limits import Limits
 from policies.trust import BUILT_IN
@@ -40,12 +40,21 @@ def _changed(row: dict[str, float | None]) -> dict[str, float]:
 
 def load_policy(config: Config, faults: deque[PolicyFault], *, is_timed: bool) -> RouterPolicy:
     """The policy that decides. `faults` fills while one that is not ours misbehaves. Raises plugins.PolicyError."""
-    spec = policy_spec(config)
+    return guarded(policy_spec(config), faults, is_timed=is_timed)
+
+
+def guarded(spec: PolicySpec, faults: deque[PolicyFault], *, is_timed: bool) -> RouterPolicy:
+    """A policy by its spec. Raises plugins.PolicyError."""
     policy = plugins.load(spec)
     return policy if spec.ref in BUILTINS else guard(policy, BUILT_IN, faults, is_timed=is_timed)
 
 
-def build(config: Config, policy: RouterPolicy, seed: int) -> Dispatcher:
+def loader(faults: deque[PolicyFault], *, is_timed: bool) -> Load:
+    """How the reducer comes to another policy when the configuration changes."""
+    return lambda text: guarded(PolicySpec.from_json(text), faults, is_timed=is_timed)
+
+
+def build(config: Config, policy: RouterPolicy, seed: int, load: Load | None = None) -> Dispatcher:
     """The reducer. The seed is for what it draws; a recording keeps it."""
     limits = dataclasses.replace(Limits(), **msgspec.to_builtins(config.limits))
-    return Dispatcher(policy, limits, np.random.default_rng(seed))
+    return Dispatcher(policy, limits, np.random.default_rng(seed), load)

@@ -13,7 +13,7 @@ from policies.actions import Action
 from policies.events import Event, PolicyFault
 from router.config import Config
 from router.record import Header, encode_actions, read_events, read_header
-from router.reducer import build, load_policy
+from router.reducer import build, load_policy, loader
 
 CONTEXT_LINES = 5  # events shown before a difference
 
@@ -43,7 +43,8 @@ def replay(path: Path) -> Outcome:
     header = read_header(path)
     faults = deque[PolicyFault]()  # what the guard sees again is in the recording already, as events
     config = Config.from_json(header.config)
-    reducer = build(config, load_policy(config, faults, is_timed=False), header.seed)
+    policy = load_policy(config, faults, is_timed=False)
+    reducer = build(config, policy, header.seed, loader(faults, is_timed=False))
     before = deque[tuple[str, float, Event]](maxlen=CONTEXT_LINES)
     events = actions_count = 0
     for place, now, event, recorded in read_events(path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from policies.api import PolicySpec
 from policies.costs import StepModel
 from policies.events import (
     Arrived,
@@ -17,6 +18,7 @@ from policies.events import (
     Gone,
     Offered,
     PolicyFault,
+    Reconfigured,
     Started,
     Tick,
     WorkerLoad,
@@ -28,7 +30,7 @@ from policies.request import Facts, Request, RequestClass, RequestId, Tenant, Wo
 from router.cli import main
 from router.config import Config, Policy
 from router.record import Header, Recorder, RecordError, read_events, set_aside
-from router.reducer import build, load_policy
+from router.reducer import build, load_policy, loader
 from router.replay import replay
 
 MODEL = StepModel(0.005, 0.0001, 0.001, 1e-8, 1e-8, 1e-5, version=1)
@@ -58,6 +60,9 @@ def story() -> list[tuple[float, Event]]:
         (0.3, Gone(RequestId("r1"))),
         (0.4, WorkerReport(W0, load, finished=((RequestId("r0"), 12),), evicted=b"k" * 16)),
         (0.5, PolicyFault("place", "took 7.0 ms")),
+        (0.55, Reconfigured("digest2", PolicySpec("lmetric", {"promises": {"chat": {"patience_s": 9.0}}}).to_json())),
+        (0.56, Offered(request(10))),
+        (0.57, Arrived(RequestId("r10"), 40, bytes(32))),
         (0.6, WorkerLost(W0, "connection lost")),
         (0.7, Tick()),
         (700.0, Tick()),
@@ -68,7 +73,8 @@ def story() -> list[tuple[float, Event]]:
 def record(path: Path, config: Config, segment_bytes: int = 1 << 20, segments_max: int = 8) -> Recorder:
     """Run the story as the live router does, and record it."""
     faults: deque[PolicyFault] = deque()
-    reducer = build(config, load_policy(config, faults, is_timed=True), seed=7)
+    policy = load_policy(config, faults, is_timed=True)
+    reducer = build(config, policy, 7, loader(faults, is_timed=True))
     header = Header(1, 0, "0.1.0", 7, msgspec.Raw(config.to_json()))
     recorder = Recorder(path, header, segment_bytes=segment_bytes, segments_max=segments_max)
     for now, event in story():
