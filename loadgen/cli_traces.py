@@ -80,7 +80,7 @@ def _add_size(command: argparse.ArgumentParser, divisor: str, context: int | Non
 def _add_describe(commands: options.Commands[argparse.ArgumentParser]) -> None:
     says = "print what is in a trace: rates, lengths, reuse, gaps, by class and user"
     describe = options.command(commands, "describe", says, DESCRIBE)
-    describe.add_argument("trace", type=Path, help="JSON lines, Weka, Azure, receipts or ServeGen; .gz and .zst too")
+    describe.add_argument("trace", type=Path, help="JSON lines, Weka, TraceLab, Azure, receipts or ServeGen; .gz, .zst")
     describe.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
     describe.add_argument("--html", type=Path, metavar="FILE", help="write them drawn, as one page")
     describe.add_argument(
@@ -94,7 +94,7 @@ def _add_describe(commands: options.Commands[argparse.ArgumentParser]) -> None:
 def _add_convert(commands: options.Commands[argparse.ArgumentParser]) -> None:
     says = "read any known format, change its size or mix several, and write it for this or another tool"
     convert = options.command(commands, "convert", says, CONVERT)
-    convert.add_argument("trace", type=Path, nargs="+", help="JSON lines, Weka, Azure or receipts; .gz and .zst too")
+    convert.add_argument("trace", type=Path, nargs="+", help="JSON lines, Weka, TraceLab, Azure or receipts; .gz, .zst")
     convert.add_argument("-o", "--out", type=Path, required=True, help="ends in .gz or .zst to be compressed")
     convert.add_argument("--to", choices=("headway", "mooncake", "aiperf"), default="headway")
     convert.add_argument("--class", dest="as_class", choices=CLASSES, help="the true class, where rows name none")

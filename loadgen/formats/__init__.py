@@ -11,12 +11,18 @@ from typing import Literal, get_args
 import msgspec
 
 from loadgen import files, traces
-from loadgen.formats import azure, receipts, weka
+from loadgen.formats import azure, receipts, tracelab, weka
 from loadgen.traces import ClassName, Trace, TraceError
 
-Format = Literal["mooncake", "weka", "azure", "receipts"]
+Format = Literal["mooncake", "weka", "azure", "receipts", "tracelab"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-READERS = {"mooncake": traces.read, "weka": weka.load, "azure": azure.load, "receipts": receipts.load}
+READERS = {
+    "mooncake": traces.read,
+    "weka": weka.load,
+    "azure": azure.load,
+    "receipts": receipts.load,
+    "tracelab": tracelab.load,
+}
 
 
 def load(path: Path, strict: bool = False, request_class: ClassName | None = None) -> Trace:
@@ -38,6 +44,8 @@ def format_of(path: Path) -> Format:
         return "weka"
     first = next(itertools.chain(files.lines(path), (b"",))).strip()
     if first.startswith(b"{"):
+        if b'"newly_append_tokens"' in first:
+            return "tracelab"
         return "receipts" if b'"arrived_unix_s"' in first else "mooncake"
     columns = set(first.decode("utf-8", "replace").lstrip("\ufeff").split(","))
     if columns >= set(weka.COLUMNS):
