@@ -1,6 +1,6 @@
 """TraceLab: rounds of coding agents, a JSON line each: tokens, what came back from the cache, and when each event was.
 
-Owns their fields. A prefix is what the provider's cache held; whose it was is not told, so it is taken from the round before.
+Owns their fields. A prefix is what the provider's cache held; it is taken to be the beginning of the round before.
 Never guesses what a first round hit: that belonged to sessions that are not in the file, and counts as new."""
 
 from __future__ import annotations
