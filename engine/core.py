@@ -183,11 +183,14 @@ class Core:
         step = self._scheduler.launch(self._fit.model, started, full)
         if step is None:
             return False
-        batch = replaced(step.batch, masks=self._masks.start(step.grammars)) if step.grammars else step.batch
+        masks = self._masks.start(step.grammars) if step.grammars else None
+        batch = replaced(step.batch, masks=masks) if masks else step.batch
         drafted = self._speculator.draft(step, batch, self._fit.model) if self._speculator else None
         result = self._runner.run(drafted.batch if drafted else batch)
         if drafted and self._speculator:
             result = self._speculator.judge(step, drafted, result)
+        if masks:
+            result = step.hold_back(masks.late, result)
         now = self._clock()
         news.outcomes.append(self._scheduler.collect(step, result, self._fit.model, now))
         self._steps += 1

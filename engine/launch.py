@@ -9,9 +9,9 @@ from dataclasses import replace
 import numpy as np
 
 from engine.blocks import Block
-from engine.masks import Grammar
+from engine.masks import Follower
 from engine.sequence import WAITING, Sequence
-from engine.step import Int64, StepBatch
+from engine.step import Int64, StepBatch, StepResult
 from engine.table import Table
 from policies.costs import StepFeatures
 from policies.step_plan import BatchView, Chunk, StepPlan
@@ -36,7 +36,7 @@ class Launch:
         self.features = StepFeatures(0)
         self._table: Table
         self._block_tokens = 0
-        self.grammars: dict[int, Grammar] = {}  # by sampled row
+        self.grammars: dict[int, Follower] = {}  # by sampled row
         self._residents = residents  # rows of the table; the view's rows in front
         self._everyone = everyone
         self._decodes: list[Sequence] = []
@@ -134,4 +134,22 @@ class Launch:
             sample_positions=table.emitted[self.sampled_rows].astype(np.int32),
             histories={at: s.history for at, s in enumerate(self.sampled) if s.has_penalties},
             room=(table.blocks[self.rows] * block_tokens).astype(np.int32),
+        )
+
+    def hold_back(self, late: frozenset[int], result: StepResult) -> StepResult:
+        """Sampled rows whose mask came too late say nothing: they sit out steps until it is there, then compute their
+        newest row again. What is left of the result."""
+        if not late:
+            return result
+        spoken = [at for at in range(len(self.sampled)) if at not in late]
+        self._table.hold_back(self.sampled_rows[sorted(late)])
+        kept = np.array(spoken, dtype=np.int64)
+        self.sampled, self.sampled_rows = [self.sampled[at] for at in spoken], self.sampled_rows[kept]
+        place = {at: new for new, at in enumerate(spoken)}
+        return StepResult(
+            result.ids[kept],
+            result.is_bad[kept],
+            result.seconds,
+            scores={place[at]: score for at, score in result.scores.items() if at in place},
+            messages={place[at]: message for at, message in result.messages.items() if at in place},
         )

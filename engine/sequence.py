@@ -12,7 +12,7 @@ from engine.blocks import Block
 from engine.copies import Restore
 from engine.habit import Habit
 from engine.keys import Ids
-from engine.masks import Grammar, GrammarError
+from engine.masks import Follower, Grammar, GrammarError
 from engine.step import History, ModelFacts, Score
 from engine.wire import Scored, Submit
 from policies.request import RequestClass
@@ -76,7 +76,7 @@ class Sequence:
         self.sampling = order.sampling
         self.has_penalties = order.sampling.has_penalties
         self.habit = Habit()
-        self.grammar = grammar  # behind the tokens that are there
+        self.grammar = Follower(grammar) if grammar is not None else None  # behind the tokens that are there
         ends_anyway = grammar is not None  # nothing may follow the end of its text
         is_eos_text = order.sampling.ignore_eos and not ends_anyway
         self.stop_ids = frozenset(order.sampling.stop_ids) | frozenset(() if is_eos_text else facts.eos_ids)

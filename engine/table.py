@@ -25,6 +25,7 @@ class Table:
         self.is_used = np.zeros(rows, dtype=bool)
         self.is_decoding = np.zeros(rows, dtype=bool)  # it has sampled since it was added
         self.is_restoring = np.zeros(rows, dtype=bool)  # its blocks are on their way up
+        self.is_late = np.zeros(rows, dtype=bool)  # its grammar's mask is in the making
         self.request_class = np.zeros(rows, dtype=np.int64)
         self.context = np.zeros(rows, dtype=np.int64)
         self.length = np.zeros(rows, dtype=np.int64)
@@ -120,11 +121,22 @@ class Table:
             by_line = self.first_due[row] + self.emitted[row] * self.pace_s[row]
             self.due[row] = np.maximum(by_line, now + self.pace_s[row])
 
+    def hold_back(self, rows: Int64) -> None:
+        """These computed their newest token in vain: as the end of a prompt they do it again. Before `advance`."""
+        self.context[rows] -= 1
+        self.is_decoding[rows] = False
+        self.is_late[rows] = True
+
+    def _end_lateness(self) -> None:
+        for sequence in self.at(np.flatnonzero(self.is_late)):
+            self.is_late[sequence.row] = sequence.grammar is not None and not sequence.grammar.is_ready
+
     def view(self, residents: Int64, heads: list[Sequence], full_links: frozenset[int], owed_s: Owed) -> BatchView:
         """These rows, then the heads of the queues, as the planner sees them."""
         pending = np.array([s.uncached_estimate for s in heads], dtype=np.int64)
         known = np.array([s.length for s in heads], dtype=np.int64)
-        is_blocked = self.is_restoring[residents]
+        self._end_lateness()
+        is_blocked = self.is_restoring[residents] | self.is_late[residents]
         if full_links:
             is_blocked = is_blocked | np.isin(self.link[residents], sorted(full_links))
         return BatchView(
@@ -144,7 +156,7 @@ class Table:
         row, sequence.row = sequence.row, WAITING
         self.sequences[row] = None
         self.is_used[row] = False
-        self.is_restoring[row] = False
+        self.is_restoring[row] = self.is_late[row] = False
         self._free.append(row)
 
 
