@@ -15,7 +15,7 @@ from loadgen.traces import CLASSES, ClassName
 SIZES_MAX = 18  # of one search: the plan's three neighbours, seven doublings up to 256, and as many halvings
 REPLICAS_MAX = 256  # as many as `simulate` takes
 WHY_MORE = "it keeps room free for each class's own bursts, where the policies let the others work"
-WHY_SHORT = "so little of the trace ends before its queues show; give it a longer one"
+WHY_SHORT = "so short a trace ends before its later turns are asked for; give it a longer one"
 WHY_NONE = ": twice as many did not help, so what misses is not for want of them"
 WHY_FEWER = "it takes the load and the held prefixes as spread evenly over the fleet"
 

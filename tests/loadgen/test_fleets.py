@@ -27,7 +27,7 @@ def test_the_answer_names_the_edge_and_how_far_the_closed_form_is_from_it() -> N
     said = text(asked(lambda size: size >= 4, 8), 8, busy=3.25)
     assert "smallest fleet that suffices: 4 (3 fails); the closed form asks for 4 more" in said
     assert "its work alone for 3.25: it keeps room free" in said
-    assert "its work alone for 5.50: so little of the trace" in text(asked(lambda n: n >= 4, 8), 8, busy=5.5)
+    assert "its work alone for 5.50: so short a trace" in text(asked(lambda n: n >= 4, 8), 8, busy=5.5)
     assert "suffices: 9 (8 fails); the closed form asks for 1 fewer: " in text(asked(lambda n: n >= 9, 8), 8, busy=7.0)
     assert text(asked(lambda size: size >= 8, 8), 8, busy=7.0).endswith(
         "suffices: 8 (7 fails), as the closed form says"
