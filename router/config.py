@@ -210,14 +210,24 @@ def contradictions(config: Config) -> list[tuple[str, ...]]:
 
 
 def _unusable(upstream: Upstream) -> str:
-    parts = urlsplit(upstream.url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+    if not _is_base_url(upstream.url):
         return f"{upstream.url!r} must be http://HOST:PORT or https://HOST:PORT"
     if upstream.priority not in PRIORITIES:
         return f"priority must be one of {', '.join(PRIORITIES)}, or empty"
     if unknown := sorted(set(upstream.routes) - FORWARDED_ROUTES):
         return f"routes: {unknown[0]!r} is none of {', '.join(sorted(FORWARDED_ROUTES))}"
     return ""
+
+
+def _is_base_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        has_port = parts.port is None or parts.port > 0
+    except ValueError:  # brackets without an address in them, a port beyond 65535
+        return False
+    is_plain = url.isascii() and url.isprintable() and " " not in url
+    is_web = parts.scheme in ("http", "https") and bool(parts.hostname)
+    return is_plain and has_port and is_web and not (parts.username or parts.query or parts.fragment)
 
 
 def is_loopback(host: str) -> bool:

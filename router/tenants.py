@@ -160,7 +160,12 @@ def _refuse_foreign(head: Head) -> None:
 
 def _authority(origin: str | None) -> str | None:
     """Host and port of an Origin; the literal `null` of sandboxed pages is foreign."""
-    return None if origin is None else urlsplit(origin).netloc or "null"
+    if origin is None:
+        return None
+    try:
+        return urlsplit(origin).netloc or "null"
+    except ValueError:  # brackets without an address in them
+        return "null"
 
 
 @functools.lru_cache(maxsize=256)

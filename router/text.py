@@ -161,7 +161,10 @@ class Text:
         while at and (known := self._prefixes.get(names[at - 1])) is None:
             at -= 1
         rest = tuple(
-            [Segment(piece, _key(piece), upto) for piece, upto in zip(rendering.pieces(at), names[at:], strict=True)]
+            [
+                Segment(piece, _key(piece, identity.salt), upto)
+                for piece, upto in zip(rendering.pieces(at), names[at:], strict=True)
+            ]
         )
         cold = [part for part in rest if part.piece.echo is None and self._segments.get(part.key) is None]
         return Rendered(identity, known, rest, tuple(cold))
@@ -261,8 +264,9 @@ def _size(prompt: Prompt) -> int:
     return prompt.ids.nbytes + len(prompt.chain)
 
 
-def _key(piece: Piece) -> bytes:
-    return xxhash.xxh3_128_digest((b"c" if piece.is_client else b"t") + piece.text.encode())
+def _key(piece: Piece, salt: bytes) -> bytes:
+    """A client's text is cached in its own salt domain: how soon it is tokenised tells no other what was sent."""
+    return xxhash.xxh3_128_digest((b"c" + salt if piece.is_client else b"t") + piece.text.encode())
 
 
 def _prefix_names(rendering: Rendering, identity: Identity) -> list[bytes]:

@@ -175,7 +175,10 @@ def test_a_server_without_keys_refuses_names_that_are_not_its_own(host: bytes) -
     run(work())
 
 
-@pytest.mark.parametrize("origin", [b"https://evil.example", b"null", b"http://localhost.evil.example", b"file://"])
+@pytest.mark.parametrize(
+    "origin",
+    [b"https://evil.example", b"null", b"http://localhost.evil.example", b"file://", b"http://[", b"http://[x]"],
+)
 def test_a_server_without_keys_refuses_foreign_pages(origin: bytes) -> None:
     async def work() -> None:
         async with desk() as d:

@@ -128,6 +128,9 @@ def test_what_is_not_there_is_said_before_anything_starts(tmp_path: Path, monkey
     [
         ('[{"url": "gpu1:8000"}]', "must be http://HOST:PORT"),
         ('[{"url": "http://user:pass@gpu1"}]', "must be http://HOST:PORT"),
+        ('[{"url": "http://[gpu]1"}]', "must be http://HOST:PORT"),
+        ('[{"url": "http://gpu1:99999"}]', "must be http://HOST:PORT"),
+        ('[{"url": "http://gpu1/a b"}]', "must be http://HOST:PORT"),
         ('[{"url": "http://gpu1", "priority": "best"}]', "priority must be one of"),
         ('[{"url": "http://gpu1", "routes": ["/admin"]}]', "routes: '/admin' is none of"),
         ('[{"url": "http://gpu1", "key": "secret"}]', "unknown field `key`"),

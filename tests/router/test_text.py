@@ -89,6 +89,18 @@ def test_another_salt_domain_knows_no_prefix_and_has_other_keys() -> None:
     assert not set(keys.split(first.chain)) & set(keys.split(second.chain))
 
 
+def test_another_salt_domain_cannot_tell_by_the_time_what_was_sent() -> None:
+    text, wanted = text_layer(), turn("a secret of one organisation", "answer", "next")
+    probe = Identity(IDENTITY.root, b"t" * 16, IDENTITY.block_tokens)
+    never_sent = turn("another text altogether", "answers", "more")
+    expected = len(text.render(never_sent, probe).cold)
+    prompt_of(text, wanted)
+
+    assert len([part for part in text.render(wanted, probe).cold if part.piece.is_client]) == 3
+    assert len(text.render(wanted, probe).cold) <= expected
+    assert not text.render(wanted, IDENTITY).cold
+
+
 def test_the_caches_hold_no_more_than_their_bounds() -> None:
     text = text_layer(TextLimits(segment_bytes_max=2000, prefix_bytes_max=4000))
     for number in range(50):
