@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from router.config import Config, Limits, Workers
+from router.config import Config, Limits, Upstream, Workers
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "router.json"
@@ -139,16 +139,26 @@ class Bench:
 
     def headway(self) -> Target:
         """The router process as the keeper starts it."""
+        config = Config(workers=Workers(device="fake"), limits=Limits(index_every_block=4))
+        workers = [part for n, path in enumerate(self.sockets) for part in ("--worker", f"w{n}={path}")]
+        return self._router("headway", config, ["--model", str(self._model), *workers])
+
+    def headway_upstreams(self) -> Target:
+        """The same process in front of HTTP engines, as nginx and vllm-router are here."""
+        urls = [f"http://127.0.0.1:{twin}" for twin in self._http_twins()]
+        upstreams = tuple(Upstream(url=url, models={"mock": "mock"}, concurrency=1024) for url in urls)
+        return self._router("headway, upstreams", Config(upstreams=upstreams), [])
+
+    def _router(self, name: str, config: Config, flags: Sequence[str]) -> Target:
         listen, admin = (socket.create_server(("127.0.0.1", 0), backlog=1024) for _ in range(2))
         read, write = os.pipe()
-        config = self._directory / "config.json"
-        config.write_bytes(Config(workers=Workers(device="fake"), limits=Limits(index_every_block=4)).to_json())
+        path = self._directory / "config.json"
+        path.write_bytes(config.to_json())
         fds = (listen.fileno(), admin.fileno(), write)
-        command = [sys.executable, "-m", "router", "--config", str(config), "--model", str(self._model)]
+        command = [sys.executable, "-m", "router", "--config", str(path), *flags]
         command += ["--listen-fd", str(fds[0]), "--admin-fd", str(fds[1]), "--keeper-fd", str(fds[2])]
-        command += [part for n, path in enumerate(self.sockets) for part in ("--worker", f"w{n}={path}")]
         process = self._start(command, pass_fds=fds, stderr=subprocess.DEVNULL)
-        target = Target("headway", listen.getsockname()[1], process.pid)
+        target = Target(name, listen.getsockname()[1], process.pid)
         self._stack.callback(os.close, read)
         os.close(write)
         listen.close()
@@ -338,7 +348,7 @@ def main() -> None:
         raise SystemExit("this benchmark needs a C compiler named cc, and Linux, whose /proc counts CPU time")
     rows: list[Measured] = []
     model = arguments.model or embedded_model()
-    for start in (Bench.bare, Bench.headway, Bench.nginx, Bench.vllm_router):
+    for start in (Bench.bare, Bench.headway, Bench.headway_upstreams, Bench.nginx, Bench.vllm_router):
         with tempfile.TemporaryDirectory() as directory, Bench(Path(directory), model) as bench:
             target = start(bench)
             if target is not None:

@@ -112,10 +112,18 @@ class Accounts:
             account = self._accounts[tenant] = Account()
         return account
 
-    def shown(self) -> Mapping[str, Account]:
-        """For the operator."""
+    def shown(self) -> Mapping[str, Mapping[str, float]]:
+        """What each tenant took of this month, for the operator."""
         self._turn_the_month()
-        return self._accounts
+        return {
+            name: {
+                "tokens": account.tokens,
+                "gpu_s": account.gpu_s,
+                "running": account.live,
+                "refused": account.refused,
+            }
+            for name, account in self._accounts.items()
+        }
 
     # Hot: once per request.
     def enter(self, tenant: str, limits: TenantRow) -> Account:

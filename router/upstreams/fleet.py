@@ -182,9 +182,10 @@ class Upstreams:
                 "is_up": state.is_well,
                 "losses": state.losses,
                 "lost_reason": "" if state.is_well else state.lost_reason,
-                "models": {served.model: served.model_there for served in state.served.values()},
+                "model": ", ".join(state.served),
+                "device": "upstream",
                 "requests": state.live,
-                "load": state.load._asdict() if state.load is not None else None,
+                "load": state.load._asdict() if state.load is not None else {"running": state.live, "waiting": 0},
             }
             for state in self.states
         ]

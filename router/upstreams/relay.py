@@ -76,6 +76,7 @@ class ForwardRelay:
         self._attempts = 0
         self._status = 0
         self._content_type = b"application/json"
+        self._is_streaming = False
         self._pending = bytearray()  # of an event that is not whole yet, or of a reply that is no stream
         self._events = 0
         self._told = Told()  # tokens, where the upstream says them
@@ -104,7 +105,7 @@ class ForwardRelay:
         self._placed = action
         self._attempts += 1
         self._pending.clear()
-        self._status = 0
+        self._status, self._is_streaming = 0, False
         if self._queue_s is None:
             self._queue_s = self._since_arrival_s()
         config, model = self._upstreams.there(action.worker)
@@ -135,15 +136,22 @@ class ForwardRelay:
         self._status = status
         given = next((value for name, value in headers if name == b"content-type"), b"")
         self._content_type = given if CONTENT_TYPE.fullmatch(given) else b"application/json"
+        is_sse = self._content_type.startswith(b"text/event-stream")
+        self._is_streaming = status == 200 and is_sse and bool(self._order.endings)
 
     # Hot: once per piece of a stream.
     def data(self, data: bytes) -> None:
         if self._has_ended_well:
             return  # behind the last event: nothing that belongs to the answer
+        if self._is_streaming:
+            if not self._pending and data.endswith(b"\n\n"):
+                self._pass_on(data)  # the usual piece: whole events
+                return
+            self._pending += data
+            self._split()
+            return
         self._pending += data
-        if self._status == 200 and self._is_streaming():
-            self._pass_on()
-        elif len(self._pending) > (WHOLE_BYTES_MAX if self._status == 200 else EVENT_BYTES_MAX):
+        if len(self._pending) > (WHOLE_BYTES_MAX if self._status == 200 else EVENT_BYTES_MAX):
             self._drop_call("its reply is too large")
             self._attempt_failed("the upstream's reply is larger than this router takes")
 
@@ -153,7 +161,7 @@ class ForwardRelay:
             return
         if self._status != 200:
             self._answered_no()
-        elif self._is_streaming():
+        elif self._is_streaming:
             self._cut("the upstream ended its stream too early")
         elif (why := said_wrong(bytes(self._pending))) is not None:
             self._attempt_failed(f"the upstream answered 200 with an error: {why}"[:300])
@@ -167,10 +175,7 @@ class ForwardRelay:
 
     # Streams ----------------------------------------------------------------------------------------------------------
 
-    def _is_streaming(self) -> bool:
-        return bool(self._order.endings) and self._content_type.startswith(b"text/event-stream")
-
-    def _pass_on(self) -> None:
+    def _split(self) -> None:
         """Send the events that are whole. Between two of them an error event of ours would be understood."""
         pending = self._pending
         until = max(pending.rfind(b"\n\n") + 2, pending.rfind(b"\r\n\r\n") + 4)
@@ -181,6 +186,10 @@ class ForwardRelay:
             return
         events = bytes(pending[:until])
         del pending[:until]
+        self._pass_on(events)
+
+    # Hot: once per piece of a stream; about one token.
+    def _pass_on(self, events: bytes) -> None:
         if b'"error"' in events and (why := said_wrong(events)) is not None:
             self._drop_call("it failed")
             self._cut(why)

@@ -67,6 +67,19 @@ def ask(
     return asyncio.run(scene())
 
 
+def test_it_shows_what_tenants_took() -> None:
+    async def scene() -> None:
+        tenants = keyless()
+        tenants.accounts.ended(receipt(tenant="alice", attempts=1, prompt_tokens=15, output_tokens=5, gpu_s=0.5))
+        async with served(Receipts(10), tenants) as url, httpx.AsyncClient(timeout=30) as client:
+            shown = (await client.get(f"{url}/tenants")).json()
+            ready = (await client.get(f"{url}/readyz")).json()
+        assert shown == {"alice": {"tokens": 20.0, "gpu_s": 0.5, "running": 0, "refused": 0}}
+        assert ready == {"ready": True, "workers": 1, "needs_key": False}
+
+    asyncio.run(scene())
+
+
 CHROMIUM = shutil.which("chromium")
 SWITCHES = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
 --disable-component-update --disable-sync --virtual-time-budget=3000 --dump-dom"""
