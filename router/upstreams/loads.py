@@ -4,6 +4,7 @@ Owns the names of their metrics. An engine that has none is counted by what we s
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from typing import NamedTuple
@@ -28,18 +29,17 @@ def read_load(metrics: bytes) -> Load | None:
     """The figures; None when these are not the metrics of an engine that we know."""
     seen: dict[str, list[float]] = {}
     for name, value in _LINE.findall(metrics):
-        try:
-            seen.setdefault(name.decode(), []).append(float(value))
-        except ValueError:
-            continue
+        with contextlib.suppress(ValueError):  # no number: nothing was said
+            number = float(value)
+            seen.setdefault(name.decode(), []).append(number if math.isfinite(number) else 0.0)
     running = [sum(seen[name]) for name in RUNNING if name in seen]
     if not running:
         return None
     waiting = [sum(seen[name]) for name in WAITING if name in seen]
     cache = [max(seen[name]) for name in CACHE if name in seen]
-    return Load(_count(running), _count(waiting), min(1.0, max(cache, default=0.0)))
+    return Load(_count(running), _count(waiting), min(1.0, max(0.0, max(cache, default=0.0))))
 
 
 def _count(sums: list[float]) -> int:
     most = max(sums, default=0.0)
-    return int(min(max(most, 0.0), 1e6)) if math.isfinite(most) else 0
+    return int(min(max(most, 0.0), 1e6))

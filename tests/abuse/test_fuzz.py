@@ -267,7 +267,7 @@ def test_whatever_an_upstream_says_each_request_ends_once_and_honestly(rounds: i
                 body = chat() | {"model": "m", "stream": bool(number % 2)}
                 answer = await d.client.post("/v1/chat/completions", json=body)
                 receipt = await d.settled(number + 1)
-                has_error = b'"upstream_cut"' in answer.content
+                has_error = b'data: {"error"' in answer.content  # cut, or given up after a few attempts
                 assert not (has_error and answer.content.rstrip().endswith(b"[DONE]"))
                 if answer.status_code == 200 and number % 2 and b"data: " in answer.content:
                     assert has_error == (receipt.outcome == "failed")
