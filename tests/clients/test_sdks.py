@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import anthropic
@@ -22,13 +23,15 @@ ASKED: Any = [{"role": "user", "content": "How is Oslo?"}]
 
 
 @pytest.fixture(scope="module")
-def chatty(server: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
+def chatty(server: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
-def claude(server: str) -> anthropic.Anthropic:
-    return anthropic.Anthropic(base_url=server, api_key="none", max_retries=0)
+def claude(server: str) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=server, api_key="none", max_retries=0) as client:
+        yield client
 
 
 def test_chat_whole_and_streamed(chatty: openai.OpenAI) -> None:
