@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from engine import convert
-from engine.runner import RunnerConfig, TorchRunner
+from engine.compute.runner import RunnerConfig, TorchRunner
+from engine.loading import convert
 from engine.step import ModelFacts
 from engine.wire import Sampling
 from tests.engine.loop import Loop

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 import transformers
 
-from engine import convert
-from engine.runner import RunnerConfig, TorchRunner
+from engine.compute.runner import RunnerConfig, TorchRunner
+from engine.loading import convert
 from tests.engine.driver import Blocks, Generation, batch_of
 
 BLOCK_TOKENS = 16

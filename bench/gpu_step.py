@@ -18,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import torch
 
-from engine import gpu_build
-from engine.calibrate import Shape, batch_of
+from engine.compute import gpu_build
+from engine.compute.calibrate import Shape, batch_of
+from engine.compute.gpu_runner import GpuRunner
 from engine.config import GPU_BLOCK_TOKENS
-from engine.gpu_runner import GpuRunner
 from engine.models.config import ModelConfig
 from engine.step import StepBatch
 

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from engine import gpu_build
-from engine.gpu_runner import GpuRunner
-from engine.runner import RunnerConfig, TorchRunner
+from engine.compute import gpu_build
+from engine.compute.gpu_runner import GpuRunner
+from engine.compute.runner import RunnerConfig, TorchRunner
 from engine.step import StepBatch
 from engine.wire import Sampling
 

@@ -29,11 +29,11 @@ from engine.wire import (
     encode,
 )
 from policies.request import RequestId, WorkerId
-from router.config import Config
-from router.fleet import Fleet
-from router.link import Link, LinkLimits
-from router.mind import Mind
-from router.reducer import build, load_policy
+from router.control.mind import Mind
+from router.control.reducer import build, load_policy
+from router.settings.config import Config
+from router.workers.fleet import Fleet
+from router.workers.link import Link, LinkLimits
 
 RUNS, FRAMES = 5, 2000
 MODEL = StepModelParts(0.005, 1e-4, 0.001, 1e-8, 1e-8, 1e-5, 1.0, 1.25, 1)

@@ -194,8 +194,8 @@ def real(policy: str, load: Load) -> Row:
     """One policy on the embedded model, one thread, wall time."""
     import torch  # the replayed part needs none
 
-    from engine import convert
-    from engine.runner import RunnerConfig, TorchRunner
+    from engine.compute.runner import RunnerConfig, TorchRunner
+    from engine.loading import convert
 
     torch.set_num_threads(1)
     folder = convert.convert(convert.locate(convert.EMBEDDED_NAME), convert.default_cache(), convert.print_progress)

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from router.config import Config, Limits, Upstream, Workers
+from router.settings.config import Config, Limits, Upstream, Workers
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "router.json"

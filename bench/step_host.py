@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from engine import keys
-from engine.blocks import BlockTrie
 from engine.build import build
 from engine.config import EngineConfig
 from engine.core import Attach, Core, Inbox, Order
+from engine.kv import keys
+from engine.kv.blocks import BlockTrie
 from engine.outbox import Outbox
 from engine.step import ModelFacts, StepBatch, StepResult
 from engine.wire import Sampling, Submit, encode

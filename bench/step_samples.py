@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import torch
 
-from engine import gpu_build
-from engine.arrange import CHUNK_BUCKETS, DECODE_BUCKETS
-from engine.calibrate import Shape, batch_of
+from engine.compute import gpu_build
+from engine.compute.arrange import CHUNK_BUCKETS, DECODE_BUCKETS
+from engine.compute.calibrate import Shape, batch_of
 from engine.config import GPU_BLOCK_TOKENS, GPU_PRIOR, GPU_ROWS_MAX, GPU_SEQUENCES_MAX
 from policies.costs import StepFit
 

@@ -21,16 +21,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine import convert, keys
-from engine.blocks import BlockTrie
-from engine.copies import Inline
-from engine.disk import Disk
+from engine.compute.runner import RunnerConfig, TorchRunner
 from engine.fake import FakeKV
-from engine.pool import EXTENT_SLOTS, PoolShape, PoolWriter, attach
-from engine.runner import RunnerConfig, TorchRunner
-from engine.scheduler import Scheduler
+from engine.kv import keys
+from engine.kv.blocks import BlockTrie
+from engine.kv.copies import Inline
+from engine.kv.disk import Disk
+from engine.kv.pool import EXTENT_SLOTS, PoolShape, PoolWriter, attach
+from engine.kv.tiers import Tiers
+from engine.loading import convert
+from engine.scheduling.scheduler import Scheduler
 from engine.step import ModelFacts
-from engine.tiers import Tiers
 from engine.wire import Sampling, Submit
 from policies.costs import StepModel
 from policies.retention import Band

@@ -15,7 +15,7 @@ from typing import cast
 import numpy as np
 import uvloop
 
-from engine import keys
+from engine.kv import keys
 from engine.wire import (
     PROTOCOL_VERSION,
     Abort,

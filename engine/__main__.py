@@ -20,8 +20,8 @@ from engine.config import GPU_BLOCK_TOKENS, GPU_KV_BYTES, GPU_SEQUENCES_MAX, Eng
 from engine.worker import StartError
 
 if TYPE_CHECKING:
-    from engine.gpu_runner import GpuRunner
-    from engine.runner import TorchRunner
+    from engine.compute.gpu_runner import GpuRunner
+    from engine.compute.runner import TorchRunner
 
 T = TypeVar("T")
 
@@ -48,8 +48,9 @@ def _worker(arguments: argparse.Namespace) -> int:
     folder = _convert(config.model, arguments.cache)
     import torch  # takes a second: not before the arguments are known to be good
 
-    from engine import build, manifest
-    from engine.grammar import GrammarCompiler
+    from engine import build
+    from engine.compute.grammar import GrammarCompiler
+    from engine.loading import manifest
     from engine.step import ModelFacts
 
     torch.set_num_threads(config.threads)
@@ -80,8 +81,8 @@ def _worker(arguments: argparse.Namespace) -> int:
 
 
 def _torch_runner(folder: Path, config: EngineConfig) -> TorchRunner:
-    from engine import manifest
-    from engine.runner import RunnerConfig, TorchRunner
+    from engine.compute.runner import RunnerConfig, TorchRunner
+    from engine.loading import manifest
 
     manifest.verify(folder)
     options = RunnerConfig(block_tokens=config.block_tokens, kv_bytes=config.kv_bytes, device=config.device)
@@ -103,7 +104,7 @@ def _for_gpu(config: EngineConfig, arguments: argparse.Namespace) -> EngineConfi
 def _gpu_runner(folder: Path, config: EngineConfig) -> TorchRunner | GpuRunner:
     import torch
 
-    from engine import gpu_build
+    from engine.compute import gpu_build
 
     return gpu_build.load(
         folder,
@@ -121,7 +122,7 @@ def _convert_command(arguments: argparse.Namespace) -> int:
 
 def _convert(model: str, cache: str) -> Path:
     """The folder to load; progress goes to stderr."""
-    from engine import convert
+    from engine.loading import convert
 
     kept = Path(cache).expanduser() if cache else convert.default_cache()
     return _explained(lambda: convert.convert(convert.locate(model), kept, convert.print_progress))

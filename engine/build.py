@@ -13,19 +13,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from engine import keys
-from engine.blocks import BlockTrie
+from engine.compute.grammar_gate import Compile, no_grammars
 from engine.config import GPU_PRIOR, GPU_ROWS_MAX, PRIOR, EngineConfig
 from engine.control import Control
-from engine.copies import Hands
 from engine.core import Core, Inbox, Wake, parts
-from engine.disk import Disk, DiskError
-from engine.grammar_gate import Compile, no_grammars
-from engine.pool import EXTENT_SLOTS, PoolError, PoolWriter, attach
-from engine.scheduler import Scheduler, SchedulerLimits
-from engine.speculate import Speculator
+from engine.kv import keys
+from engine.kv.blocks import BlockTrie
+from engine.kv.copies import Hands
+from engine.kv.disk import Disk, DiskError
+from engine.kv.pool import EXTENT_SLOTS, PoolError, PoolWriter, attach
+from engine.kv.tiers import Tiers
+from engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from engine.scheduling.speculate import Speculator
 from engine.step import KVMemory, ModelFacts, Runner
-from engine.tiers import Tiers
 from engine.wire import PROTOCOL_VERSION, Hello, Message, encode
 from engine.worker import Worker
 from policies.api import PolicySpec

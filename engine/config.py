@@ -23,7 +23,7 @@ class EngineConfig:
     kv_bytes: int = 512 * 1024 * 1024  # 11,600 tokens of SmolLM2-135M in float32: its whole context and room beside it
     ahead_tokens: int = 0  # 1 on a GPU: the next step is launched before this one's tokens are known
     sequences_max: int = 256
-    has_drafts: bool = True  # prompt lookup (engine/speculate.py), on the CPU
+    has_drafts: bool = True  # prompt lookup (engine/scheduling/speculate.py), on the CPU
     policy: str = "headway"  # which EnginePolicy fills the steps, by name or module:factory
     waiting_max: int = 1024
     calibrate_s: float = 1.0
@@ -38,7 +38,7 @@ class EngineConfig:
 
 
 GPU_BLOCK_TOKENS = 64  # what the kernels' tiles are made for
-GPU_SEQUENCES_MAX = 256  # the largest bucket of decode rows (engine/arrange.py)
+GPU_SEQUENCES_MAX = 256  # the largest bucket of decode rows (engine/compute/arrange.py)
 GPU_ROWS_MAX = 4096  # of a step: 100 ms of an 8B model, and what a newcomer waits at most; fewer steps mix better
 GPU_KV_BYTES = 0  # all that is free beside the weights
 

@@ -12,10 +12,11 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from engine import keys, manifest
-from engine.keys import ChainKey
+from engine.kv import keys
+from engine.kv.keys import ChainKey
+from engine.loading import manifest
 from engine.models.config import ModelError
-from engine.scheduler import Scheduler
+from engine.scheduling.scheduler import Scheduler
 from engine.step import ModelFacts, Renewable, Runner
 from engine.wire import Hello, SetPolicy, Told, UpdateWeights
 from policies import plugins

@@ -13,17 +13,17 @@ from dataclasses import replace as replaced
 
 from msgspec.structs import replace
 
-from engine.blocks import BlockTrie
-from engine.calibrate import GPU_SHAPES, SHAPES, calibrate
+from engine.compute.calibrate import GPU_SHAPES, SHAPES, calibrate
+from engine.compute.masks import Grammar, MaskMaker
 from engine.control import Control
-from engine.keys import KEY_BYTES
-from engine.masks import Grammar, MaskMaker
+from engine.kv.blocks import BlockTrie
+from engine.kv.keys import KEY_BYTES
+from engine.kv.tiers import Tiers
 from engine.outbox import Outbox
-from engine.outcome import Outcome
-from engine.scheduler import Scheduler
-from engine.speculate import Speculator
+from engine.scheduling.outcome import Outcome
+from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.speculate import Speculator
 from engine.step import Runner
-from engine.tiers import Tiers
 from engine.wire import Abort, Drain, End, Hello, Hint, SetPolicy, StepFrame, StepModelParts, Submit, UpdateWeights
 from policies.costs import StepFit, StepModel
 

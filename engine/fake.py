@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import xxhash
 
-from engine.keys import Ids
+from engine.kv.keys import Ids
 from engine.step import Bytes, ModelFacts, StepBatch, StepResult
 from engine.wire import Message, encode
 from policies.costs import StepFeatures, StepModel

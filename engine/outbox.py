@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from itertools import groupby
 
-from engine.keys import split
+from engine.kv.keys import split
 from engine.wire import Hello, StepFrame, Told
 
 TOKENS_MAX = 65_536  # 256 kB; the planner skips the link's sequences from here on

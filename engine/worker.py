@@ -17,9 +17,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from engine.compute.grammar_gate import Compile, GrammarGate, no_grammars
 from engine.config import EngineConfig
 from engine.core import Attach, Core, Detach, Inbox, Order
-from engine.grammar_gate import Compile, GrammarGate, no_grammars
 from engine.outbox import Outbox
 from engine.wire import (
     PROTOCOL_VERSION,

@@ -35,7 +35,7 @@ class Offered:
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """A request that was told to tokenise has its tokens. `chain`: 16 bytes a full block, see engine/keys.py."""
+    """A request that was told to tokenise has its tokens. `chain`: 16 bytes a full block, see engine/kv/keys.py."""
 
     request_id: RequestId
     tokens: int

@@ -28,35 +28,36 @@ from policies.api import PolicySpec
 from policies.events import PolicyFault, Started
 from policies.plugins import PolicyError
 from policies.request import Tenant
-from router import admin, canonical
-from router.accounts import Accounts
-from router.app import App, House, Posts, generation, shape_of
-from router.config import Config
-from router.fleet import Fleet
-from router.keys import KeysError, check_reach, keys_path
-from router.kv_hints import KvHints
-from router.metrics import GcPauses, Metrics
-from router.mind import Mind
-from router.order import RelayLimits, Services
+from router.access.accounts import Accounts
+from router.access.keys import KeysError, check_reach, keys_path
+from router.access.salts import Salts
+from router.access.tenants import Tenants
+from router.control.mind import Mind
+from router.control.record import FORMAT, Header, Recorder, set_aside
+from router.control.reducer import build, load_policy, loader, policy_spec
+from router.delivery.order import RelayLimits, Services
+from router.delivery.ports import Observer
+from router.host.plan import served_name, state_folder
+from router.language import canonical
+from router.language.template import ChatTemplate
+from router.language.text import Text
+from router.language.vocabulary import Vocabulary
+from router.listener import admin
+from router.listener.app import App, House, Posts, generation, shape_of
+from router.listener.readiness import Readiness
+from router.listener.server import Listener
 from router.parsers.voice import Voice
-from router.plan import served_name, state_folder
-from router.ports import Observer
-from router.readiness import Readiness
-from router.receipts import Receipt, Receipts
-from router.reconfigure import Reconfigurer
-from router.record import FORMAT, Header, Recorder, set_aside
-from router.reducer import build, load_policy, loader, policy_spec
-from router.salts import Salts
-from router.server import Listener
-from router.template import ChatTemplate
-from router.tenants import Tenants
-from router.text import Text
+from router.settings.config import Config
+from router.settings.reconfigure import Reconfigurer
+from router.telemetry.metrics import GcPauses, Metrics
+from router.telemetry.receipts import Receipt, Receipts
 from router.upstreams.fleet import Upstreams
 from router.upstreams.forward import ForwardDesk, forwarding
 from router.upstreams.metrics import UpstreamMetrics
 from router.upstreams.relay import ForwardServices
 from router.version import code_version
-from router.vocabulary import Vocabulary
+from router.workers.fleet import Fleet
+from router.workers.kv_hints import KvHints
 
 log = logging.getLogger("router")
 
@@ -243,7 +244,7 @@ def _tracing(config: Config, place: Place, stack: contextlib.ExitStack) -> list[
     """Nothing, unless somebody collects: then the SDK is imported, too."""
     if not config.telemetry.otlp_endpoint:
         return []
-    from router.tracing import Tracing, otlp
+    from router.telemetry.tracing import Tracing, otlp
 
     host, port = place.listen.getsockname()[:2]
     tracing = Tracing(otlp(config.telemetry.otlp_endpoint), config.telemetry.service_name, host, port)

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from router import keys_cli
+from router.access import keys_cli
 from router.version import code_version
 
 if TYPE_CHECKING:
-    from router.config import Config
+    from router.settings.config import Config
 
 DEFAULT_FILE = "headway.toml"
 
@@ -132,10 +132,10 @@ FLAGS = {  # flag -> key
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from router.config_load import ConfigError
-    from router.keeper import Keeper
-    from router.keys import KeysError
-    from router.plan import make_plan, reread
+    from router.access.keys import KeysError
+    from router.host.keeper import Keeper
+    from router.host.plan import make_plan, reread
+    from router.settings.config_load import ConfigError
 
     given = vars(arguments)
     flags = {
@@ -154,8 +154,8 @@ def _serve(arguments: argparse.Namespace) -> int:
 def checked(path: Path | None, flags: Mapping[str, tuple[str, Any]], env: Mapping[str, str]) -> Config:
     """The configuration in force, and nothing about it that the router would refuse: here it costs no start of a model
     to be told no. Raises ConfigError or KeysError."""
-    from router.config_load import load
-    from router.keys import check_reach
+    from router.access.keys import check_reach
+    from router.settings.config_load import load
 
     config = load(path, env, flags, checks=[_policy_faults])
     check_reach(config)
@@ -165,7 +165,7 @@ def checked(path: Path | None, flags: Mapping[str, tuple[str, Any]], env: Mappin
 def _policy_faults(config: Config) -> Iterator[tuple[str, str]]:
     from policies.plugins import PolicyError, load_engine
     from policies.plugins import load as load_policy
-    from router.reducer import policy_spec
+    from router.control.reducer import policy_spec
 
     try:
         load_policy(policy_spec(config))
@@ -178,8 +178,8 @@ def _policy_faults(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _check_config(arguments: argparse.Namespace) -> int:
-    from router.config_load import ConfigError
-    from router.keys import KeysError
+    from router.access.keys import KeysError
+    from router.settings.config_load import ConfigError
 
     path: Path | None = arguments.file or default_file()
     try:
@@ -192,8 +192,8 @@ def _check_config(arguments: argparse.Namespace) -> int:
 
 def _explain_class(arguments: argparse.Namespace) -> int:
     from policies.plugins import PolicyError
-    from router.explain import ask, words
-    from router.record import RecordError
+    from router.control.explain import ask, words
+    from router.control.record import RecordError
 
     try:
         print(words(ask(arguments.file, arguments.request)))
@@ -204,8 +204,8 @@ def _explain_class(arguments: argparse.Namespace) -> int:
 
 def _replay_events(arguments: argparse.Namespace) -> int:
     from policies.plugins import PolicyError
-    from router.record import RecordError
-    from router.replay import explain, replay
+    from router.control.record import RecordError
+    from router.control.replay import explain, replay
 
     try:
         outcome = replay(arguments.file)

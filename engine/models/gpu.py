@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class GpuLayer:
-    """One layer's weights. Rows of q and k are in rope order (engine/weights.py)."""
+    """One layer's weights. Rows of q and k are in rope order (engine/loading/weights.py)."""
 
     qkv: Tensor  # [q_width + 2 * kv_width, hidden], attention norm folded in
     qkv_bias: Tensor | None

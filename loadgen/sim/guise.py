@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from engine.keys import Ids
+from engine.kv.keys import Ids
 from loadgen.prompts import CLAUDE_CODE, CODEX, OPENAI_SDK, STRIPPED, Dresser
 from loadgen.traces import Row, Trace
 from policies.request import CLASS_NAMES, Facts, Request, RequestId, Tenant

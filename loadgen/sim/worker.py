@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from engine import keys
-from engine.blocks import BlockTrie
-from engine.launch import Launch
-from engine.outcome import Outcome
-from engine.repeat import step_times
-from engine.scheduler import Scheduler, SchedulerLimits
+from engine.kv import keys
+from engine.kv.blocks import BlockTrie
+from engine.scheduling.launch import Launch
+from engine.scheduling.outcome import Outcome
+from engine.scheduling.repeat import step_times
+from engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from engine.step import ModelFacts, StepResult
 from engine.wire import Submit
 from loadgen.sim.profiles import Profile

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from engine import keys
-from engine.keys import Ids
+from engine.kv import keys
+from engine.kv.keys import Ids
 from engine.wire import Sampling, Submit
 from loadgen.client import RETRIES_MAX, RETRY_AFTER_MAX_S
 from loadgen.records import Record

@@ -24,7 +24,7 @@ from router.dialects.common import (
 from router.dialects.media import Media, part_text
 from router.dialects.schema import ChatMessage, ChatRequest, decode, wrong_field
 from router.errors import ErrorDetail
-from router.turn import Encoder, Ending, Message, Part, PartKind, PartStart, TokenScore, Turn, Usage
+from router.language.turn import Encoder, Ending, Message, Part, PartKind, PartStart, TokenScore, Turn, Usage
 
 ROLES = {  # what clients may say, and what templates know it as
     "system": "system",
@@ -117,7 +117,7 @@ def _call(call: dict[str, Any]) -> dict[str, Any]:
 
 
 class ChatEncoder:
-    """router.turn.Encoder for chat completions."""
+    """router.language.turn.Encoder for chat completions."""
 
     def __init__(self, request_id: str, identity: bytes, body: ChatRequest, tail: Tail, *, index: int) -> None:
         self._call_prefix = f"call_{request_id}{index:03}" if index else f"call_{request_id}"

@@ -15,7 +15,7 @@ from engine.wire import Sampling
 from router.dialects.grammars import of_body
 from router.dialects.schema import Common
 from router.errors import ErrorDetail, error_body
-from router.turn import Encoder, ErrorShape, Message, Turn, Usage
+from router.language.turn import Encoder, ErrorShape, Message, Turn, Usage
 
 LOGPROB_MIN = -9999.0  # JSON has no infinity; OpenAI says it so
 DONE = b"data: [DONE]\n\n"

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from engine.keys import Ids
+from engine.kv.keys import Ids
 from router.dialects.common import (
     COMMENT,
     OPENAI_ERRORS,
@@ -25,7 +25,7 @@ from router.dialects.common import (
 )
 from router.dialects.schema import CompletionRequest, decode, refuse_unsupported, wrong_field
 from router.errors import ErrorDetail
-from router.turn import Encoder, Ending, Part, PartStart, TokenScore, Turn, Usage
+from router.language.turn import Encoder, Ending, Part, PartStart, TokenScore, Turn, Usage
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 ID_MAX = 2**31 - 1
@@ -76,7 +76,7 @@ def _single(prompt: str | list[Any]) -> str | Ids:
 
 
 class CompletionEncoder:
-    """router.turn.Encoder for completions: one text, whatever it holds."""
+    """router.language.turn.Encoder for completions: one text, whatever it holds."""
 
     def __init__(self, identity: bytes, body: CompletionRequest, tail: Tail, index: int) -> None:
         self._index = index

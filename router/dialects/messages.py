@@ -16,7 +16,7 @@ from router.dialects.media import Media
 from router.dialects.messages_schema import AnthropicMessage, AnthropicTool, Block, MessagesRequest, OutputConfig
 from router.dialects.schema import ABSENT, decode, wrong_field
 from router.errors import ErrorDetail
-from router.turn import Ending, ErrorShape, Message, Part, PartKind, PartStart, Turn, Usage
+from router.language.turn import Ending, ErrorShape, Message, Part, PartKind, PartStart, Turn, Usage
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "calls": "tool_use"}
 ERROR_TYPES = {
@@ -168,7 +168,7 @@ def _tool(tool: AnthropicTool) -> dict[str, Any]:
 
 
 class MessagesEncoder:
-    """router.turn.Encoder for Anthropic messages."""
+    """router.language.turn.Encoder for Anthropic messages."""
 
     def __init__(self, request_id: str, model: str, created: int, body: MessagesRequest) -> None:
         del created, body

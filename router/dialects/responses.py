@@ -24,7 +24,7 @@ from router.dialects.media import Media, part_text
 from router.dialects.responses_schema import Item, ResponsesRequest, TextConfig
 from router.dialects.schema import ABSENT, ContentPart, decode, refuse_unsupported, wrong_field
 from router.errors import ErrorDetail
-from router.turn import Ending, Message, Part, PartKind, PartStart, Turn, Usage
+from router.language.turn import Ending, Message, Part, PartKind, PartStart, Turn, Usage
 
 _decoder = msgspec.json.Decoder(ResponsesRequest)
 _json = msgspec.json.encode
@@ -160,7 +160,7 @@ def _grammar(text: TextConfig | None) -> Grammar:
 
 
 class ResponsesEncoder:
-    """router.turn.Encoder for responses."""
+    """router.language.turn.Encoder for responses."""
 
     def __init__(self, request_id: str, model: str, created: int, body: ResponsesRequest) -> None:
         self._request_id = request_id

@@ -6,15 +6,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from router.language.turn import Event
 from router.parsers.call_object import CallObject
 from router.parsers.marks import Prose, beginning_at_end
-from router.turn import Event
 
 TAG = "<|python_tag|>"
 
 
 class BareJsonCalls:
-    """router.speech.Parser for bare JSON objects."""
+    """router.language.speech.Parser for bare JSON objects."""
 
     def __init__(self, names: frozenset[str]) -> None:
         self._names = names

@@ -7,9 +7,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from router.language.turn import PART_END, Event, PartKind, PartStart
 from router.parsers.call_object import CallObject
 from router.parsers.marks import JsonScan, Prose, beginning_at_end
-from router.turn import PART_END, Event, PartKind, PartStart
 
 MARK = "[TOOL_CALLS]"
 NAME_CHARS_MAX = 512  # with [CALL_ID] and [ARGS]; longer is no name
@@ -18,7 +18,7 @@ _NAMED = re.compile(r"\s*([\w.:-]+)\s*(?:\[CALL_ID\]\s*[\w-]+\s*)?(?:\[ARGS\]\s*
 
 
 class BracketedCalls:
-    """router.speech.Parser for calls behind a mark."""
+    """router.language.speech.Parser for calls behind a mark."""
 
     def __init__(self) -> None:
         self._prose = Prose()

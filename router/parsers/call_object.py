@@ -8,8 +8,8 @@ import re
 
 import msgspec
 
+from router.language.turn import PART_END, Event, PartKind, PartStart
 from router.parsers.marks import JsonScan
-from router.turn import PART_END, Event, PartKind, PartStart
 
 HELD_CHARS_MAX = 65_536  # of an object whose name has not come; beyond it the object is text
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from router.turn import PART_END, TEXT_START, Event
+from router.language.turn import PART_END, TEXT_START, Event
 
 
 def beginning_at_end(text: str, marks: Sequence[str]) -> int:

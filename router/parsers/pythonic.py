@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import msgspec
 
+from router.language.turn import PART_END, Event, PartKind, PartStart
 from router.parsers.call_object import HELD_CHARS_MAX
 from router.parsers.marks import Prose
-from router.turn import PART_END, Event, PartKind, PartStart
 
 DEPTH_MAX = 32  # of brackets in one call
 
@@ -22,7 +22,7 @@ _NAME_BEGINS = re.compile(r"[A-Za-z_][\w.]*")
 
 
 class PythonicCalls:
-    """router.speech.Parser for a list of Python calls."""
+    """router.language.speech.Parser for a list of Python calls."""
 
     def __init__(self, names: frozenset[str]) -> None:
         self._names = names

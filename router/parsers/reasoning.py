@@ -6,15 +6,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from router.language.speech import Parser
+from router.language.turn import PART_END, Event, PartKind, PartStart
 from router.parsers.marks import beginning_at_end
-from router.speech import Parser
-from router.turn import PART_END, Event, PartKind, PartStart
 
 REASONING_START = PartStart(PartKind.REASONING)
 
 
 class Reasoning:
-    """router.speech.Parser for thoughts before the rest. `has_begun`: the prompt's end opened them."""
+    """router.language.speech.Parser for thoughts before the rest. `has_begun`: the prompt's end opened them."""
 
     def __init__(self, marks: tuple[str, str], rest: Parser, *, has_begun: bool) -> None:
         self._open, self._close = marks

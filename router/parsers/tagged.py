@@ -6,15 +6,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from router.language.turn import Event
 from router.parsers.call_object import CallObject
 from router.parsers.marks import Prose, beginning_at_end
-from router.turn import Event
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
 
 class TaggedCalls:
-    """router.speech.Parser for calls between tags."""
+    """router.language.speech.Parser for calls between tags."""
 
     def __init__(self) -> None:
         self._prose = Prose()

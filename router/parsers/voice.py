@@ -11,13 +11,13 @@ import msgspec
 
 from router.dialects.grammars import HERMES, CallFrame, of_tools
 from router.dialects.schema import refuse_unsupported, wrong_field
+from router.language.speech import Parser, PlainText
+from router.language.turn import Turn
 from router.parsers.bare_json import TAG, BareJsonCalls
 from router.parsers.bracketed import MARK, BracketedCalls
 from router.parsers.pythonic import PythonicCalls
 from router.parsers.reasoning import Reasoning
 from router.parsers.tagged import TaggedCalls
-from router.speech import Parser, PlainText
-from router.turn import Turn
 
 AUTO, NONE = "auto", "none"
 

@@ -17,16 +17,16 @@ import httpx
 import msgspec
 from msgspec import Struct
 
-from engine.keys import ChainKey
+from engine.kv.keys import ChainKey
 from policies.costs import StepModel
 from policies.events import WorkerLoad, WorkerLost, WorkerReport, WorkerUp
 from policies.request import RequestId, WorkerId
-from router.config import Upstream
-from router.fleet import ModelView, Watcher
+from router.settings.config import Upstream
 from router.upstreams.http1 import Call, Listener, Origin, Pool
 from router.upstreams.loads import Load, read_load
 from router.upstreams.peek import BLOCK_CHARS, CHARS_A_TOKEN, ROOT
 from router.upstreams.transport import Transport
+from router.workers.fleet import ModelView, Watcher
 
 log = logging.getLogger(__name__)
 

@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from policies.request import RequestId
-from router.catalogue import Catalogue
-from router.config import FORWARDED_ROUTES
+from router.access.tenants import Caller, Tenants
 from router.dialects.common import OPENAI_ERRORS
 from router.dialects.messages import ANTHROPIC_ERRORS
 from router.errors import RequestError
-from router.exchange import Exchange
-from router.tenants import Caller, Tenants
+from router.listener.catalogue import Catalogue
+from router.listener.exchange import Exchange
+from router.settings.config import FORWARDED_ROUTES
 from router.upstreams import peek
 from router.upstreams.relay import Forwarded, ForwardRelay, ForwardServices
 

@@ -12,15 +12,15 @@ import msgspec
 import numpy as np
 from msgspec import Raw, Struct
 
-from engine import keys
-from engine.keys import ChainKey
+from engine.kv import keys
+from engine.kv.keys import ChainKey
 from engine.wire import Sampling
 from policies.request import Request, RequestId, Tenant
-from router import features
+from router.control import features
 from router.dialects.schema import Common, decode
 from router.errors import RequestError
-from router.exchange import Exchange
-from router.turn import Message, Turn
+from router.language.turn import Message, Turn
+from router.listener.exchange import Exchange
 
 BLOCK_CHARS = 256  # of the prompt's JSON; about 64 tokens
 CHARS_A_TOKEN = 4

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 
 from policies.actions import Cancel, Dispatch, Reject, Tokenise
 from policies.request import Request, RequestClass
-from router.answer import SSE
+from router.delivery.answer import SSE
+from router.delivery.order import RelayLimits
+from router.delivery.ports import MindPort, Observer, Outlet
 from router.errors import JSON, ErrorDetail, Headers, error_type, retry_headers
-from router.order import RelayLimits
-from router.ports import MindPort, Observer, Outlet
-from router.receipts import Receipt
-from router.turn import ErrorShape
+from router.language.turn import ErrorShape
+from router.telemetry.receipts import Receipt
 from router.upstreams.fleet import Upstreams
 from router.upstreams.http1 import Call
 from router.upstreams.peek import PRIORITIES, Seen

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from starlette.routing import Route
 
-from router import keys
-from router.app import App
+from router.access import keys
+from router.listener.app import App
+from tests.router.access.test_tenants import tenants_of
 from tests.router.desk import Desk, chat, desk, run, speak
-from tests.router.test_tenants import tenants_of
 
 # Every route and whether it needs a key. A route that is not here fails the test below.
 TABLE = {

@@ -16,17 +16,17 @@ from pathlib import Path
 import pytest
 
 from engine.wire import FrameReader, WireError, decode_from_worker, encode
-from router import keys
-from router.config_load import ConfigError, load
+from router.access import keys
+from router.access.keys import KeysError
 from router.dialects import chat as chat_dialect
 from router.dialects import completions, messages, responses
 from router.errors import RequestError
-from router.keys import KeysError
-from router.turn import Turn
+from router.language.turn import Turn
+from router.language.vocabulary import Detokeniser
+from router.settings.config_load import ConfigError, load
 from router.upstreams import peek
 from router.upstreams.loads import read_load
 from router.upstreams.replies import Told, figures, said_wrong, told
-from router.vocabulary import Detokeniser
 from tests.router.desk import VOCABULARY, chat, desk, run, speak
 from tests.router.frames import hello, step
 from tests.router.upstreams.scripted import DONE, WHOLE, Asked, Scripted, delta, upstream_desk

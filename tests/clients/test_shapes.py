@@ -15,7 +15,7 @@ import pytest
 
 from policies.api import SessionView
 from policies.classify import classify
-from router.canonical import RULES
+from router.language.canonical import RULES
 from tests.router.desk import TOOL_TEMPLATE, VIEW, Desk, desk, run
 
 SHAPES = [json.loads(line) for line in (Path(__file__).parent / "shapes.jsonl").read_text().splitlines()]

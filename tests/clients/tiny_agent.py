@@ -14,7 +14,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
-from engine.convert import convert, default_cache, locate, print_progress
+from engine.loading.convert import convert, default_cache, locate, print_progress
 
 SENTENCE = "I am tiny-agent, and all is well."
 POSITIONS = 262_144

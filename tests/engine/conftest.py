@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from engine import convert
-from engine.runner import RunnerConfig, TorchRunner
+from engine.compute.runner import RunnerConfig, TorchRunner
+from engine.loading import convert
 from tests.engine import tiny
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.runner import TorchRunner
+from engine.compute.runner import TorchRunner
 from engine.step import StepBatch
 from engine.wire import Sampling
 

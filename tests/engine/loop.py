@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from engine.build import build
+from engine.compute.masks import Grammar
 from engine.config import EngineConfig
 from engine.core import Attach, Core, Inbox, Order
-from engine.masks import Grammar
 from engine.outbox import Outbox
 from engine.step import ModelFacts, Runner
 from engine.wire import Control, End, Hello, Sampling, Scored, StepFrame, Submit, Told

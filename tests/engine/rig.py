@@ -9,17 +9,17 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from engine import keys
-from engine.blocks import BlockTrie
-from engine.copies import CopyLimits, Hands
-from engine.disk import Disk
 from engine.fake import FAKE_SPEED, FakeRunner, Fault, token
-from engine.launch import Launch
-from engine.outcome import Outcome
-from engine.pool import PoolMemory, PoolShape, PoolWriter, attach
-from engine.scheduler import Scheduler, SchedulerLimits
+from engine.kv import keys
+from engine.kv.blocks import BlockTrie
+from engine.kv.copies import CopyLimits, Hands
+from engine.kv.disk import Disk
+from engine.kv.pool import PoolMemory, PoolShape, PoolWriter, attach
+from engine.kv.tiers import Tiers
+from engine.scheduling.launch import Launch
+from engine.scheduling.outcome import Outcome
+from engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from engine.step import ModelFacts, Runner
-from engine.tiers import Tiers
 from engine.wire import End, Sampling, Start, Submit
 from policies.costs import StepModel
 from policies.request import RequestClass

@@ -10,13 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from engine.grammar import GrammarCompiler
-from engine.runner import RunnerConfig, TorchRunner
+from engine.compute.grammar import GrammarCompiler
+from engine.compute.runner import RunnerConfig, TorchRunner
 from engine.step import ModelFacts
 from engine.wire import Sampling
 from tests.engine import tiny
+from tests.engine.compute.test_grammar import EOS, byte_tokenizer
 from tests.engine.loop import Heard, Loop
-from tests.engine.test_grammar import EOS, byte_tokenizer
 
 SIZE = 4
 VOCAB = EOS + 1

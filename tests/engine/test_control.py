@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import keys
-from engine.runner import RunnerConfig, TorchRunner
+from engine.compute.runner import RunnerConfig, TorchRunner
+from engine.kv import keys
 from engine.step import ModelFacts
 from engine.wire import Sampling, SetPolicy, UpdateWeights
 from tests.engine import tiny

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.copies import Inline
-from engine.disk import Disk
-from engine.keys import Ids
-from engine.pool import EXTENT_SLOTS, PoolShape, PoolWriter, attach
-from engine.runner import RunnerConfig, TorchRunner
-from engine.scheduler import SchedulerLimits
+from engine.compute.runner import RunnerConfig, TorchRunner
+from engine.kv.copies import Inline
+from engine.kv.disk import Disk
+from engine.kv.keys import Ids
+from engine.kv.pool import EXTENT_SLOTS, PoolShape, PoolWriter, attach
+from engine.scheduling.scheduler import SchedulerLimits
 from engine.step import ModelFacts
 from engine.wire import Sampling
 from policies.step_plan import PlanLimits

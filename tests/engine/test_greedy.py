@@ -9,7 +9,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from engine.runner import TorchRunner
+from engine.compute.runner import TorchRunner
 from tests.engine.driver import Blocks, advance, generate
 
 pytestmark = pytest.mark.model

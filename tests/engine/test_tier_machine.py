@@ -12,14 +12,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from engine import keys
-from engine.blocks import Block, BlockTrie
-from engine.copies import CopyLimits, Hands, Inline
-from engine.disk import Disk
 from engine.fake import FAKE_SPEED, FakeKV
-from engine.keys import Ids
-from engine.pool import EXTENT_SLOTS, PoolShape, PoolWriter, attach
-from engine.tiers import Tiers
+from engine.kv import keys
+from engine.kv.blocks import Block, BlockTrie
+from engine.kv.copies import CopyLimits, Hands, Inline
+from engine.kv.disk import Disk
+from engine.kv.keys import Ids
+from engine.kv.pool import EXTENT_SLOTS, PoolShape, PoolWriter, attach
+from engine.kv.tiers import Tiers
 from policies.retention import Band
 from tests.engine.later import Later
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine import fake, keys
+from engine import fake
+from engine.kv import keys
 from engine.wire import Abort, Drain, Sampling
 from tests.engine.process import FakeWorker, Peer, fake_worker
 from tests.engine.rig import order, prompt

@@ -20,7 +20,7 @@ from typing import Any
 
 import httpx
 
-from router.config import Config
+from router.settings.config import Config
 
 DEADLINE_S = 40.0  # of each wait: ten times what any takes on two busy cores
 POLL_S = 0.02

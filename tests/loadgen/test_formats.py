@@ -14,7 +14,7 @@ import zstandard
 from loadgen import files, formats
 from loadgen.formats import export, servegen
 from loadgen.traces import Header, Row, Tally, Trace, TraceError, read
-from router.receipts import Receipt, Receipts
+from router.telemetry.receipts import Receipt, Receipts
 
 AZURE = (
     "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:04.0319600,3180,8\n2023-11-16 18:17:03.9799600,4808,10\n"

@@ -16,24 +16,24 @@ from typing import Any
 import httpx
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from engine import keys
+from engine.kv import keys
 from engine.wire import End, Start, Submit
 from policies.actions import Cancel, Dispatch, Reject, Tokenise
 from policies.request import Budget, Request, RequestClass, RequestId, Tenant, WorkerId
-from router.accounts import Accounts
-from router.app import App, House, generation, shape_of
-from router.canonical import Rule
-from router.fleet import ModelView
-from router.link import LinkLost
-from router.order import RelayLimits, Services
-from router.ports import Client, Sink
-from router.receipts import Receipt
-from router.salts import Salts
-from router.server import Listener, ListenerLimits
-from router.template import ChatTemplate
-from router.tenants import Tenants
-from router.text import Text, TextLimits
-from router.vocabulary import Vocabulary
+from router.access.accounts import Accounts
+from router.access.salts import Salts
+from router.access.tenants import Tenants
+from router.delivery.order import RelayLimits, Services
+from router.delivery.ports import Client, Sink
+from router.language.canonical import Rule
+from router.language.template import ChatTemplate
+from router.language.text import Text, TextLimits
+from router.language.vocabulary import Vocabulary
+from router.listener.app import App, House, generation, shape_of
+from router.listener.server import Listener, ListenerLimits
+from router.telemetry.receipts import Receipt
+from router.workers.fleet import ModelView
+from router.workers.link import LinkLost
 
 CONTEXT_MAX = 4096
 TEMPLATE = (

@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from router.keeper import Keeper, Plan
+from router.host.keeper import Keeper, Plan
 
 NOTE = "import os, sys; open(os.path.join(os.environ['STAGE'], sys.argv[1]), 'a').write(f'{os.getpid()}\\n');"
 WORKER = NOTE + "import time; time.sleep(3600)"

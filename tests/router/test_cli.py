@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from router.cli import main
-from router.config import Config, Workers
-from router.plan import make_plan
+from router.host.plan import make_plan
+from router.settings.config import Config, Workers
 
 
 def test_help_teaches_by_examples(capsys: pytest.CaptureFixture[str]) -> None:

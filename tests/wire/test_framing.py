@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from router.server import ListenerLimits
+from router.listener.server import ListenerLimits
 from tests.router.desk import chat, desk, ids_of, run, speak
 
 GET = b"GET /livez HTTP/1.1\r\nhost: localhost\r\n\r\n"

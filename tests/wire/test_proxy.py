@@ -15,9 +15,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from router import keys
+from router.access import keys
+from tests.router.access.test_tenants import tenants_of
 from tests.router.desk import Desk, chat, desk, run, speak
-from tests.router.test_tenants import tenants_of
 from tests.wire.test_framing import REFUSED, SMUGGLED
 
 NGINX = shutil.which("nginx")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from engine.arrange import Arranged, Size, bucket
-from engine.graphs import StepInputs
+from engine.compute.arrange import Arranged, Size, bucket
+from engine.compute.graphs import StepInputs
 from engine.kernels import tuned
 from engine.kernels.paged import Launch
 from engine.models import gpu

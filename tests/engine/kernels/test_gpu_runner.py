@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from engine import arrange
-from engine.gpu_runner import PARTS_MAX, GpuRunner
+from engine.compute import arrange
+from engine.compute.gpu_runner import PARTS_MAX, GpuRunner
+from engine.compute.runner import RunnerConfig, TorchRunner
 from engine.kernels import tuned
 from engine.kernels.plan import WHOLE, part_tokens
 from engine.models import gpu
-from engine.runner import RunnerConfig, TorchRunner
 from engine.step import StepBatch
 from engine.wire import Sampling
 from tests.engine.driver import Blocks, Generation, batch_of

@@ -8,9 +8,9 @@ import msgspec
 
 from loadgen.sim.script import Failure
 from policies.limits import Limits
-from router.config import Config
-from router.record import FORMAT, Header, Recorder
-from router.replay import replay
+from router.control.record import FORMAT, Header, Recorder
+from router.control.replay import replay
+from router.settings.config import Config
 from tests.loadgen.sim.small import mix, world
 
 

@@ -17,14 +17,14 @@ from typing import Any
 
 import httpx
 
-from router.app import App, House, shape_of
-from router.config import Config, Upstream
-from router.mind import Mind
-from router.order import RelayLimits
-from router.receipts import Receipt
-from router.reducer import build, load_policy
-from router.server import Listener
-from router.tenants import Tenants
+from router.access.tenants import Tenants
+from router.control.mind import Mind
+from router.control.reducer import build, load_policy
+from router.delivery.order import RelayLimits
+from router.listener.app import App, House, shape_of
+from router.listener.server import Listener
+from router.settings.config import Config, Upstream
+from router.telemetry.receipts import Receipt
 from router.upstreams import fleet as fleet_module
 from router.upstreams.fleet import Upstreams
 from router.upstreams.forward import ForwardDesk, forwarding

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from router import keys
-from router.config import Upstream
-from router.order import RelayLimits
+from router.access import keys
+from router.delivery.order import RelayLimits
+from router.settings.config import Upstream
 from router.upstreams.fleet import MODELS_MAX
 from router.upstreams.http1 import UpstreamLimits
 from router.upstreams.relay import WEAKER
+from tests.router.access.test_tenants import tenants_of
 from tests.router.desk import run
-from tests.router.test_tenants import tenants_of
 from tests.router.upstreams.scripted import (
     DONE,
     SSE_HEAD,

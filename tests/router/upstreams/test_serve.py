@@ -11,8 +11,8 @@ from pathlib import Path
 
 import httpx
 
-from router.config import Config, Upstream
-from router.plan import make_plan
+from router.host.plan import make_plan
+from router.settings.config import Config, Upstream
 from tests.router.desk import run
 from tests.router.upstreams.scripted import DONE, Scripted, chat
 

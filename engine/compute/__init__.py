@@ -1,0 +1,1 @@
+"""A step made: rows in, token ids out, on a CPU or a GPU."""

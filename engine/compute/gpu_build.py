@@ -1,0 +1,77 @@
+"""Makes a GPU runner: weights onto the device, a self-check, KV memory from what is left, steps captured.
+
+Owns the order of a GPU worker's start and its fall-backs. Never computes a step."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+
+import torch
+
+from engine.compute.arrange import bucket, most
+from engine.compute.gpu_runner import FREE_SHARE, GpuRunner
+from engine.compute.runner import RunnerConfig, TorchRunner
+from engine.kernels import check, tuned
+from engine.loading import manifest, weights
+from engine.models import config as model_config
+from engine.models import gpu
+
+log = logging.getLogger(__name__)
+
+DTYPE = torch.bfloat16
+RANDOM_MARK = "random_weights"  # a key of config.json: weights of this shape are made up, for figures alone
+RESERVE_BYTES = 2 * 2**30  # for what is allocated after KV: graphs, libraries, work lists
+
+
+def load(
+    folder: Path, device: torch.device, *, block_tokens: int, kv_bytes: int, sequences_max: int
+) -> GpuRunner | TorchRunner:
+    """A runner for a Hugging Face folder on this device. Raises ModelError when the folder cannot be served."""
+    started = time.perf_counter()
+    torch.cuda.set_device(device)
+    with torch.inference_mode():
+        made = on_device(folder, device)
+        torch.cuda.synchronize()
+        log.info("weights on %s after %.1f s", torch.cuda.get_device_name(device), time.perf_counter() - started)
+        shape = gpu.shape_of(made.config, block_tokens)
+        wrong = check.failures(device, DTYPE, shape)
+        if {"attention", "prefill", "sampling"} & set(wrong):
+            log.warning("serving by plain torch instead: correct, and several times slower")
+            options = RunnerConfig(block_tokens, kv_bytes or 4 * 2**30, DTYPE, str(device))
+            return TorchRunner.load(folder, options)
+        table = tuned.library(str(device)) if "products" in wrong else None
+        runner = GpuRunner(made, block_tokens, blocks_for(made, block_tokens, kv_bytes), sequences_max, table)
+    log.info("self-check and memory after %.1f s", time.perf_counter() - started)
+    runner.warm(bucket(sequences_max))
+    log.info("%d KV blocks, steps captured after %.1f s", runner.blocks_total, time.perf_counter() - started)
+    return runner
+
+
+def on_device(folder: Path, device: torch.device) -> gpu.Weights:
+    """The folder's weights, or made-up ones if its config.json asks for them."""
+    config = model_config.read(folder)
+    if is_random(folder):
+        return gpu.random_weights(config, device, DTYPE)
+    manifest.verify(folder)
+    return gpu.from_decoder(weights.load(folder, DTYPE, device))
+
+
+def is_random(folder: Path) -> bool:
+    """Whether this folder is a shape without weights."""
+    return bool(json.loads((folder / "config.json").read_text(encoding="utf-8")).get(RANDOM_MARK))
+
+
+def blocks_for(made: gpu.Weights, block_tokens: int, kv_bytes: int) -> int:
+    """KV blocks in `kv_bytes`, or if that is 0 in what is free beside the weights and a step's buffers."""
+    block_bytes = block_tokens * made.config.kv_bytes_per_token(DTYPE.itemsize)
+    if not kv_bytes:
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info()
+        rows = most(256).rows
+        widths = 2 * made.config.hidden + 2 * made.config.q_width + 2 * made.config.kv_width + 3 * made.config.ffn
+        step_bytes = rows * widths * DTYPE.itemsize + 256 * made.config.vocab_size * 4
+        kv_bytes = int(FREE_SHARE * free) - RESERVE_BYTES - step_bytes
+    return kv_bytes // block_bytes

@@ -1,0 +1,309 @@
+"""The runner on a GPU: captured steps, choice on the device, and one step in flight before the host knows the last ids.
+
+Owns KV memory, graphs and what is in flight. Never decides what a step holds.
+
+A step of decodes alone is followed at once by the step that will most likely come: the same sequences, one token on,
+their ids gathered on the device. If the scheduler then asks for that step, or for a part of it, its answer is already
+on the way; rows beside it are computed behind it; if it asks for something else, the time is lost and nothing more:
+what was written lies where the sequence's next token belongs, and the stream's order keeps later owners behind it."""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.compute import arrange, sampling
+from engine.compute.arrange import Arranged, Packing
+from engine.compute.calibrate import Shape, batch_of
+from engine.compute.graphs import HOST_BUFFERS, Graphs, StepInputs
+from engine.kernels import tuned
+from engine.kernels.paged import CHUNK_ROWS, SHARED_PART_TOKENS, Launch
+from engine.kernels.sample import Sampler
+from engine.kv.device_memory import DeviceMemory
+from engine.models import gpu
+from engine.models.config import ModelConfig, ModelError
+from engine.step import Int32, Int64, KVMemory, StepBatch, StepResult
+from engine.wire import Sampling
+
+PARTS_MAX = 4096  # parts of KV in one step: 64 MiB of partial sums for an 8B model
+GRAPHS_MAX = 256  # captured steps kept; others are launched kernel by kernel
+FREE_SHARE = 0.92  # of the memory left beside the weights; the rest is for libraries and graphs
+FEW, MANY = Launch(264, stages=4, pdl=2), Launch(528, stages=2, registers=128, pdl=2)  # measured: gpu_step
+INTERPRETED = Launch(4)  # the interpreter knows no programmatic launch
+WARM_CONTEXTS = (2, 2048)  # without parts, and with parts where the batch is small
+WARM_CHUNKS = ((64, 1), (192, 4), (4096, 32))  # rows in all, sequences
+MANY_FROM = 48  # sequences; fewer registers and more programs are faster from here on
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A step that was launched and not read back."""
+
+    batch: StepBatch
+    answer: Tensor  # [2, sampled], pinned: ids, is_bad
+    done: torch.cuda.Event | None
+    launched_at: float
+
+    def read(self) -> tuple[Int32, np.typing.NDArray[np.bool_]]:
+        """Wait for it; its ids, and which are bad."""
+        if self.done is not None:
+            self.done.synchronize()
+        count = len(self.batch.sample_rows)
+        ids, is_bad = self.answer.numpy()[:, :count].copy()
+        return ids, is_bad != 0
+
+
+class GpuRunner:
+    """engine.step.Runner on one CUDA device (elsewhere too, under Triton's interpreter: slow, and what tests use)."""
+
+    def __init__(
+        self, weights: gpu.Weights, block_tokens: int, blocks: int, sequences_max: int, table: tuned.Table | None = None
+    ):
+        config, device = weights.config, weights.embedding.device
+        if blocks < 1:
+            raise ModelError("no GPU memory is left for KV beside the weights")
+        self._device, self._is_cuda = device, device.type == "cuda"
+        shape = gpu.shape_of(config, block_tokens)
+        pool = torch.zeros(
+            (blocks, config.layers, 2, config.kv_heads, block_tokens, config.head_dim),
+            dtype=weights.embedding.dtype, device=device,
+        )  # fmt: skip
+        name = torch.cuda.get_device_name(device) if self._is_cuda else "none"
+        few, many = (FEW, MANY) if self._is_cuda else (INTERPRETED, INTERPRETED)
+        self._decoder = gpu.GpuDecoder(weights, shape, pool, table or tuned.load(name), few)
+        self._many = replace(self._decoder, launch=many)
+        most = arrange.most(sequences_max)
+        width = min(-(-config.context_max // block_tokens), blocks) + 1
+        self._inputs = StepInputs.make(most, width, config.head_dim, device)
+        self._room = gpu.Buffers.make(weights, shape, most.rows, most.sampled, most.sequences, PARTS_MAX)
+        self._sampler = Sampler.make(most.sampled, config.vocab_size, device)
+        self._answers = [
+            torch.zeros(2, most.sampled, dtype=torch.int32, pin_memory=self._is_cuda) for _ in range(HOST_BUFFERS)
+        ]
+        self._flights: list[Flight | None] = [None] * HOST_BUFFERS  # who used a host buffer last
+        self._stream = torch.cuda.Stream(device) if self._is_cuda else None  # type: ignore[no-untyped-call]
+        self._memory = DeviceMemory(pool, self._stream)
+        self._graphs = Graphs(GRAPHS_MAX) if self._is_cuda else None
+        self._packing = Packing(config.kv_heads, block_tokens, SHARED_PART_TOKENS, PARTS_MAX)
+        self._turn = 0
+        self._ahead: Flight | None = None
+        self._read_at = 0.0
+
+    @property
+    def blocks_total(self) -> int:
+        """KV blocks that fit."""
+        return len(self._decoder.pool)
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens a block holds."""
+        return self._decoder.shape.block_tokens
+
+    @property
+    def kv(self) -> KVMemory | None:
+        """Whole blocks as bytes, for the tiers below."""
+        return self._memory
+
+    @property
+    def model(self) -> ModelConfig:
+        """The model's shape."""
+        return self._decoder.weights.config
+
+    # Hot: once per step. The host's share hides behind the step in flight while decodes follow decodes.
+    def run(self, batch: StepBatch) -> StepResult:
+        """Compute one step: write KV, sample. Raises only on what is our own fault."""
+        with torch.inference_mode():
+            if self._stream is None:
+                return self._run(batch)
+            with torch.cuda.stream(self._stream):
+                return self._run(batch)
+
+    def _run(self, batch: StepBatch) -> StepResult:
+        ahead, self._ahead = self._ahead, None
+        special = _special(batch)
+        at = _found(batch, ahead.batch) if ahead is not None and not special else None
+        if ahead is not None and at is not None and (at >= 0).all():
+            self._ahead = self._follow(batch, at)
+            ids, is_bad = ahead.read()
+            return self._result(ids[at], is_bad[at], ahead.launched_at)
+        if ahead is not None and at is not None:
+            return self._beside(batch, ahead, at)
+        flight = self._launch(batch, None)
+        if special:
+            return self._choose_on_host(batch, flight, special)
+        if len(flight.batch.sample_rows) == len(batch.contexts) == len(batch.ids):
+            self._ahead = self._follow(batch, np.arange(len(batch.ids)))
+        return self._result(*flight.read(), flight.launched_at)
+
+    def _choose_on_host(self, batch: StepBatch, flight: Flight, special: list[int]) -> StepResult:
+        """Rows that ask for more than the device's sampler knows; their neighbours keep what it chose for them."""
+        logits = self._room.logits[: len(batch.sampling)]
+        chosen = sampling.choose(
+            logits, batch.sampling, batch.sample_positions, self.model.eos_ids,
+            histories=batch.histories, masks=batch.masks,
+        )  # fmt: skip
+        ids, is_bad = flight.read()
+        ids[special], is_bad[special] = chosen.ids[special], chosen.is_bad[special]
+        return replace(self._result(ids, is_bad, flight.launched_at), scores=chosen.scores, messages=chosen.messages)
+
+    def _beside(self, batch: StepBatch, ahead: Flight, at: Int64) -> StepResult:
+        """Rows of this batch that are not in flight, behind those that are."""
+        rest = self._launch(_part(batch, np.flatnonzero(at < 0)), None)
+        ids, is_bad = ahead.read()
+        late_ids, late_bad = rest.read()
+        sampled = at[np.searchsorted(batch.row_starts, batch.sample_rows, side="right") - 1]
+        all_ids, all_bad = np.empty(len(sampled), np.int32), np.empty(len(sampled), bool)
+        all_ids[sampled >= 0], all_bad[sampled >= 0] = ids[sampled[sampled >= 0]], is_bad[sampled[sampled >= 0]]
+        all_ids[sampled < 0], all_bad[sampled < 0] = late_ids, late_bad
+        return self._result(all_ids, all_bad, ahead.launched_at)
+
+    def _result(self, ids: Int32, is_bad: np.typing.NDArray[np.bool_], launched_at: float) -> StepResult:
+        before, self._read_at = self._read_at, time.perf_counter()
+        return StepResult(ids, is_bad, self._read_at - max(before, launched_at))
+
+    def _follow(self, batch: StepBatch, at: Int64) -> Flight | None:
+        """Launch what comes after `batch`, whose ids the step in flight samples at `at`; None if blocks are missing."""
+        contexts = batch.contexts
+        if not len(batch.room) or (batch.room <= contexts).any() or (batch.write_slots < 0).any():
+            return None
+        size, rows = self.block_tokens, np.arange(len(contexts))
+        slots = batch.block_tables[rows, contexts // size].astype(np.int64) * size + contexts % size
+        following = replace(
+            batch, ids=np.zeros_like(batch.ids), positions=contexts, write_slots=slots, contexts=contexts + 1,
+            sample_positions=batch.sample_positions + 1,
+        )  # fmt: skip
+        return self._launch(following, at.astype(np.int32))
+
+    def _launch(self, batch: StepBatch, sources: Int32 | None) -> Flight:
+        launched_at = time.perf_counter()
+        turn, self._turn = self._turn % HOST_BUFFERS, self._turn + 1
+        last = self._flights[turn]
+        if last is not None and last.done is not None:
+            last.done.synchronize()
+        step = arrange.arrange(batch, self._packing, sources)
+        self._inputs.write(turn, step)
+        self._compute(step)
+        answer = self._answers[turn]
+        answer.copy_(self._sampler.answer, non_blocking=True)
+        done = None
+        if self._is_cuda:
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record()
+        flight = self._flights[turn] = Flight(batch, answer, done, launched_at)
+        return flight
+
+    def _compute(self, step: Arranged) -> None:
+        per_tile = CHUNK_ROWS // self._decoder.shape.pack
+        tiles = step.chunk_rows // per_tile + step.chunked
+        kind = gpu.Kind(step.decodes, tiles, step.has_shared, step.has_parts)
+        decoder = self._many if step.decodes >= MANY_FROM else self._decoder
+        inputs, knobs = self._inputs.view(step.size)
+
+        def launch() -> None:
+            logits = decoder.forward(inputs, kind, self._room, self._sampler.answer[0])
+            self._sampler.choose(logits, knobs)
+
+        if self._graphs is None:
+            launch()
+        else:
+            self._graphs.run((step.size, kind), launch)
+
+    @contextmanager
+    def replayable(self, batch: StepBatch) -> Iterator[Callable[[], None]]:
+        """The captured step with its inputs in place, to be timed on the device."""
+        assert self._stream is not None
+        for _ in range(2):
+            self.run(batch)
+        step = arrange.arrange(batch, self._packing)
+        with torch.inference_mode(), torch.cuda.stream(self._stream):
+            yield lambda: self._compute(step)
+            torch.cuda.synchronize()
+
+    def warm(self, sequences_max: int) -> None:
+        """Compile and capture the steps of decodes alone and of one chunk alone, so that no stream waits for it."""
+        decodes = [Shape(rows, 0, context) for rows in arrange.DECODE_BUCKETS for context in WARM_CONTEXTS]
+        chunks = [Shape(0, rows, 0) for rows in arrange.CHUNK_BUCKETS]
+        for shape in [shape for shape in decodes if shape.decodes <= sequences_max] + chunks:
+            for blocks in {1, self.blocks_total} if shape.decodes > 1 else {1}:  # one block for all: a shared prefix
+                batch, _ = batch_of(shape, self.block_tokens, blocks)
+                for _ in range(2):  # plain, then captured
+                    self.run(batch)
+        # Both at once: compiled only, for there are hundreds. Tiles differ by rows, lists by sequences.
+        for beside in (rows for rows in arrange.BESIDE_BUCKETS if 0 < rows <= sequences_max):
+            for chunk_rows, chunked in WARM_CHUNKS:
+                self.run(_mixed(beside, chunk_rows, chunked, self.block_tokens, sequences_max))
+
+
+def _found(batch: StepBatch, ahead: StepBatch) -> Int64 | None:
+    """For each sequence of the batch where the step in flight samples its token; -1 where it does not; None if nowhere.
+    Slot and position tell a token, and the Sampling object tells its sequence: blocks may have changed hands."""
+    if np.array_equal(batch.write_slots, ahead.write_slots) and _are_same(batch, ahead):
+        return np.arange(len(batch.contexts))
+    known = {slot: at for at, slot in enumerate(ahead.write_slots.tolist())}
+    counts = np.diff(batch.row_starts)
+    of_row = dict(zip(batch.sample_rows.tolist(), batch.sampling, strict=True))
+    at = np.full(len(counts), -1, np.int64)
+    for sequence in np.flatnonzero(counts == 1).tolist():
+        row = int(batch.row_starts[sequence])
+        place = known.get(int(batch.write_slots[row]), -1)
+        if place >= 0 and row in of_row and ahead.sampling[place] is of_row[row]:
+            at[sequence] = place if batch.positions[row] == ahead.positions[place] else -1
+    return at if (at >= 0).any() else None
+
+
+def _are_same(batch: StepBatch, ahead: StepBatch) -> bool:
+    return (
+        np.array_equal(batch.positions, ahead.positions)
+        and len(batch.sampling) == len(ahead.sampling)
+        and all(map(operator.is_, batch.sampling, ahead.sampling))
+    )
+
+
+def _part(batch: StepBatch, sequences: Int64) -> StepBatch:
+    """The same step of some of its sequences."""
+    counts = np.diff(batch.row_starts)[sequences]
+    starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+    rows = np.concatenate([np.arange(batch.row_starts[s], batch.row_starts[s + 1]) for s in sequences])
+    is_sampled = np.isin(batch.sample_rows, rows)
+    chosen = tuple(one for one, wanted in zip(batch.sampling, is_sampled.tolist(), strict=True) if wanted)
+    return StepBatch(
+        batch.ids[rows], batch.positions[rows], batch.write_slots[rows], starts, batch.contexts[sequences],
+        batch.block_tables[sequences], np.searchsorted(rows, batch.sample_rows[is_sampled]).astype(np.int32), chosen,
+        batch.sample_positions[is_sampled], room=batch.room[sequences] if len(batch.room) else batch.room,
+    )  # fmt: skip
+
+
+def _special(batch: StepBatch) -> list[int]:
+    """Sampled rows whose choice needs what the device does not have: masks, what was said before, scores."""
+    positions = batch.sample_positions.tolist()
+    return [
+        row
+        for row, (wanted, position) in enumerate(zip(batch.sampling, positions, strict=True))
+        if _needs_host(wanted, position)
+    ]
+
+
+def _needs_host(wanted: Sampling, position: int) -> bool:
+    is_steered = position < wanted.min_tokens or bool(wanted.grammar_kind or wanted.logit_bias)
+    return is_steered or wanted.has_penalties or wanted.logprobs >= 0
+
+
+def _mixed(decodes: int, chunk_rows: int, chunked: int, block_tokens: int, sampled_max: int) -> StepBatch:
+    """A made-up step of decodes and several chunks; it writes nowhere."""
+    counts = np.array([1] * decodes + [chunk_rows // chunked] * chunked)
+    starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+    rows = int(starts[-1])
+    sampled = min(len(counts), sampled_max)
+    return StepBatch(
+        np.zeros(rows, np.int32), (np.arange(rows) - np.repeat(starts[:-1], counts)).astype(np.int32),
+        np.full(rows, -1, np.int64), starts, counts.astype(np.int32),
+        np.zeros((len(counts), -(-int(counts.max()) // block_tokens)), np.int32), starts[1 : sampled + 1] - 1,
+        (Sampling(temperature=0.0),) * sampled, np.zeros(sampled, np.int32),
+    )  # fmt: skip

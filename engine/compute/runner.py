@@ -1,0 +1,130 @@
+"""The torch runner: a step's flat arrays in, token ids out.
+
+Owns weights, KV memory and the device. Never decides what a step holds: rows, blocks and slots are given."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.compute import sampling
+from engine.loading import manifest, room, weights
+from engine.models.config import ELSEWHERE, ModelConfig, ModelError, read
+from engine.models.decoder import Decoder
+from engine.models.pages import SPARE_BLOCKS, KVPool
+from engine.step import KVMemory, StepBatch, StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerConfig:
+    """What a runner may use. float32 is what makes greedy text equal on every path (CPU default)."""
+
+    block_tokens: int = 16
+    kv_bytes: int = 256 * 2**20  # 5,700 tokens of SmolLM2 in float32 (46 kB each)
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+
+
+def _refuse_what_does_not_fit(folder: Path, config: RunnerConfig) -> None:
+    """Raise ModelError, so that no half-loaded worker is killed by the system."""
+    if torch.device(config.device).type != "cpu":
+        return
+    needed, free = read(folder).parameters * config.dtype.itemsize, room.available_bytes()
+    if needed + config.kv_bytes > free:
+        sizes = f"{needed / 2**30:.1f} GiB of weights and {config.kv_bytes / 2**30:.1f} of KV"
+        left = f"{free / 2**30:.1f} GiB of memory are free"
+        raise ModelError(f"{folder} needs {sizes}, and {left}; lower --kv-bytes, or {ELSEWHERE}")
+
+
+class TorchRunner:
+    """engine.step.Runner on one torch device."""
+
+    def __init__(self, decoder: Decoder, config: RunnerConfig):
+        block_bytes = config.block_tokens * decoder.config.kv_bytes_per_token(config.dtype.itemsize)
+        blocks = config.kv_bytes // block_bytes - SPARE_BLOCKS
+        if blocks < 1:
+            needed = (SPARE_BLOCKS + 1) * block_bytes
+            raise ModelError(f"kv_bytes = {config.kv_bytes} holds no KV block: one and its spares take {needed} bytes")
+        self._decoder, self._device = decoder, torch.device(config.device)
+        self._pool = KVPool(decoder.config, blocks, config.block_tokens, config.dtype, self._device)
+
+    @classmethod
+    def load(cls, folder: Path, config: RunnerConfig) -> TorchRunner:
+        """A runner for a Hugging Face folder. Raises ModelError when the folder cannot be served, or is damaged."""
+        manifest.verify(folder)
+        _refuse_what_does_not_fit(folder, config)
+        with torch.inference_mode():
+            return cls(weights.load(folder, config.dtype, torch.device(config.device)), config)
+
+    def prepare(self, folder: Path) -> Callable[[], None]:
+        """engine.step.Renewable. Both sets of weights are in memory until the old one is let go."""
+        with torch.inference_mode():
+            decoder = weights.load(folder, self._pool.memory.dtype, self._device)
+        if decoder.config != self.model:
+            raise ModelError(f"{folder} holds a model of another shape than the one that is served")
+
+        def renew() -> None:
+            self._decoder = decoder
+
+        return renew
+
+    @property
+    def blocks_total(self) -> int:
+        """KV blocks that fit."""
+        return self._pool.blocks
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens a block holds."""
+        return self._pool.block_tokens
+
+    @property
+    def kv(self) -> KVMemory | None:
+        """Whole blocks as bytes, for the tiers below."""
+        return self._pool
+
+    @property
+    def model(self) -> ModelConfig:
+        """The model's shape: context_max, vocab_size, eos_ids."""
+        return self._decoder.config
+
+    # Hot: once per step. Python and small ops together about 4 ms a step on CPU, bench/engine_cpu.py.
+    def run(self, batch: StepBatch) -> StepResult:
+        """Compute one step: write KV, sample. Raises only on what is our own fault."""
+        started = time.perf_counter()
+        with torch.inference_mode():
+            logits = self._logits(batch)
+            chosen = sampling.choose(
+                logits,
+                batch.sampling,
+                batch.sample_positions,
+                self.model.eos_ids,
+                histories=batch.histories,
+                masks=batch.masks,
+            )
+        seconds = time.perf_counter() - started
+        return StepResult(chosen.ids, chosen.is_bad, seconds, chosen.scores, chosen.messages)
+
+    def logits(self, batch: StepBatch) -> Tensor:
+        """[sampled, vocab] float32 of one step, for proofs: `run` without the choice."""
+        with torch.inference_mode():
+            return self._logits(batch)
+
+    def _logits(self, batch: StepBatch) -> Tensor:
+        pages = self._pool.plan(batch)
+        ids = self._tensor(batch.ids[pages.order])
+        hidden = self._decoder.forward(ids, self._tensor(batch.positions[pages.order]), pages)
+        if not len(batch.sample_rows):  # a step of chunks none of which ends its prompt
+            return hidden.new_empty((0, self.model.vocab_size), dtype=torch.float32)
+        computed_at = np.empty(len(pages.order), np.int64)
+        computed_at[pages.order] = np.arange(len(pages.order))
+        return self._decoder.logits(hidden[self._tensor(computed_at[batch.sample_rows])])
+
+    def _tensor(self, numbers: np.typing.NDArray[np.integer]) -> Tensor:
+        return torch.from_numpy(numbers.astype(np.int64)).to(self._device)

@@ -1,0 +1,229 @@
+"""The tiers below the device: every full block is written through to the host pool, what that evicts goes to disk, and
+blocks come back when that is quicker than computing them. So eviction and preemption only drop a reference.
+
+Owns what is known of those tiers. Never copies (copies.py does) and never believes a tier before it was read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from engine.kv.blocks import Block, BlockTrie
+from engine.kv.copies import Arrived, Below, Copies, CopyLimits, Hands, Restore, Tier
+from engine.kv.disk import Disk
+from engine.kv.keys import ChainKey, Ids, extend, split
+from engine.kv.pool import Content, PoolWriter
+from engine.step import KVMemory
+from engine.wire import TierLoad
+from policies.costs import StepModel
+from policies.retention import Band
+
+SPEED_WEIGHT = 0.2  # of the newest copies in what bringing a block up takes
+FIRST_BYTES_PER_S = (2e9, 0.5e9)  # by tier, until copies were timed: a core's memcpy halved, an ordinary SSD
+WAIT_S_MIN = 0.05  # a request waits for its blocks as long as computing them would take, and at least so long
+
+
+class Tiers:
+    """Called by the loop's thread alone, between steps. Without a host pool it knows nothing and does nothing."""
+
+    def __init__(
+        self,
+        trie: BlockTrie,
+        memory: KVMemory | None = None,
+        host: PoolWriter | None = None,
+        disk: Disk | None = None,
+        *,
+        hands: Hands | None = None,
+        limits: CopyLimits = CopyLimits(),  # noqa: B008
+    ) -> None:
+        self._trie = trie
+        self._host = host
+        self._disk = disk
+        self._copies: Copies | None = None
+        self._block_bytes = 0
+        if memory is not None and host is not None:
+            self._block_bytes = memory.block_bytes
+            self._copies = Copies(trie, memory, host, disk, hands or Hands(), limits=limits)
+        self._block_s = [self._block_bytes / rate for rate in FIRST_BYTES_PER_S]
+
+    # Copies, if there are any ----------------------------------------------------------------------------------------
+
+    @property
+    def held(self) -> list[Block]:
+        """Blocks that copies hold, each once for every hold."""
+        return self._copies.held if self._copies is not None else []
+
+    @property
+    def lent(self) -> int:
+        """Blocks in use for copies alone: those they hold, and those before them."""
+        holds = Counter(block.id for block in self.held)
+        lent: set[int] = set()
+        for held in self.held:
+            block: Block | None = held
+            while block is not None and block.id not in lent and block.refs == holds[block.id]:
+                lent.add(block.id)
+                block = block.parent
+        return len(lent)
+
+    def store(self, blocks: Sequence[Block]) -> None:
+        """Write blocks through that have just become readable."""
+        if self._copies is not None:
+            self._copies.store(blocks)
+
+    def poll(self, now: float) -> None:
+        """Take in what copies have brought."""
+        if self._copies is not None:
+            self._copies.poll(now)
+            self._learn(self._copies)
+
+    def reclaim(self, now: float) -> None:
+        """Have copies let go of all blocks; takes milliseconds."""
+        if self._copies is not None:
+            self._copies.reclaim(now)
+
+    def wait(self, now: float) -> None:
+        """Until no copy is under way."""
+        if self._copies is not None:
+            self._copies.wait(now)
+
+    def _learn(self, copies: Copies) -> None:
+        arrived: list[Arrived] = copies.arrived
+        for each in arrived:
+            for tier, (seconds, count) in enumerate(zip(each.seconds, each.counts, strict=True)):
+                if count:
+                    self._block_s[tier] += SPEED_WEIGHT * (seconds / count - self._block_s[tier])
+        arrived.clear()
+
+    # Up --------------------------------------------------------------------------------------------------------------
+
+    def find(self, found: list[Block], ids: Ids, salt: bytes, public_blocks: int) -> list[Below]:
+        """What lower tiers have of `ids` right behind the blocks that were found on the device."""
+        if self._copies is None:
+            return []
+        size = self._trie.block_tokens
+        key = ChainKey(found[-1].key) if found else self._trie.root_key
+        below: list[Below] = []
+        for number in range(len(found), len(ids) // size):
+            tokens, parent = ids[number * size : (number + 1) * size], key
+            salted = salt if number == public_blocks else b""
+            key = extend(parent, tokens, salted)
+            where = self._where(key)
+            if where is None:
+                break
+            below.append(Below(Content(key, parent, tokens), salted, *where))
+        return below
+
+    def _where(self, key: bytes) -> tuple[Tier, int] | None:
+        """The nearest tier that says it has a block, and the slot there; other workers' slots count."""
+        assert self._host is not None
+        slot = self._host.slot_of.get(key)
+        if slot is None:
+            slot = self._host.memory.lookup(key)
+        if slot is not None:
+            return Tier.HOST, slot
+        return (Tier.DISK, 0) if self._disk is not None and self._disk.holds(key) else None
+
+    def bring_up(
+        self,
+        found: list[Block],
+        below: list[Below],
+        band: Band,
+        *,
+        make_room: Callable[[int], bool],
+        model: StepModel,
+        now: float,
+    ) -> Restore | None:
+        """Have what was found below copied to the device, as far as that is quicker than computing it; else None."""
+        if self._copies is None or not below:
+            return None
+        coming = self._copies.coming(below[0].content.key)
+        if coming is not None:
+            return coming
+        context = len(found) * self._trie.block_tokens
+        count = min(self._worth(below, context, model), self._copies.restores_left)
+        if not make_room(count):
+            count = self._trie.available
+        if not count:
+            return None
+        wait_s = max(WAIT_S_MIN, model.prefill_s(count * self._trie.block_tokens, context))
+        return self._copies.restore(found[-1] if found else None, below[:count], band, now + wait_s, now)
+
+    def _worth(self, below: list[Below], context: int, model: StepModel) -> int:
+        """How many of these blocks, from the front, save most time if they are brought up rather than computed."""
+        best, best_s, seconds = 0, 0.0, 0.0
+        for at, item in enumerate(below, 1):
+            seconds += self._block_s[item.tier]
+            if at == len(below) or below[at].tier != item.tier:  # between changes the sum is as good as straight
+                saved_s = model.prefill_s(at * self._trie.block_tokens, context) - seconds
+                if saved_s > best_s:
+                    best, best_s = at, saved_s
+        return best
+
+    def touch(self, blocks: Sequence[Block]) -> None:
+        """A sequence used this chain: in the host pool, too, its head is to outlive its tail."""
+        if self._host is not None:
+            self._host.touch([block.key for block in reversed(blocks) if block.edge is not None])
+
+    def age(self, blocks: Sequence[Block]) -> None:
+        """Nobody will ask for these again: the pool gives them up first, the first of them first of all."""
+        if self._host is not None:
+            self._host.age([block.key for block in blocks])
+
+    def forget(self, keys: Sequence[bytes]) -> None:
+        """These blocks are not to be believed, nor what was stored behind them. O(slots), for faults."""
+        if self._copies is None or self._host is None or not keys:
+            return
+        doubted, size = set(keys), 0
+        contents = [self._host.memory.content(slot) for slot in self._host.slot_of.values()]
+        while size != len(doubted):
+            size = len(doubted)
+            doubted |= {content.key for content in contents if content.parent in doubted}
+        for key in sorted(doubted):
+            if self._host.drop(key):
+                self._copies.gone.append(key)
+            if self._disk is not None:
+                self._disk.drop(key)
+
+    # Telling ---------------------------------------------------------------------------------------------------------
+
+    def holds(self, key: bytes) -> bool:
+        """Whether a tier of our own has a block."""
+        if self._host is None:
+            return False
+        return key in self._host.slot_of or (self._disk is not None and self._disk.holds(key))
+
+    def take_events(self) -> tuple[bytes, bytes]:
+        """Keys (stored, evicted) since the last call: a block is gone when no tier of ours has it."""
+        stored, evicted = self._trie.take_events()
+        if self._copies is None:
+            return stored, evicted
+        lost = dict.fromkeys([*split(evicted), *self._copies.gone])
+        self._copies.gone.clear()
+        return stored, b"".join(key for key in lost if self._trie.by_key(key) is None and not self.holds(key))
+
+    def resident_keys(self) -> bytes:
+        """Keys of all blocks that need not be computed again: the snapshot for a new link."""
+        keys = dict.fromkeys(split(self._trie.resident_keys()))
+        if self._host is not None:
+            keys |= dict.fromkeys(self._host.slot_of)
+        return b"".join(keys)
+
+    def load(self) -> TierLoad:
+        """As frames carry it."""
+        if self._copies is None or self._host is None:
+            return TierLoad()
+        counts, disk = self._copies.counts, self._disk
+        return TierLoad(
+            block_bytes=self._block_bytes,
+            host_blocks=len(self._host.slot_of),
+            host_blocks_max=self._host.slots,
+            stored=counts.stored,
+            skipped=counts.skipped,
+            restored_host=counts.restored[Tier.HOST],
+            restored_disk=counts.restored[Tier.DISK],
+            missed=counts.missed,
+            disk_blocks=len(disk) if disk is not None else 0,
+            disk_written=disk.written if disk is not None else 0,
+            disk_dropped=disk.dropped if disk is not None else 0,
+            disk_corrupt=disk.corrupt if disk is not None else 0,
+        )

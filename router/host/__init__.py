@@ -1,0 +1,1 @@
+"""The processes of this host: planned, started, watched, restarted."""

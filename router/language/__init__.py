@@ -1,0 +1,1 @@
+"""From words to token ids and back: templates, vocabularies, stops, and what is known again."""

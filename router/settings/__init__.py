@@ -1,0 +1,1 @@
+"""The configuration: read once, and once more when it changes."""

@@ -1,0 +1,1 @@
+"""Our own engine workers: which there are, and one socket to each."""
