@@ -218,7 +218,13 @@ def _tenants(config: Config) -> Tenants:
 def _text(config: Config, folder: Path) -> Text:
     template = ChatTemplate.load(folder)
     voice = Voice.of(template.source if template is not None else "", config.model.calls, config.model.thoughts)
-    return Text(Vocabulary.load(folder), template, voice=voice, rules=canonical.load(config.model.canonical))
+    return Text(
+        Vocabulary.load(folder),
+        template,
+        voice=voice,
+        rules=canonical.load(config.model.canonical),
+        refuses_media=config.model.on_media == "refuse",
+    )
 
 
 def _recorder(config: Config, seed: int, stack: contextlib.ExitStack) -> Recorder | None:

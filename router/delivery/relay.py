@@ -31,6 +31,7 @@ from router.workers.link import LinkLost
 log = logging.getLogger(__name__)
 
 RETRY_AFTER_STOP_S = 1.0  # a restart, or the next router behind the same name
+NOTICE_CHARS_MAX = 512  # a client names its own blocks and sends any number of them
 STOPPING = ErrorDetail("The server stops; ask again.", "server_error", None, "stopping")
 BROKEN = ErrorDetail("The router failed on this request.", "server_error", None, "internal_error")
 
@@ -71,10 +72,13 @@ class Relay:
         self._answer.is_watched = action.request_class is RequestClass.CHATBOT
         try:
             rendered = self._order.text.render(self._order.turn, self._order.identity)
-            if rendered.cold_chars > self._order.text.limits.inline_chars_max:
+            text, context_max = self._order.text, self._order.context_max
+            if (tokens := text.hopeless_tokens(rendered, context_max)) is not None:
+                raise self._too_long(tokens)
+            if rendered.cold_chars > text.limits.inline_chars_max:
                 self._tokenising = asyncio.get_running_loop().create_task(self._tokenise_in_thread(rendered))
                 return
-            self._arrived(self._order.text.assemble(rendered, self._order.text.tokenise(rendered.cold)))
+            self._arrived(text.assemble(rendered, text.tokenise(rendered.cold)))
         except RequestError as error:
             self._refuse(error)
 
@@ -163,8 +167,11 @@ class Relay:
         if self._placed is not None:
             headers.append((b"x-headway-worker", self._worker_name().encode("ascii", "replace")))
         if self._order.notices:
-            headers.append((b"x-headway-notice", "; ".join(self._order.notices).encode("ascii", "replace")))
+            headers.append((b"x-headway-notice", self._notice()))
         return headers
+
+    def _notice(self) -> bytes:
+        return "; ".join(self._order.notices)[:NOTICE_CHARS_MAX].encode("ascii", "replace")
 
     def usage(self) -> Usage:
         prompt_tokens = len(self._prompt.ids) if self._prompt is not None else 0
@@ -184,13 +191,16 @@ class Relay:
     def _arrived(self, prompt: Prompt) -> None:
         room = self._order.context_max - len(prompt.ids)
         if room < 1:
-            words = self._order.errors.overflow(len(prompt.ids), self._order.context_max)
-            raise RequestError(400, words, param="messages", code="context_length_exceeded")
+            raise self._too_long(len(prompt.ids))
         self._prompt, order = prompt, self._order
         self._lost_tokens = order.text.lost_tokens(order.turn, order.identity, prompt, order.request.session)
         wanted = self._order.turn.max_tokens
         self._max_tokens = room if wanted is None else min(wanted, room)  # clamped, never refused: agents ask for 64k
         self._services.mind.arrived(self._order.request.id, len(prompt.ids), prompt.chain)
+
+    def _too_long(self, tokens: int) -> RequestError:
+        words = self._order.errors.overflow(tokens, self._order.context_max)
+        return RequestError(400, words, param="messages", code="context_length_exceeded")
 
     def _submit(self, action: Dispatch) -> Submit:
         assert self._prompt is not None

@@ -22,7 +22,7 @@ from router.dialects.common import (
     wants_usage,
 )
 from router.dialects.media import Media, part_text
-from router.dialects.schema import ChatMessage, ChatRequest, decode, wrong_field
+from router.dialects.schema import ChatMessage, ChatRequest, decode, needs_field, wrong_field
 from router.errors import ErrorDetail
 from router.language.turn import Encoder, Ending, Message, Part, PartKind, PartStart, TokenScore, Turn, Usage
 
@@ -35,6 +35,7 @@ ROLES = {  # what clients may say, and what templates know it as
     "function": "function",
 }
 
+SPEAKERS = ("user", "system")
 FINISH = {"stop": "stop", "length": "length", "calls": "tool_calls"}
 
 _decoder = msgspec.json.Decoder(ChatRequest)
@@ -66,7 +67,7 @@ def turn(request: ChatRequest) -> Turn:
         must_call=_must_call(request.tool_choice),
         is_thinking=_is_thinking(request),
         has_schema=request.response_format is not None and request.response_format.type != "text",
-        notices=media.notices(),
+        media=media.counts(),
     )
 
 
@@ -93,6 +94,8 @@ def _message(number: int, message: ChatMessage, media: Media) -> Message:
     role, content = ROLES.get(message.role), message.content
     if role is None:
         raise wrong_field(f"messages[{number}].role", f"must be one of {', '.join(ROLES)}")
+    if content is None and role in SPEAKERS:
+        raise needs_field(f"messages[{number}].content")  # as OpenAI; an answer's or a tool's may be empty
     text = content if isinstance(content, str) else "".join([part_text(part, media) for part in content or ()])
     if message.tool_calls or message.name or message.tool_call_id or message.reasoning_content:
         return Message(role, text, _extra(message))

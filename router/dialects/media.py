@@ -1,10 +1,14 @@
 """What a text-only model gets to read where a client sent an image or a document.
 
-Owns the words. A refused image would stay in the history of its session and end it; these words let it go on."""
+Owns the words, and those of a refusal (`model.on_media`). A refused image would stay in the history of its session and
+end it; these words let it go on."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from router.dialects.schema import ContentPart
+from router.errors import RequestError
 
 KINDS = {
     "image_url": "image",
@@ -27,9 +31,15 @@ class Media:
         self._omitted[kind] = self._omitted.get(kind, 0) + 1
         return f"[{kind} omitted: {self._model or 'this model'} cannot see]"
 
-    def notices(self) -> tuple[str, ...]:
-        """For x-headway-notice."""
-        return tuple(f"{kind} omitted: {count}" for kind, count in self._omitted.items())
+    def counts(self) -> tuple[tuple[str, int], ...]:
+        """How many of each kind."""
+        return tuple(self._omitted.items())
+
+
+def cannot_see(media: Iterable[tuple[str, int]]) -> RequestError:
+    """400 where such things are refused instead."""
+    counts = ", ".join(f"{kind} ({count})" for kind, count in media)[:200]
+    return RequestError(400, f"This model reads text alone, and there are: {counts}.", code="unsupported_media")
 
 
 def part_text(part: ContentPart, media: Media) -> str:

@@ -14,7 +14,7 @@ from router.dialects.common import Dialect, joined_system, json_or_none, random_
 from router.dialects.grammars import ANY_TEXT, Grammar
 from router.dialects.media import Media
 from router.dialects.messages_schema import AnthropicMessage, AnthropicTool, Block, MessagesRequest, OutputConfig
-from router.dialects.schema import ABSENT, decode, wrong_field
+from router.dialects.schema import ABSENT, decode, needs_field, wrong_field
 from router.errors import ErrorDetail
 from router.language.turn import Ending, ErrorShape, Message, Part, PartKind, PartStart, Turn, Usage
 
@@ -48,9 +48,7 @@ def turn(request: MessagesRequest) -> Turn:
     may_call = bool(request.tools) and (request.tool_choice or {}).get("type") != "none"
     tools = [_tool(tool) for tool in request.tools or () if tool.input_schema is not None] if may_call else []
     grammar = _grammar(request.output_config)
-    notices = list(media.notices())
-    if may_call and (left := len(request.tools or ()) - len(tools)):
-        notices.append(f"server tools not run here: {left}")
+    left = len(request.tools or ()) - len(tools) if may_call else 0
     return Turn(
         model=request.model,
         sampling=Sampling(
@@ -70,7 +68,8 @@ def turn(request: MessagesRequest) -> Turn:
         must_call=_must_call(request.tool_choice or {}),
         is_thinking=None if request.thinking is None else request.thinking.type != "disabled",
         has_schema=grammar is not ANY_TEXT,
-        notices=tuple(notices),
+        media=media.counts(),
+        notices=(f"server tools not run here: {left}",) if left else (),
     )
 
 
@@ -105,6 +104,8 @@ def _conversation(messages: Sequence[AnthropicMessage], media: Media) -> Iterato
     for number, message in enumerate(messages):
         if message.role not in ("user", "assistant", "system"):
             raise wrong_field(f"messages[{number}].role", "must be one of user, assistant, system")
+        if message.content is None and message.role != "assistant":
+            raise needs_field(f"messages[{number}].content")
         content = message.content or ""
         if isinstance(content, str):
             yield Message(message.role, content)

@@ -22,7 +22,7 @@ from router.dialects.common import (
 from router.dialects.grammars import ANY_OBJECT, ANY_TEXT, Grammar
 from router.dialects.media import Media, part_text
 from router.dialects.responses_schema import Item, ResponsesRequest, TextConfig
-from router.dialects.schema import ABSENT, ContentPart, decode, refuse_unsupported, wrong_field
+from router.dialects.schema import ABSENT, ContentPart, decode, needs_field, refuse_unsupported, wrong_field
 from router.errors import ErrorDetail
 from router.language.turn import Ending, Message, Part, PartKind, PartStart, Turn, Usage
 
@@ -52,7 +52,7 @@ def turn(request: ResponsesRequest) -> Turn:
     tools = tuple(_tool(tool) for tool in offered if tool.get("type") == "function")
     grammar = _grammar(request.text)
     wanted = sampling(request)
-    notices = list(media.notices())
+    notices: list[str] = []
     messages = _messages(request, media, notices)
     if left := len(offered) - len(tools):
         notices.append(f"tools not run here: {left}")
@@ -70,7 +70,8 @@ def turn(request: ResponsesRequest) -> Turn:
         must_call=_must_call(request.tool_choice),
         is_thinking=None if request.reasoning is None or request.reasoning.effort != "none" else False,
         has_schema=grammar is not ANY_TEXT,
-        notices=(*media.notices(), *notices),
+        media=media.counts(),
+        notices=tuple(notices),
     )
 
 
@@ -107,6 +108,8 @@ def _message(number: int, item: Item, media: Media) -> Message:
     role = ROLES.get(item.role)
     if role is None:
         raise wrong_field(f"input[{number}].role", f"must be one of {', '.join(ROLES)}")
+    if item.content is None:
+        raise needs_field(f"input[{number}].content")
     return Message(role, _text(item.content, media))
 
 

@@ -132,6 +132,7 @@ class CompletionRequest(Common, kw_only=True):
 
 
 _PATH = re.compile(r" - at (?:`key` in )?`\$\.?([^`]*)`$")
+_MISSING = re.compile(r"Object missing required field `([^`]*)`")
 Body = TypeVar("Body")
 
 
@@ -140,8 +141,11 @@ def decode(decoder: msgspec.json.Decoder[Body], body: bytes) -> Body:
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
-        path = _PATH.search(str(error))
-        raise wrong_field(path[1] if path else None, _PATH.sub("", str(error))) from None
+        path, missing = _PATH.search(str(error)), _MISSING.match(str(error))
+        param = path[1] if path else None
+        if missing is not None:
+            raise needs_field(f"{param}.{missing[1]}" if param else missing[1]) from None
+        raise wrong_field(param, _PATH.sub("", str(error))) from None
     except msgspec.DecodeError as error:
         raise RequestError(400, f"The body is not valid JSON: {error}", code="invalid_json") from None
     except RecursionError:
@@ -154,6 +158,11 @@ def wrong_field(param: str | None, why: str) -> RequestError:
     """400 that names a field and says what is wrong with it."""
     named = f"Invalid value for '{param}': {why}" if param else f"Invalid body: {why}"
     return RequestError(400, named, param=param, code="invalid_value")
+
+
+def needs_field(param: str) -> RequestError:
+    """400 for a field that is not there."""
+    return RequestError(400, f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
 
 
 def refuse_unsupported(param: str, why: str) -> RequestError:

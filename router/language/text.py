@@ -15,6 +15,7 @@ import xxhash
 
 from engine.kv import keys
 from engine.kv.keys import KEY_BYTES, ChainKey, Ids
+from router.dialects.media import cannot_see
 from router.errors import RequestError
 from router.language.canonical import Rule, canonical
 from router.language.echoes import Echoes
@@ -25,6 +26,7 @@ from router.language.turn import Part, PartKind, Turn, parts_of
 from router.language.vocabulary import Detokeniser, Vocabulary
 from router.parsers.voice import NONE, SHOWN, Voice
 
+CHARS_PER_TOKEN = 4  # of English and code: what a refusal says of a prompt that nobody tokenised
 OPENING_MESSAGES, OPENING_CHARS = 4, 256  # up to the first user's: they tell conversations of one session apart
 
 
@@ -79,6 +81,11 @@ class Rendered:
         """How much must be tokenised."""
         return sum(len(segment.piece.text) for segment in self.cold)
 
+    @property
+    def known_tokens(self) -> int:
+        """How many are tokens already."""
+        return len(self.known.ids) if self.known is not None else 0
+
 
 class ByteCache:
     """Least recently used values under a bound of bytes."""
@@ -113,10 +120,13 @@ class Text:
         limits: TextLimits | None = None,
         voice: Voice | None = None,
         rules: Sequence[Rule] = (),
+        *,
+        refuses_media: bool = False,
     ) -> None:
         self._vocabulary = vocabulary
         self._template = template
         self._rules = rules
+        self._refuses_media = refuses_media
         self._voice = voice or Voice.of(template.source if template is not None else "")
         self._shown = vocabulary.tables_showing(SHOWN)
         self.limits = limits or TextLimits()
@@ -133,13 +143,16 @@ class Text:
 
     def settled(self, turn: Turn) -> Turn:
         """The turn without what is volatile, and with what the model's own form decides. Raises RequestError 400."""
+        if turn.media and self._refuses_media:
+            raise cannot_see(turn.media)
         messages = canonical(turn.messages, self._rules)
         return self._voice.settled(turn if messages is turn.messages else replace(turn, messages=messages))
 
     def notices(self, turn: Turn) -> tuple[str, ...]:
         """What a client should know of how its turn was read, for x-headway-notice."""
         is_deaf = turn.may_call and turn.must_call is None and self._voice.calls == NONE
-        return (*turn.notices, *(("tools not offered: this model has no form for calls",) if is_deaf else ()))
+        omitted = (f"{kind} omitted: {count}" for kind, count in turn.media)
+        return (*omitted, *turn.notices, *(("tools not offered: this model has no form for calls",) if is_deaf else ()))
 
     def _parser(self, turn: Turn) -> Parser | None:
         if self._template is None or not turn.messages:
@@ -168,6 +181,15 @@ class Text:
         )
         cold = [part for part in rest if part.piece.echo is None and self._segments.get(part.key) is None]
         return Rendered(identity, known, rest, tuple(cold))
+
+    def hopeless_tokens(self, rendered: Rendered, context_max: int) -> int | None:
+        """About how many tokens a prompt has that cannot fit, however its text falls into tokens; None if it may.
+
+        No token spells more than the vocabulary's longest, so what is refused by this need not be tokenised."""
+        room, chars = context_max - rendered.known_tokens, rendered.cold_chars
+        if chars <= room * self._vocabulary.token_chars_max:
+            return None
+        return rendered.known_tokens + max(room + 1, chars // CHARS_PER_TOKEN)
 
     def tokenise(self, cold: Sequence[Segment]) -> list[Ids]:
         """Ids of each segment. Touches no cache, so any thread may run it."""

@@ -39,7 +39,8 @@ class Turn:
     must_call: str | None = None  # the function that the answer must call; empty: any of the tools
     is_thinking: bool | None = None  # what the client asked of a model that can do both; None: the model's habit
     has_schema: bool = False  # the answer is to be JSON of a given form
-    notices: tuple[str, ...] = ()  # what was left out or changed, for x-headway-notice
+    media: tuple[tuple[str, int], ...] = ()  # what it cannot see and words stand for: how many of each kind
+    notices: tuple[str, ...] = ()  # what else was left out or changed, for x-headway-notice
 
 
 class PartKind(Enum):

@@ -29,6 +29,9 @@ class Vocabulary:
         # Without its added tokens nothing in a text is special: client text that spells a mark stays text.
         self._plain = Tokenizer.from_str(json.dumps(marked | {"added_tokens": []}))
         self.token_bytes = _token_bytes(self._marked, definition)
+        # A mark adds nothing to an answer; in a template it is its own spelling.
+        marks = (len(added["content"]) for added in definition.get("added_tokens", ()))
+        self.token_chars_max = max(1, *map(len, self.token_bytes), *marks)  # a character is a byte or more
         self.tables = Tables(self.token_bytes, [_whole_text(token) for token in self.token_bytes])
 
     @classmethod

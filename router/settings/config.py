@@ -14,6 +14,7 @@ from msgspec import Meta, Struct, field
 
 CALL_FORMS = ("auto", "hermes", "llama", "mistral", "pythonic", "none")
 THOUGHT_FORMS = ("auto", "think", "magistral", "none")
+ON_MEDIA = ("replace", "refuse")
 DEVICES = ("auto", "cpu", "cuda", "fake")
 
 UPSTREAMS_MAX = 64  # as many as there are workers
@@ -56,6 +57,7 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True):
     calls: str = "auto"  # how it writes tool calls: auto (by its template) | hermes | llama | mistral | pythonic | none
     # Rules for what clients change in their system prompts, and the model need not see; also module:function.
     canonical: tuple[str, ...] = ("claude-code-billing",)
+    on_media: str = "replace"  # images and documents become words (a refused one ends its session) | refuse
     thoughts: str = "auto"  # how it marks its reasoning: auto | think | magistral | none
 
 
@@ -200,12 +202,13 @@ def contradictions(config: Config) -> list[tuple[str, ...]]:
     found += [("upstreams", why) for upstream in config.upstreams if (why := _unusable(upstream))]
     if len(config.upstreams) > UPSTREAMS_MAX:
         found.append(("upstreams", f"must be {UPSTREAMS_MAX} at most"))
-    if config.model.calls not in CALL_FORMS:
-        found.append(("model.calls", f"must be one of {', '.join(CALL_FORMS)}"))
-    if config.model.thoughts not in THOUGHT_FORMS:
-        found.append(("model.thoughts", f"must be one of {', '.join(THOUGHT_FORMS)}"))
-    if config.workers.device not in DEVICES:
-        found.append(("workers.device", f"must be one of {', '.join(DEVICES)}"))
+    words = (
+        ("model.calls", config.model.calls, CALL_FORMS),
+        ("model.thoughts", config.model.thoughts, THOUGHT_FORMS),
+        ("model.on_media", config.model.on_media, ON_MEDIA),
+        ("workers.device", config.workers.device, DEVICES),
+    )
+    found += [(key, f"must be one of {', '.join(known)}") for key, word, known in words if word not in known]
     return found
 
 

@@ -231,6 +231,7 @@ async def desk(
     template: str = TEMPLATE,
     rules: Sequence[Rule] = (),
     tenants: Tenants | None = None,
+    refuses_media: bool = False,
 ) -> AsyncIterator[Desk]:
     """A desk that is open."""
     mind, fleet, sock = Mind(), Fleet(), socket.create_server(("127.0.0.1", 0))
@@ -243,7 +244,7 @@ async def desk(
             receipts.append(receipt)
 
     services = Services(mind, fleet, Book(), relay_limits or RelayLimits(), time.monotonic)
-    text = Text(VOCABULARY, ChatTemplate(template, {}), text_limits, rules=rules)
+    text = Text(VOCABULARY, ChatTemplate(template, {}), text_limits, rules=rules, refuses_media=refuses_media)
     tenants = tenants or keyless()
     app = App(
         House(

@@ -14,7 +14,7 @@ from router.delivery.order import RelayLimits
 from router.dialects.chat import ChatEncoder
 from router.language.text import Text, TextLimits
 from router.listener.server import ListenerLimits
-from tests.router.desk import Desk, chat, desk, ids_of, refusal, run, speak
+from tests.router.desk import VOCABULARY, Desk, chat, desk, ids_of, refusal, run, speak
 
 
 def events(text: str) -> list[Any]:
@@ -350,6 +350,37 @@ def test_a_prompt_beyond_the_context_gets_the_words_that_agents_look_for() -> No
             assert error["code"] == "context_length_exceeded"
             assert "maximum context length is 4096 tokens. However, your messages resulted in 50" in error["message"]
             assert d.mind.gone_ids
+
+    run(work())
+
+
+def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work() -> None:
+        async with desk() as d:
+            d.fleet.answer = speak("ok")
+            monkeypatch.setattr(Text, "tokenise", None)  # a call would be a 500
+            for stream in (True, False):
+                answer = await d.client.post("/v1/chat/completions", json=chat("x" * 1_000_000, stream=stream))
+                assert answer.status_code == 400
+                assert "your messages resulted in 250" in answer.json()["error"]["message"]  # about a fourth of it
+            # One whose tokens might all be as long as the longest is counted.
+            monkeypatch.undo()
+            assert VOCABULARY.token_chars_max == len("<|im_start|>")
+            answer = await d.client.post("/v1/chat/completions", json=chat("x" * 4000 * VOCABULARY.token_chars_max))
+            assert "your messages resulted in 480" in answer.json()["error"]["message"]
+
+    run(work())
+
+
+def test_an_answer_of_calls_alone_and_a_tool_that_said_nothing_are_messages() -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    said = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "c", "content": None}]
+
+    async def work() -> None:
+        async with desk() as d:
+            d.fleet.answer = speak("ok")
+            body = chat() | {"messages": [*chat()["messages"], *said]}
+            assert (await d.client.post("/v1/chat/completions", json=body)).status_code == 200
 
     run(work())
 

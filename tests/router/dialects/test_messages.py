@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from typing import Any
 
 import anthropic
 import pytest
 
 from router.delivery.generate import COUNTS_MAX
+from router.delivery.relay import NOTICE_CHARS_MAX
 from router.language.text import Text
-from tests.router.desk import CONTEXT_MAX, VOCABULARY, Desk, desk, refusal, run, speak
+from tests.router.desk import CONTEXT_MAX, VIEW, VOCABULARY, Desk, desk, refusal, run, speak
 
 USER = {"role": "user", "content": "hi"}
 
@@ -144,7 +146,41 @@ def test_an_image_becomes_words_and_a_notice() -> None:
     run(work())
 
 
+def test_images_are_refused_where_it_is_configured() -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": [image, image]}]}
+
+    async def work() -> None:
+        async with desk(refuses_media=True) as d:
+            answer = await d.client.post("/v1/chat/completions", json=chat)
+            assert answer.status_code == 400
+            assert answer.json()["error"]["code"] == "unsupported_media"
+            assert "image (2)" in answer.json()["error"]["message"]
+            assert not d.mind.offered
+            d.fleet.answer = speak("ok")
+            assert (await d.client.post("/v1/messages", json=body(messages=[USER]))).status_code == 200
+
+    run(work())
+
+
+def test_what_was_left_out_is_said_in_few_words() -> None:
+    blocks = [{"type": f"block_{number}"} for number in range(3000)]
+
+    async def work() -> None:
+        async with desk() as d:
+            d.fleet.views = {"tiny": replace(VIEW, context_max=1_000_000)}
+            d.fleet.answer = speak("ok")
+            answer = await d.client.post("/v1/messages", json=body(messages=[{"role": "user", "content": blocks}]))
+            assert answer.status_code == 200
+            assert answer.headers["x-headway-notice"].startswith("block_0 omitted: 1; block_1 omitted: 1")
+            assert NOTICE_CHARS_MAX - 20 < len(answer.headers["x-headway-notice"]) <= NOTICE_CHARS_MAX
+
+    run(work())
+
+
 BAD = [
+    ("no content", b'{"messages": [{"role": "user"}]}', 400),
+    ("null content", b'{"messages": [{"role": "user", "content": null}]}', 400),
     ("no JSON", b"{", 400),
     ("no messages", b"{}", 400),
     ("bad role", b'{"messages": [{"role": "king", "content": "x"}]}', 400),
