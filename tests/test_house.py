@@ -55,6 +55,7 @@ def test_the_configuration_page_lists_every_key_and_no_other() -> None:
     twins = ("classes.background-agent", "classes.data-processor")  # said once, for chatbot+
     keys = {".".join(key) for key in config_load._schema()}
     assert written == {key for key in keys if not key.startswith(twins)}
+    assert [row[0] for row in table_rows("docs/configuration.md") if not row[2]] == []
 
 
 def test_nothing_speaks_of_the_machine_it_was_written_on() -> None:

@@ -19,6 +19,9 @@ import msgspec
 from router.settings.config import Config, contradictions
 
 ENV_PREFIX = "HEADWAY_"
+FILE_VERSION = 1  # what `version` in a file may say; another one is not half understood
+# Keys that had another name: old to new, as TOML writes them, kept for a major version. None was renamed yet.
+RENAMED: Mapping[str, str] = {}
 FILE_MAX_BYTES = 1024 * 1024  # a configuration is a page; anything larger is the wrong file
 
 Key = tuple[str, ...]  # ("server", "port")
@@ -131,6 +134,10 @@ def _read_file(path: Path, leaves: Mapping[Key, Any], values: dict[Key, _Value],
         problems.append(Problem(str(path), "", f"cannot be read: {why}"))
         return
     lines = _lines(text)
+    if (version := tree.pop("version", FILE_VERSION)) != FILE_VERSION:
+        where = f"{path}:{_line(lines, ('version',))}"
+        problems.append(Problem(where, "version", f"this Headway reads version {FILE_VERSION}, got {version!r}"[:300]))
+        return
     for key, value in _flatten(tree, (), _sections(leaves)):
         where = f"{path}:{_line(lines, key)}"
         if key in leaves:
@@ -169,6 +176,8 @@ def _unknown(key: Key, leaves: Mapping[Key, Any]) -> str:
     sections = _sections(leaves)
     if key in sections:
         return "is a section, not a value"
+    if (now := RENAMED.get(_dotted(key))) is not None:
+        return f"is {now} now"
     siblings = {known[-1]: _dotted(known) for known in (*sections, *leaves) if known[:-1] == key[:-1]}
     near = difflib.get_close_matches(key[-1], siblings, n=1)
     if near:

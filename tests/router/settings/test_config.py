@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from router.settings import config_load
 from router.settings.config import Config
 from router.settings.config_load import FILE_MAX_BYTES, ConfigError, load
 
@@ -66,6 +67,22 @@ def test_a_key_near_nothing_is_answered_with_what_there_is(tmp_path: Path) -> No
     (problem,) = problems(written(tmp_path, "[telemetry]\nzzz = 1\n"))
 
     assert problem.endswith("telemetry.zzz: no such key; there are telemetry.otlp_endpoint, telemetry.service_name")
+
+
+def test_a_file_says_which_version_of_the_keys_it_means(tmp_path: Path) -> None:
+    text = "# ours\nversion = 2\n[servers]\nport = 1\n"
+
+    assert load(written(tmp_path, "version = 1\n[server]\nport = 1\n"), {}, {}).server.port == 1
+    path = written(tmp_path, text)
+    assert problems(path) == [f"{path}:2: version: this Headway reads version 1, got 2"]  # and nothing of what it holds
+
+
+def test_a_key_that_was_renamed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config_load, "RENAMED", {'classes."chatbot+".first_s': 'classes."chatbot+".ttft_s'})
+
+    path = written(tmp_path, '[classes."chatbot+"]\nfirst_s = 1\n')
+
+    assert problems(path) == [f'{path}:2: classes.chatbot+.first_s: is classes."chatbot+".ttft_s now']
 
 
 def test_a_section_that_is_a_value_is_told_so(tmp_path: Path) -> None:
@@ -142,6 +159,15 @@ def test_upstreams_that_cannot_be_used_are_named(upstreams: str, why: str) -> No
 
     assert problem.startswith("HEADWAY_UPSTREAMS: upstreams: ")
     assert why in problem
+
+
+@pytest.mark.parametrize("key", ["model.calls", "model.thoughts", "model.on_media", "workers.device"])
+def test_a_word_that_is_none_of_those_there_are_is_told_them(key: str) -> None:
+    variable = f"HEADWAY_{key.replace('.', '_').upper()}"
+
+    (problem,) = problems(None, {variable: "nothing-known"})
+
+    assert problem.startswith(f"{variable}: {key}: must be one of ")
 
 
 def test_upstreams_are_tables_of_the_file(tmp_path: Path) -> None:
