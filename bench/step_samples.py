@@ -11,7 +11,6 @@ import json
 import statistics
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -65,7 +64,7 @@ def main() -> None:
                 taken = runner.run(batch).seconds
                 errors.append(abs(fit.model.step_s(features) / taken - 1))
                 fit.observe(features, taken)
-                file.write(json.dumps([*asdict(features).values(), round(taken, 6)]) + "\n")
+                file.write(json.dumps([*features, round(taken, 6)]) + "\n")
                 count += 1
     late = errors[len(errors) // 2 :]
     print(f"{count} samples in {path}; the learned model errs by {statistics.median(late):.1%} in the median, ")

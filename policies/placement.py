@@ -108,9 +108,10 @@ class Scene(NamedTuple):
             self.ttft_s * fleet.q90 if weights.sure[number] == 1.0 else self.ttft_s * fleet.q90 ** weights.sure[number]
         )
         feasible = (sure_s <= job.first_left_s(now)) & self.is_steady & self.has_room & self.serves
-        score = self._cost_s(job, fleet, weights)
-        score[~feasible] = FAR
-        if score[slot := int(score.argmin())] < FAR:
+        if np.count_nonzero(feasible):  # a head that is asked again mostly finds nobody: then no cost is needed
+            score = self._cost_s(job, fleet, weights)
+            score[~feasible] = FAR
+            slot = int(score.argmin())
             near = (score <= score[slot] * (1.0 + weights.near)).nonzero()[0]
             chosen = slot if len(near) == 1 else _rendezvous(job, fleet.worker[near], near)
             return (self.forecast(chosen, job, fleet, now, is_feasible=True),)

@@ -5,6 +5,7 @@ Owns the order of work inside one worker. Never touches KV: the scheduler finds 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -39,8 +40,7 @@ class PlanLimits:
     aging: float = 0.1  # a late prompt gains a second of work on shorter ones each ten seconds
 
 
-@dataclass(frozen=True, slots=True)
-class BatchView:
+class BatchView(NamedTuple):
     """Everything a worker holds, one row a sequence: residents and the heads of the waiting queues alike."""
 
     request_class: Ints
@@ -54,16 +54,14 @@ class BatchView:
     owed_s: Owed = (0.0, 0.0, 0.0)  # by class: time that starvation has earned it
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Prompt tokens of one sequence in this step."""
 
     row: int  # of the view
     tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class StepPlan:
+class StepPlan(NamedTuple):
     """What one step computes. Rows are the view's."""
 
     decodes: Ints
@@ -179,27 +177,28 @@ class _Step:
         """Chunks in order while time lasts; progress for chat, and for whom starvation has earned it, in any case."""
         musts = self._musts(order)
         for row in order[: self.limits.candidates_max].tolist():
-            if self._rows >= self.limits.rows_max or self._is_full(room_s):
+            features = self.features()
+            if self._rows >= self.limits.rows_max or self.model.tokens_within(room_s, features, 0) < 1:
                 break
-            self._add(row, room_s, must=row in musts)
+            self._add(row, self._fitting(row, room_s, features), must=row in musts)
         for row in musts - {chunk.row for chunk in self.chunks}:
-            self._add(row, 0.0, must=True)
+            self._add(row, self._fitting(row, 0.0, self.features()), must=True)
 
     def _musts(self, order: Ints) -> set[int]:
         """At most one row a class that gets a chunk even where none fits."""
-        classes = self.batch.request_class[order]
+        classes = self.batch.request_class[order].tolist()
         classes_due = [CHAT, *(c for c in (BACKGROUND, BATCH) if self.batch.owed_s[c] > 0.0)]
-        musts = {int(order[classes == c][0]) for c in classes_due if (classes == c).any()}
+        musts = {int(order[classes.index(c)]) for c in classes_due if c in classes}
         if not (musts or self._rows) and len(order):
             return {int(order[0])}  # work conserving: an idle device takes a chunk however large its smallest one is
         return musts
 
-    def _is_full(self, room_s: float) -> bool:
-        return self.model.tokens_within(room_s, self.features(), 0) < 1
+    def _fitting(self, row: int, room_s: float, features: StepFeatures) -> int:
+        return self.model.tokens_within(room_s, features, int(self.batch.context[row]))
 
-    def _add(self, row: int, room_s: float, *, must: bool) -> None:
+    def _add(self, row: int, fitting: int, *, must: bool) -> None:
         context, pending = int(self.batch.context[row]), int(self.batch.pending[row])
-        tokens = self._aligned(self.model.tokens_within(room_s, self.features(), context), context, pending)
+        tokens = self._aligned(fitting, context, pending)
         if must:
             tokens = max(tokens, self._progress(context, pending))
         tokens = min(tokens, self.limits.rows_max - self._rows)

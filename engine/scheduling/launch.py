@@ -4,14 +4,12 @@ Owns the order of rows (decodes first, then chunks). Never reserves a block."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
 from engine.compute.masks import Follower
 from engine.kv.blocks import Block
 from engine.scheduling.sequence import WAITING, Sequence
-from engine.scheduling.table import Table
+from engine.scheduling.table import Table, join
 from engine.step import Int64, StepBatch, StepResult
 from policies.costs import StepFeatures
 from policies.step_plan import BatchView, Chunk, StepPlan
@@ -88,20 +86,20 @@ class Launch:
         if not (self._decodes or self._chunks):
             return False
         decodes, chunks = self._decode_rows, self._chunks
-        self.plan = replace(self.plan, chunks=tuple(chunk for chunk, *_ in chunks))
-        self.rows = np.concatenate((decodes, np.array([s.row for _, s, *_ in chunks], dtype=np.int64)))
-        sizes = np.array([chunk.tokens for chunk, *_ in chunks], dtype=np.int64)
-        self.tokens = np.concatenate((np.ones(len(decodes), dtype=np.int64), sizes))
-        before = table.context[self.rows]
-        wants = before + self.tokens == table.length[self.rows]
-        self.sampled_rows = self.rows[wants]
-        chunk_wants = zip(chunks, wants[len(decodes) :].tolist(), strict=True)
-        self.sampled = self._decodes + [s for (_, s, *_), is_wanted in chunk_wants if is_wanted]
+        self.plan = self.plan._replace(chunks=tuple(chunk for chunk, *_ in chunks))
+        sizes = [chunk.tokens for chunk, *_ in chunks]
+        before = [context for *_, context, _ in chunks]
+        self.rows = join(decodes, [s.row for _, s, *_ in chunks])
+        self.tokens = join(np.ones(len(decodes), dtype=np.int64), sizes)
+        # A decode wants its next token; a chunk does if it ends its prompt.
+        ended = [s for (chunk, s, at, _) in chunks if at + chunk.tokens == s.length]
+        self.sampled_rows = join(decodes, [s.row for s in ended])
+        self.sampled = self._decodes + ended
         self.grammars = {at: s.grammar for at, s in enumerate(self.sampled) if s.grammar is not None}
         self.features = StepFeatures(
-            rows=int(self.tokens.sum()),
-            decode_context=int(before[: len(decodes)].sum()),
-            chunk_context=int((sizes * (before[len(decodes) :] + sizes / 2)).sum()),
+            rows=len(decodes) + sum(sizes),
+            decode_context=int(table.context[decodes].sum()),
+            chunk_context=int(sum(size * (context + size / 2) for size, context in zip(sizes, before, strict=True))),
             sequences=len(self.rows),
         )
         self._table, self._block_tokens = table, block_tokens

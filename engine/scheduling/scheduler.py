@@ -33,7 +33,7 @@ from policies.builtin import headway_engine
 from policies.costs import StepModel
 from policies.request import RequestClass
 from policies.retention import CLASS_BANDS
-from policies.step_plan import Chunk, PlanLimits, owe, victims
+from policies.step_plan import Bools, Chunk, PlanLimits, owe, victims
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ class Scheduler:
         """The next step, its blocks reserved; None if there is nothing to compute. Full links get no tokens."""
         self._tiers.poll(now)
         self._end_waits(now)
-        residents = np.flatnonzero(self._table.is_used)
+        residents = self._table.is_used.nonzero()[0]
         heads = self._waiting.heads(self._limits.heads_max, full_links)
         if not len(residents) and not heads:
             return None
@@ -176,10 +176,22 @@ class Scheduler:
         self._table.emit(step.sampled_rows, result.ids, now)
         self._table.emit_more(step.sampled_rows, result.more, now)
         is_bad = result.is_bad | (result.ids < 0) | (result.ids >= self._facts.vocab_size)
-        for at in np.flatnonzero(is_bad).tolist():
+        has_bad = bool(np.count_nonzero(is_bad))
+        for at in is_bad.nonzero()[0].tolist() if has_bad else ():
             self._tiers.forget(self._trie.forget(step.sampled[at].blocks, now))
         self._commit(step, now)
         outcome = Outcome()
+        if has_bad or result.scores or result.more or step.grammars:
+            self._hear(step, result, is_bad, outcome, now)
+        else:
+            for sequence, reason in outcome.speak_plainly(step.sampled, result.ids.tolist(), now):
+                self._memory.learn(sequence)
+                outcome.ends.append(self._end(sequence, reason, now))
+        self._owed = owe(step.plan, step.view, model, result.seconds, self._plan_limits)
+        return outcome
+
+    def _hear(self, step: Launch, result: StepResult, is_bad: Bools, outcome: Outcome, now: float) -> None:
+        """Tokens one by one: some are bad, or come with scores, drafts or a grammar."""
         answers = zip(step.sampled, result.ids.tolist(), is_bad.tolist(), strict=True)
         for at, (sequence, token, bad) in enumerate(answers):
             if bad:
@@ -192,8 +204,6 @@ class Scheduler:
                 outcome.ends.append(self._end(sequence, reason, now))
             elif sequence.grammar is not None and (stuck := sequence.step_grammar(token)):
                 outcome.ends.append(self._end(sequence, "error", now, stuck))
-        self._owed = owe(step.plan, step.view, model, result.seconds, self._plan_limits)
-        return outcome
 
     def run_length(self, step: Launch, model: StepModel) -> int:
         """How many equal decode steps `step` begins if no order comes; engine/scheduling/repeat.py."""
@@ -295,7 +305,7 @@ class Scheduler:
     def _launch_decodes(self, step: Launch) -> None:
         rows, decodes = step.decodes()
         contexts = self._table.context[rows]
-        for at in np.flatnonzero((contexts + 1) % self._block_tokens == 0).tolist():
+        for at in ((contexts + 1) % self._block_tokens == 0).nonzero()[0].tolist():
             step.twins += self._holdings.publish(decodes[at], int(contexts[at]), 1)
 
     def _admit(self, sequence: Sequence, step: Launch, model: StepModel) -> bool:
@@ -334,6 +344,8 @@ class Scheduler:
 
     def _end_waits(self, now: float) -> None:
         """Sequences whose blocks have come, or are late, go on."""
+        if not np.count_nonzero(self._table.is_restoring):
+            return
         for sequence in self._table.at(np.flatnonzero(self._table.is_restoring)):
             if sequence.restore is None or not sequence.restore.is_awaited(now):
                 sequence.restore = None

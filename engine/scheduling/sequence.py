@@ -140,14 +140,22 @@ class Sequence:
         """One more token was generated; why the sequence ends with it, None if it goes on."""
         length = self.length
         if length == len(self.ids):
-            grown = np.empty(length * 2, dtype=np.int32)
-            grown[:length] = self.ids
-            self.ids = grown
+            self.grow()
         self.ids[length] = token
-        self.length = length = length + 1
-        if token in self.stop_ids and length >= self.length_min:
+        self.length = length + 1
+        return self.ending(token)
+
+    def ending(self, token: int) -> str | None:
+        """Why `token`, its newest, ends it; None if it does not."""
+        if token in self.stop_ids and self.length >= self.length_min:
             return "stop"
-        return "length" if length >= self.length_max else None
+        return "length" if self.length >= self.length_max else None
+
+    def grow(self) -> None:
+        """Room for twice as many ids."""
+        grown = np.empty(self.length * 2, dtype=np.int32)
+        grown[: self.length] = self.known
+        self.ids = grown
 
     def extend(self, token: int, count: int) -> None:
         """The same token so many times, none of which ends the sequence."""

@@ -69,7 +69,7 @@ class Speculator:
         counts = np.array([len(draft) for draft in drafts])
         if not counts.any():
             return None
-        features = replace(step.features, rows=step.features.rows + int(counts.sum()))
+        features = step.features._replace(rows=step.features.rows + int(counts.sum()))
         likely = sum(
             count * sequence.habit.right for count, sequence in zip(counts.tolist(), step.sampled, strict=True)
         )

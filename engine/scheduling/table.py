@@ -128,13 +128,14 @@ class Table:
         self.is_late[rows] = True
 
     def _end_lateness(self) -> None:
+        if not np.count_nonzero(self.is_late):
+            return
         for sequence in self.at(np.flatnonzero(self.is_late)):
             self.is_late[sequence.row] = sequence.grammar is not None and not sequence.grammar.is_ready
 
     def view(self, residents: Int64, heads: list[Sequence], full_links: frozenset[int], owed_s: Owed) -> BatchView:
         """These rows, then the heads of the queues, as the planner sees them."""
-        pending = np.array([s.uncached_estimate for s in heads], dtype=np.int64)
-        known = np.array([s.length for s in heads], dtype=np.int64)
+        context = self.context[residents]
         self._end_lateness()
         is_blocked = self.is_restoring[residents] | self.is_late[residents]
         if full_links:
@@ -143,8 +144,8 @@ class Table:
             request_class=join(self.request_class[residents], [s.request_class for s in heads]),
             due=join(self.due[residents], [s.next_due() for s in heads]),
             pace_s=join(self.pace_s[residents], [s.pace_s for s in heads]),
-            context=np.concatenate((self.context[residents], known - pending)),
-            pending=np.concatenate((self.length[residents] - self.context[residents], pending)),
+            context=join(context, [s.length - s.uncached_estimate for s in heads]),
+            pending=join(self.length[residents] - context, [s.uncached_estimate for s in heads]),
             arrived=join(self.arrived[residents], [s.submitted_at for s in heads]),
             is_decoding=join(self.is_decoding[residents], [False] * len(heads)),
             is_blocked=join(is_blocked, [False] * len(heads)),

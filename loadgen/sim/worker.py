@@ -160,9 +160,12 @@ class SimWorker:
         if launch is None:
             return None
         count = self._scheduler.run_length(launch, self._model) if self._is_fused and not self.stalled_s else 1
+        if count == 1:  # the same arithmetic without arrays: two steps in three are single ones
+            step_s = self._model.step_s(launch.features) * float(self._noise.peek(1)[0]) + self.stalled_s
+            self.stalled_s = 0.0
+            self._step = _Step(launch, [now + step_s])
+            return now + step_s
         seconds = step_times(launch, self._model, count) * self._noise.peek(count)
-        seconds[0] += self.stalled_s
-        self.stalled_s = 0.0
         ends = np.cumsum(np.concatenate(([now], seconds)))[1:].tolist()
         until = bisect_left(ends, self._told_at + TELL_S) + 1  # the first step end at which it tells
         self._step = _Step(launch, ends[:until])
@@ -191,7 +194,8 @@ class SimWorker:
         self._has_prefilled |= bool(launch.plan.chunks)
         sampled = [self._attempts[sequence.handle] for sequence in launch.sampled]
         ids = [attempt.token for attempt in sampled]
-        self._scheduler.repeat(launch, ids, ends[:-1])
+        if len(ends) > 1:
+            self._scheduler.repeat(launch, ids, ends[:-1])
         bad = np.zeros(len(ids), dtype=np.bool_)
         result = StepResult(np.array(ids, dtype=np.int32), bad, self._step_s)
         self._outcomes.append(self._scheduler.collect(launch, result, self._model, now))

@@ -21,7 +21,7 @@ def samples(seed: int = 0) -> list[dict[str, float]]:
             streams + chunk, streams * int(rng.integers(100, 4000)), chunk * 1000, streams + bool(chunk)
         )
         seconds = model.step_s(features) * float(np.exp(0.03 * rng.standard_normal()))
-        made.append({name: getattr(features, name) for name in StepFeatures.__slots__} | {"seconds": seconds})
+        made.append(features._asdict() | {"seconds": seconds})
     return made
 
 
