@@ -66,8 +66,10 @@ replay-weka: $(VENV)/.serve  ## the same with real Claude Code sessions (WEKA= t
 	@$(BIN)/headway-loadgen compose --weka $(WEKA) --sessions 4 --scale-tokens 1/32 --context 8192 -o out/weka.jsonl
 	@$(BIN)/headway-loadgen replay out/weka.jsonl $(REPLAY_ON) --duration 100 --out out/weka
 
-test: $(VENV)/.dev  ## all tests that need no GPU
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not nightly"
+TEST_PROCESSES ?= 2
+
+test: $(VENV)/.dev  ## all tests that need no GPU, a file to a process at a time (TEST_PROCESSES=)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile -m "not gpu and not nightly"
 
 check: $(VENV)/.dev  ## lint, format, types, floors
 	@$(BIN)/ruff check .
