@@ -83,7 +83,7 @@ bench: $(VENV)/.dev  ## the benchmarks of docs/performance.md; results in bench/
 kernels: $(VENV)/.dev  ## compile every GPU kernel for an H100 (no GPU needed): registers, spills, shared memory
 	@$(BIN)/python bench/compile_kernels.py
 
-clients: $(VENV)/.dev  ## Claude Code, Codex, opencode and aider, two turns each, on tiny-agent (needs npm; AGENTS=)
+clients: $(VENV)/.dev  ## Claude Code, Codex, opencode and others talk, use a tool, fill their context (needs npm, tmux; AGENTS=)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.clients.run $(AGENTS)
 
 nightly: $(VENV)/.dev  ## the long tests: soaks, many kills, long prompts

@@ -166,7 +166,8 @@ def _fake(arguments: argparse.Namespace) -> int:
     faults = tuple(fake.Fault.parse(text) for text in arguments.fault)
     import numpy as np
 
-    says = np.fromfile(arguments.says, np.int32) if arguments.says is not None else None
+    words = np.fromfile(arguments.says, np.int32) if arguments.says is not None else None
+    says = None if words is None else lambda _: words
     memory = (arguments.blocks, config.block_tokens)
     runner = fake.FakeRunner(facts, memory, fake.speed(arguments.slower), time.sleep, faults, says=says)
     return build.serve(runner, facts, config, encode=fake.encoder(runner, faults))

@@ -95,14 +95,14 @@ class FakeRunner:
         sleep: Callable[[float], None],
         faults: tuple[Fault, ...] = (),
         *,
-        says: Ids | None = None,
+        says: Callable[[Ids], Ids] | None = None,
     ) -> None:
         self.blocks_total, self.block_tokens = memory
         self.steps = 0
         self._facts = facts
         self._speed = speed
         self._sleep = sleep
-        self._says = says  # every answer, where parsers are to be fed; None: hashes
+        self._says = says  # prompt to answer, where somebody is to be fed words; None: hashes
         self._faults = {fault.step: fault for fault in faults}
         self._kv = np.full((self.blocks_total, self.block_tokens), -1, dtype=np.int32)
         self.kv = FakeKV(self._kv)
@@ -131,8 +131,8 @@ class FakeRunner:
         blocks = batch.block_tables[sequence, : -(-context // self.block_tokens)]
         index = int(batch.sample_positions[at])
         prompt = self._kv[blocks].reshape(-1)[: context - index]
-        if self._says is not None and index < len(self._says) and (prompt >= 0).all():
-            return int(self._says[index])
+        if self._says is not None and (prompt >= 0).all() and index < len(answer := self._says(prompt)):
+            return int(answer[index])
         return token(prompt, index, self._facts.vocab_size, self._facts.eos_ids)
 
 

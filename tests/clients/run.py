@@ -1,182 +1,190 @@
-"""Real agents against a whole Headway on tiny-agent, two turns each: `make clients`.
+"""`make clients`: real agents against a router and the actor: two turns, a tool of theirs, and a context that is full.
 
-Owns how each is installed and started, with homes of their own. Prints what Headway saw of every request."""
+Owns the acts and what counts as played. Prints what Headway saw of every request."""
 
 from __future__ import annotations
 
-import json
+import asyncio
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from dataclasses import dataclass, field
+from asyncio.subprocess import PIPE, STDOUT
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
-import httpx
-
+from router.settings.config import Config, Model
 from tests.clients import tiny_agent
+from tests.clients.actor import FILL, PROOF, RUN
+from tests.clients.agents import AGENTS, MODEL, Agent
+from tests.clients.screen import Screen
+from tests.clients.tiny_agent import SENTENCE
+from tests.faults.house import House, house
 
-START_S, TURN_S = 120.0, 180.0
-OPENCODE = {
-    "provider": {
-        "headway": {
-            "npm": "@ai-sdk/openai-compatible",
-            "options": {"baseURL": "@URL@/v1", "apiKey": "none"},
-            "models": {"tiny-agent": {"limit": {"context": 131072, "output": 8192}}},
-        }
-    },
-    "model": "headway/tiny-agent",
-    "small_model": "headway/tiny-agent",
-}
-CODEX = """model = "tiny-agent"
-model_provider = "headway"
-[model_providers.headway]
-name = "Headway"
-base_url = "@URL@/v1"
-wire_api = "responses"
-"""
+TURN_S = 180.0
+CONTEXT = 131_072
+ROOM = 15_000  # beyond an agent's first prompt: its first tool result fits, its second does not (9,000 tokens each)
+HELLO, AGAIN = "Say hello", "And again"
+FIELDS = ("request_class", "class_reason", "outcome", "prompt_tokens", "cached_tokens", "lost_tokens")
 
 
-@dataclass(frozen=True, slots=True)
-class Agent:
-    """One client. `@URL@` and `@BIN@` in its words are filled in."""
-
-    name: str
-    install: tuple[str, ...]
-    first: tuple[str, ...]
-    second: tuple[str, ...] = ()  # empty: it has no second turn without a terminal
-    env: dict[str, str] = field(default_factory=dict)
-    files: dict[str, str] = field(default_factory=dict)  # below HOME or, from `work/` on, where it runs
-
-
-def npm(package: str) -> tuple[str, ...]:
-    return ("npm", "install", "--no-audit", "--no-fund", "--prefix", "@BIN@", package)
+@asynccontextmanager
+async def stage(folder: Path, context: int) -> AsyncIterator[House]:
+    """A router and the actor with so much context."""
+    model = folder.parent / "tiny-agent"
+    _empty(folder)
+    config = Config(model=Model(served_as=MODEL))
+    engine = ("tests.clients.actor",)
+    async with house(folder, model, config, ("w0",), engine, tokenizer=model, context=context) as built:
+        yield built
 
 
-NODE = "@BIN@/node_modules/.bin/"
-EXEC = (NODE + "codex", "exec")
-CODEX_FLAGS = ("--skip-git-repo-check",)
-AIDER = "--model openai/tiny-agent --no-git --yes --no-show-model-warnings --no-check-update --analytics-disable"
-AIDER += " --chat-history-file .chat --input-history-file .input"  # else it writes beside the .git above
-AGENTS = (
-    Agent(
-        "claude-code",
-        npm("@anthropic-ai/claude-code"),
-        (NODE + "claude", "-p", "Say hello"),
-        (NODE + "claude", "--continue", "-p", "And again"),
-        {"ANTHROPIC_BASE_URL": "@URL@", "ANTHROPIC_API_KEY": "none", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"},
-    ),
-    Agent(
-        "codex",
-        npm("@openai/codex"),
-        (*EXEC, *CODEX_FLAGS, "Say hello"),
-        (*EXEC, "resume", "--last", *CODEX_FLAGS, "And again"),
-        files={".codex/config.toml": CODEX},
-    ),
-    Agent(
-        "opencode",
-        npm("opencode-ai"),
-        (NODE + "opencode", "run", "Say hello"),
-        (NODE + "opencode", "run", "--continue", "And again"),
-        files={"work/opencode.json": json.dumps(OPENCODE)},
-    ),
-    Agent(
-        "aider",
-        (sys.executable, "-m", "pip", "install", "-q", "--target", "@BIN@/aider", "aider-chat"),
-        (sys.executable, "-m", "aider", *AIDER.split(), "--message", "Say hello"),
-        env={"OPENAI_API_BASE": "@URL@/v1", "OPENAI_API_KEY": "none", "PYTHONPATH": "@BIN@/aider"},
-    ),
-)
+def _empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
-class Bench:
-    """A running Headway and a folder for the clients."""
+class Play:
+    """One agent in a house, with a home of its own."""
 
-    def __init__(self, folder: Path, url: str, admin: str) -> None:
-        self._folder, self._url, self._admin = folder, url, admin
+    def __init__(self, agent: Agent, house: House, folder: Path, context: int) -> None:
+        self._agent, self._house, self._context = agent, house, context
+        self._home, self._bins = folder / "homes" / agent.name, folder / "bin"
+        self._seen: set[str] = set()
 
-    def run(self, agent: Agent) -> bool:
-        """Install, two turns, and a line a request. Returns whether both turns came back."""
-        home, bins = self._folder / "homes" / agent.name, self._folder / "bin"
-        shutil.rmtree(home, ignore_errors=True)
-        (home / "work").mkdir(parents=True)
-        bins.mkdir(exist_ok=True)
-        for name, text in agent.files.items():
-            (home / name).parent.mkdir(parents=True, exist_ok=True)
-            (home / name).write_text(text.replace("@URL@", self._url))
-        # opencode believes PWD, not where it is started.
-        env = (
-            os.environ
-            | {"HOME": str(home), "PWD": str(home / "work")}
-            | {name: self._filled(text) for name, text in agent.env.items()}
+    async def begin(self) -> bool:
+        """An empty home, and the agent. Returns whether it can be had."""
+        shutil.rmtree(self._home, ignore_errors=True)
+        _empty(self._home / "work")
+        self._bins.mkdir(exist_ok=True)
+        for name, text in self._agent.files.items():
+            (self._home / name).parent.mkdir(parents=True, exist_ok=True)
+            (self._home / name).write_text(self._filled(text))
+        mark = self._bins / f".{self._agent.name}"  # it is here: remove it for the newest one
+        if mark.exists():
+            return True
+        installing = await asyncio.create_subprocess_exec(
+            *self._words(self._agent.install), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        if subprocess.run(self._words(agent.install), capture_output=True, text=True, check=False).returncode:
-            print(f"{agent.name}: could not be installed here")
+        if await installing.wait():
             return False
-        return all(self._turn(agent, words, home / "work", env) for words in (agent.first, agent.second) if words)
+        mark.touch()
+        return True
 
-    def _turn(self, agent: Agent, words: tuple[str, ...], folder: Path, env: dict[str, str]) -> bool:
-        before = {receipt["request"] for receipt in self._receipts()}
-        ran = subprocess.run(
-            self._words(words),
-            cwd=folder,
-            env=env,
+    async def turn(self, words: tuple[str, ...], say: str, expected: str) -> bool:
+        """One message. Returns whether what was expected came back."""
+        process = await asyncio.create_subprocess_exec(
+            *self._words(words, say),
+            cwd=self._home / "work",
+            env=self._env(),
             stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=TURN_S,
-            check=False,
+            stdout=PIPE,
+            stderr=STDOUT,
+            start_new_session=True,
         )
-        has_answered = tiny_agent.SENTENCE in ran.stdout + ran.stderr
-        print(f"{agent.name}: {'answered' if has_answered else 'NO ANSWER'}, exit {ran.returncode}")
-        if not has_answered:
-            print((ran.stdout + ran.stderr)[-1000:])
-        for receipt in reversed(self._receipts()):
-            if receipt["request"] not in before:
-                fields = ("request_class", "class_reason", "outcome", "prompt_tokens", "cached_tokens", "lost_tokens")
-                print("   ", ", ".join(f"{name} {receipt[name]}" for name in fields))
-        return has_answered
+        try:
+            async with asyncio.timeout(TURN_S):
+                printed = (await process.communicate())[0].decode(errors="replace")
+        except TimeoutError:
+            os.killpg(process.pid, signal.SIGKILL)
+            printed = f"nothing in {TURN_S} s"
+        return self._told(say, expected in printed, printed)
 
-    def _receipts(self) -> list[dict[str, object]]:
-        receipts: list[dict[str, object]] = httpx.get(f"{self._admin}/receipts").json()
-        return receipts
+    async def at_the_screen(self) -> bool:
+        """Two turns and its tool, typed into a terminal."""
+        async with Screen(self._words(self._agent.screen), self._home / "work", self._env()) as screen:
+            have_come = []
+            for say, expected in ((HELLO, SENTENCE), (AGAIN, SENTENCE), (RUN, f"{SENTENCE} {PROOF}")):
+                shown = await screen.say(say, expected)
+                have_come.append(self._told(say, expected in shown, shown))
+        return all(have_come)
+
+    def _told(self, say: str, has_come: bool, printed: str) -> bool:
+        print(f"{self._agent.name}: {say}: {'answered' if has_come else 'NOT AS EXPECTED'}")
+        if not has_come:
+            print(printed[-1000:])
+        return has_come
+
+    async def receipts(self) -> list[dict[str, Any]]:
+        """What came since this was asked last; printed, too."""
+        every = (await self._house.admin.get("/receipts")).json()
+        fresh = [receipt for receipt in reversed(every) if receipt["request"] not in self._seen]
+        self._seen |= {receipt["request"] for receipt in fresh}
+        for receipt in fresh:
+            print("   ", ", ".join(f"{name} {receipt[name]}" for name in FIELDS), receipt["reason"])
+        return fresh
+
+    def _env(self) -> dict[str, str]:
+        # opencode believes PWD, not where it is started.
+        own = {name: self._filled(text) for name, text in self._agent.env.items()}
+        return os.environ | {"HOME": str(self._home), "PWD": str(self._home / "work")} | own
 
     def _filled(self, text: str) -> str:
-        return text.replace("@URL@", self._url).replace("@BIN@", str(self._folder / "bin"))
+        url = str(self._house.client.base_url).rstrip("/")
+        places = {"@URL@": url, "@BIN@": str(self._bins), "@HOME@": str(self._home)}
+        places |= {"@CONTEXT@": str(self._context), "@COMPACT@": str(self._context * 6 // 10)}
+        for place, value in places.items():
+            text = text.replace(place, value)
+        return text
 
-    def _words(self, words: tuple[str, ...]) -> list[str]:
-        return [self._filled(word) for word in words]
+    def _words(self, words: tuple[str, ...], say: str = "") -> list[str]:
+        return [self._filled(word).replace("@SAY@", say) for word in words]
+
+
+async def conversation(agent: Agent, folder: Path) -> int:
+    """Two turns and a tool. Returns the tokens of its first prompt; 0 when it did not play its part."""
+    async with stage(folder / "run", CONTEXT) as built:
+        play = Play(agent, built, folder, CONTEXT)
+        if not await play.begin():
+            print(f"{agent.name}: could not be installed here")
+            return 0
+        if agent.screen:
+            has_played = await play.at_the_screen()
+            seen = await play.receipts()
+        else:
+            has_played = not agent.talks or await play.turn(agent.asks, HELLO, SENTENCE)
+            seen = await play.receipts()
+            if agent.goes_on:
+                has_played &= await play.turn(agent.goes_on, AGAIN, SENTENCE)
+            if agent.has_tool:
+                has_played &= await play.turn(agent.goes_on or agent.asks, RUN, PROOF)
+            seen += await play.receipts()
+        return max((receipt["prompt_tokens"] for receipt in seen[:2]), default=0) if has_played else 0
+
+
+async def full_context(agent: Agent, folder: Path, context: int) -> bool:
+    """It fills its context beyond what fits. Returns whether it went on, which it can only behind a summary."""
+    print(f"{agent.name}: with {context} tokens of context")
+    async with stage(folder / "run", context) as built:
+        play = Play(agent, built, folder, context)
+        await play.begin()
+        await play.turn(agent.asks, FILL, SENTENCE)
+        await play.turn(agent.goes_on, FILL, "")  # whether it answers this or says that it is full is its own affair
+        await play.receipts()
+        has_gone_on = await play.turn(agent.goes_on, HELLO, SENTENCE)
+        await play.receipts()
+        return has_gone_on
+
+
+async def perform(agent: Agent, folder: Path) -> bool:
+    """All that one agent plays."""
+    first = await conversation(agent, folder)
+    if not first or not agent.compacts:
+        return bool(first)
+    return await full_context(agent, folder, first + ROOM)
 
 
 def main(names: list[str]) -> int:
     """All agents, or those named."""
     folder = Path("out/clients").resolve()
-    model = tiny_agent.make(folder / "tiny-agent")
-    command = [sys.executable, "-m", "router.cli", "serve", "--model", str(model), "--workers", "1"]
-    log = folder / "log"
-    with log.open("wb") as file:
-        process = subprocess.Popen([*command, "--port", "0", "--admin-port", "0"], stdout=file, stderr=file)
-    try:
-        url, admin = _urls(process, log)
-        bench = Bench(folder, url, admin)
-        chosen = [agent for agent in AGENTS if not names or agent.name in names]
-        have_answered = [bench.run(agent) for agent in chosen]  # each is run, whatever became of those before
-        return 0 if all(have_answered) else 1
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
-
-
-def _urls(process: subprocess.Popen[bytes], log: Path) -> tuple[str, str]:
-    until = time.monotonic() + START_S
-    while time.monotonic() < until and process.poll() is None:
-        if found := re.search(r"Headway serves \S+ at (\S+) .*?(http://[^/]+)/", log.read_text()):
-            return found[1], found[2]
-        time.sleep(0.1)
-    raise SystemExit(f"no server: {log.read_text()[-2000:]}")
+    tiny_agent.make(folder / "tiny-agent")
+    chosen = [agent for agent in AGENTS if not names or agent.name in names]
+    have_played = {agent.name: asyncio.run(perform(agent, folder)) for agent in chosen}
+    print({name: "as expected" if has_played else "NOT AS EXPECTED" for name, has_played in have_played.items()})
+    return 0 if all(have_played.values()) else 1
 
 
 if __name__ == "__main__":

@@ -154,7 +154,7 @@ class House:
         """Start a worker, again if it ran before."""
         if name in self.workers:
             self.workers[name].wait(DEADLINE_S)
-        command = [sys.executable, "-m", "engine", *self.engine, "--socket", str(self.directory / f"{name}.sock")]
+        command = [sys.executable, "-m", *self.engine, "--socket", str(self.directory / f"{name}.sock")]
         command += ["--name", name, "--model-name", "tiny", "--calibrate-s", "0.2", *self.worker_flags, *flags]
         with (self.directory / f"{name}.log").open("ab") as log:
             self.workers[name] = subprocess.Popen(command, stderr=log)
@@ -238,10 +238,10 @@ async def house(
     model: Path,
     config: Config | None = None,
     names: Sequence[str] = ("w0", "w1"),
-    engine: Sequence[str] = ("fake",),
+    engine: Sequence[str] = ("engine", "fake"),
     **worker: object,
 ) -> AsyncIterator[House]:
-    """A house that is ready; what it printed is shown when a test fails in it. `engine`: for `python -m engine`."""
+    """A house that is ready; what it printed is shown when a test fails in it. `engine`: for `python -m`."""
     built = House(directory, model, config or Config(), names, engine, **worker)
     try:
         async with built:

@@ -142,7 +142,7 @@ SCHEMA = {
 def test_a_real_models_answer_goes_on_as_it_would_have(
     tmp_path: Path, model_folder: Path, fields: dict[str, Any]
 ) -> None:
-    engine = ("worker", "--model", str(model_folder), "--device", "cpu", "--kv-bytes", str(256 * 2**20))
+    engine = ("engine", "worker", "--model", str(model_folder), "--device", "cpu", "--kv-bytes", str(256 * 2**20))
 
     async def scene() -> None:
         async with house(tmp_path, model_folder, engine=engine) as built:

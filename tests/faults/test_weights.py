@@ -14,7 +14,7 @@ pytestmark = pytest.mark.model
 
 
 def test_streams_go_on_through_a_change_of_weights(tmp_path: Path, model_folder: Path) -> None:
-    engine = ("worker", "--model", str(model_folder))
+    engine = ("engine", "worker", "--model", str(model_folder))
 
     async def scene() -> None:
         async with house(tmp_path, model_folder, names=("w0",), engine=engine) as built:
