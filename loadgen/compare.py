@@ -178,20 +178,21 @@ def edge_text(edge: Edge) -> str:
     for one in edge.points:
         shares = [one.classes.get(name) for name in CLASSES]
         cells = ["-" if s is None else f"{100 * s.met:.1f} ({100 * s.low:.1f} to {100 * s.high:.1f})" for s in shares]
-        verdict = "pass" if one.is_pass else "; ".join(one.invalid) or "FAIL"
-        rows.append([f"x{one.load:.3g}", f"{one.sessions_per_s:.3f}", f"{one.goodput_per_s:.2f}", *cells, verdict])
+        rows.append([f"x{one.load:.3g}", f"{one.sessions_per_s:.3f}", f"{one.goodput_per_s:.2f}", *cells, one.mark])
     return f"{headline(edge)}\n{aligned(rows)}"
 
 
 def headline(edge: Edge) -> str:
     """The capacity in one sentence."""
     if edge.capacity is None:
-        return f"{edge.name}: not even the smallest load passed"
+        why = f" ({edge.first_failed.mark})" if edge.first_failed and edge.first_failed.mark != "FAIL" else ""
+        return f"{edge.name}: not even the smallest load passed{why}"
     said = f"{edge.name}: holds {edge.capacity.sessions_per_s:.3f} sessions a second (x{edge.capacity.load:.3g})"
     said += f" over {edge.seeds} seeds"
     if edge.first_failed is None:
         return f"{said}; the largest load tried passed"
-    said += f"; x{edge.first_failed.load:.3g} failed"
+    how = "failed" if edge.first_failed.mark == "FAIL" else f"did not pass ({edge.first_failed.mark})"
+    said += f"; x{edge.first_failed.load:.3g} {how}"
     sure = "none" if edge.at_least is None else f"x{edge.at_least:.3g}"
     below = "none" if edge.less_than is None else f"x{edge.less_than:.3g}"
     return f"{said}. By the 95 % intervals: surely up to {sure}, surely not from {below}"

@@ -4,7 +4,7 @@ Owns the order of loads and what counts as the edge. Never sends anything: it is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
@@ -28,6 +28,13 @@ class Share(msgspec.Struct, frozen=True):
     wanted: float
 
 
+def mark(classes: Mapping[ClassName, Share], is_pass: bool) -> str:
+    """In words, as a single run's verdict is: a miss that the intervals cannot tell from chance is no proof."""
+    if is_pass:
+        return "pass"
+    return "FAIL" if any(one.high < one.wanted for one in classes.values()) else "too few to say"
+
+
 class Point(msgspec.Struct, frozen=True, kw_only=True):
     """What was measured at one load, over all seeds."""
 
@@ -45,6 +52,11 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
         shares = self.classes.values()
         return all(one.low >= one.wanted for one in shares) or any(one.high < one.wanted for one in shares)
 
+    @property
+    def mark(self) -> str:
+        """Pass, FAIL, too few to say, or why its runs prove nothing."""
+        return "; ".join(self.invalid) or mark(self.classes, self.is_pass)
+
 
 class Bounds(msgspec.Struct, frozen=True):
     """Where a search looks: loads as multiples of the trace's own sessions."""
@@ -61,7 +73,7 @@ class Edge(msgspec.Struct, frozen=True, kw_only=True):
     points: list[Point]  # by load
     seeds: int
     capacity: Point | None  # None: not even the smallest load passed
-    first_failed: Point | None  # None: every load passed
+    first_failed: Point | None  # the first that did not pass, perhaps by chance; None: every load passed
     at_least: float | None  # the highest load up to which every interval lies above what is wanted
     less_than: float | None  # the lowest load where an interval lies below it
 

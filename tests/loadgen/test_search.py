@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from loadgen import shape
-from loadgen.compare import Compared, compare_text, difference, headline
+from loadgen.compare import Compared, compare_text, difference, edge_text, headline
 from loadgen.compare_html import page
 from loadgen.judge import judge, resampled
 from loadgen.search import POINTS_MAX, Bounds, Edge, Measured, pooled, search
@@ -70,6 +70,25 @@ def test_an_edge_within_the_noise_is_not_called_sure() -> None:
     assert result.capacity is not None
     assert result.points[-1].classes["chatbot+"].low < 0.99
     assert result.at_least == 1.0
+
+
+def test_a_load_that_missed_by_chance_is_neither_passed_nor_failed() -> None:
+    def measure(load: float, seed: int) -> Measured:  # noqa: ARG001  every seed alike
+        return ran(100, 0) if load <= 1.0 else ran(98, 2) if load <= 1.5 else ran(50, 50)
+
+    result = found(measure, low=1.0, high=2.0)
+    marks = {one.load: one.mark for one in result.points}
+    assert (marks[1.0], marks[1.5], marks[2.0]) == ("pass", "too few to say", "FAIL")
+    assert result.capacity is not None
+    assert result.capacity.load == 1.0
+    assert "did not pass (too few to say)" in headline(result)
+    lines = edge_text(result).splitlines()
+    assert [line.rsplit("  ", 1)[1] for line in lines[2:]] == list(marks.values())
+
+
+def test_a_first_load_that_missed_by_chance_says_so() -> None:
+    assert headline(found(lambda *_: ran(98, 2))).endswith("not even the smallest load passed (too few to say)")
+    assert headline(found(lambda *_: ran(50, 50))).endswith("not even the smallest load passed")
 
 
 def test_seeds_are_pooled_and_their_sessions_stay_apart() -> None:
