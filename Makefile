@@ -51,12 +51,13 @@ serve: $(VENV)/.serve  ## start keeper, router and engine workers (PORT= ADMIN_P
 	@$(BIN)/headway serve --port $(PORT) --admin-port $(ADMIN_PORT) --workers $(WORKERS) --model $(MODEL)
 
 REPLAY_PORT ?= 18080
-REPLAY_ON   := --serve "$(BIN)/headway serve --port $(REPLAY_PORT) --admin-port 0" --target http://127.0.0.1:$(REPLAY_PORT)
+REPLAY_ADMIN_PORT ?= 18081
+REPLAY_ON   := --serve "$(BIN)/headway serve --port $(REPLAY_PORT) --admin-port $(REPLAY_ADMIN_PORT)" --target http://127.0.0.1:$(REPLAY_PORT) --admin http://127.0.0.1:$(REPLAY_ADMIN_PORT)
 
 replay: $(VENV)/.serve  ## judge a server of its own with a mix of all classes, about 2 minutes; report in out/ (REPLAY_PORT=)
 	@mkdir -p out
-	@$(BIN)/headway-loadgen compose --seed 1 --duration 100 --load 2 --scale-tokens 1/32 --context 8192 -o out/mix.jsonl
-	@$(BIN)/headway-loadgen replay out/mix.jsonl $(REPLAY_ON) --out out/replay
+	@$(BIN)/headway-loadgen compose --seed 1 --duration 110 --load 2 --scale-tokens 1/32 --context 8192 -o out/mix.jsonl
+	@$(BIN)/headway-loadgen replay out/mix.jsonl $(REPLAY_ON) --warmup 10 --out out/replay
 
 WEKA ?= ../shared/traces/weka_requests.csv.zst
 
@@ -64,7 +65,7 @@ replay-weka: $(VENV)/.serve  ## the same with real Claude Code sessions (WEKA= t
 	@test -e "$(WEKA)" || { echo "no $(WEKA): set WEKA= to the request table of WEKA's kv-cache-tester traces"; exit 1; }
 	@mkdir -p out
 	@$(BIN)/headway-loadgen compose --weka $(WEKA) --sessions 4 --scale-tokens 1/32 --context 8192 -o out/weka.jsonl
-	@$(BIN)/headway-loadgen replay out/weka.jsonl $(REPLAY_ON) --duration 100 --out out/weka
+	@$(BIN)/headway-loadgen replay out/weka.jsonl $(REPLAY_ON) --duration 110 --warmup 10 --out out/weka
 
 TEST_PROCESSES ?= 2
 

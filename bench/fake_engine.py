@@ -2,19 +2,22 @@
 
 Owns one port and the stamps, by request number (also the answer's x-headway-worker). Never computes anything."""
 
-# python -m bench.fake_engine PORT FIRST_S PACE_S [stamp]: prints "ready PORT"; GET /stamps gives all send times.
+# python -m bench.fake_engine PORT FIRST_S PACE_S [stamp] [slots=N]: prints "ready PORT"; GET /stamps gives all send
+# times. With slots, so many streams are answered at once and the others wait in line, as in front of a full engine.
 
 from __future__ import annotations
 
 import asyncio
 import sys
 import time
+from collections import deque
 from typing import cast
 
 import msgspec
 import uvloop
 
 HEAD = "HTTP/1.1 200 OK\r\nx-headway-worker: {}\r\ncontent-type: {}\r\n"
+SLOTS = 1 << 30  # no line unless one is asked for
 STREAM = "text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
@@ -22,8 +25,14 @@ class Asked(msgspec.Struct):
     """What matters of a body."""
 
     max_tokens: int = 1
+    max_completion_tokens: int | None = None  # the newer name, which wins
     stream: bool = False
     prompt: list[int] = []
+
+    @property
+    def tokens(self) -> int:
+        """How many are wanted."""
+        return self.max_completion_tokens or self.max_tokens
 
 
 def chunk(data: bytes) -> bytes:
@@ -33,6 +42,10 @@ def chunk(data: bytes) -> bytes:
 
 TOKEN = chunk(
     b'data: {"id":"cmpl-1","object":"text_completion","created":1,"model":"m","choices":[{"index":0,"text":" a"}]}\n\n'
+)
+CHAT_TOKEN = chunk(
+    b'data: {"id":"cmpl-1","object":"chat.completion.chunk","created":1,"model":"m",'
+    b'"choices":[{"index":0,"delta":{"content":" a"}}]}\n\n'
 )
 MESSAGE_TOKEN = chunk(
     b'event: content_block_delta\ndata: {"type":"content_block_delta","index":0,'
@@ -83,33 +96,36 @@ class Served(asyncio.Protocol):
         if self.engine.is_stamping:
             self.engine.stamps.append(stamps)
         if asked.stream:
-            Stream(self, asked, stamps, path.endswith("/messages")).open(number)
+            Stream(self, asked, stamps, path.rsplit("/", 1)[1]).open(number)
         else:
-            usage = {"prompt_tokens": len(asked.prompt), "completion_tokens": asked.max_tokens}
+            usage = {"prompt_tokens": len(asked.prompt), "completion_tokens": asked.tokens}
             self._whole(msgspec.json.encode({"choices": [{"text": " a"}], "usage": usage}), number)
 
 
 class Stream:
     """One answer, a token a step."""
 
-    def __init__(self, served: Served, asked: Asked, stamps: list[float], is_messages: bool) -> None:
-        self.served, self.asked, self.stamps, self.is_messages = served, asked, stamps, is_messages
+    def __init__(self, served: Served, asked: Asked, stamps: list[float], route: str) -> None:
+        self.served, self.asked, self.stamps, self.is_messages = served, asked, stamps, route == "messages"
+        self.token = {"messages": MESSAGE_TOKEN, "completions": CHAT_TOKEN}.get(route, TOKEN)
 
     def open(self, number: int) -> None:
         """The head at once, the first token later."""
         self.served.transport.write((HEAD.format(number, STREAM)).encode().replace(b"\r\n\r\n\r\n", b"\r\n\r\n"))
-        self.served.engine.after(self.served.engine.first_s, self.step)
+        self.served.engine.enter(self)
 
     def step(self) -> None:
         """One token, and the next one later; the end behind the last."""
         if self.served.transport.is_closing():
+            self.served.engine.leave()
             return
         self.stamps.append(time.monotonic())
-        self.served.transport.write(MESSAGE_TOKEN if self.is_messages else TOKEN)
-        if len(self.stamps) < self.asked.max_tokens:
+        self.served.transport.write(self.token)
+        if len(self.stamps) < self.asked.tokens:
             self.served.engine.after(self.served.engine.pace_s, self.step)
             return
         self.served.transport.write(self._end())
+        self.served.engine.leave()
 
     def _end(self) -> bytes:
         if self.is_messages:
@@ -123,9 +139,25 @@ class Stream:
 class Engine:
     """The pace, and every stamp."""
 
-    def __init__(self, first_s: float, pace_s: float, is_stamping: bool) -> None:
+    def __init__(self, first_s: float, pace_s: float, is_stamping: bool, slots: int) -> None:
         self.first_s, self.pace_s, self.is_stamping = first_s, pace_s, is_stamping
         self.stamps: list[list[float]] = []
+        self.free, self.line = slots, deque[Stream]()
+
+    def enter(self, stream: Stream) -> None:
+        """Begin this answer, or line up behind those that came before."""
+        self.line.append(stream)
+        self._admit()
+
+    def leave(self) -> None:
+        """An answer ended: the next in line begins."""
+        self.free += 1
+        self._admit()
+
+    def _admit(self) -> None:
+        while self.free and self.line:
+            self.free -= 1
+            self.after(self.first_s, self.line.popleft().step)
 
     def after(self, seconds: float, step: asyncio.TimerHandle | object) -> None:
         """Call later, or as soon as others had their turn."""
@@ -136,13 +168,14 @@ class Engine:
             loop.call_soon(step)  # type: ignore[arg-type]
 
 
-async def main(port: int, first_s: float, pace_s: float, is_stamping: bool) -> None:
+async def main(port: int, first_s: float, pace_s: float, *flags: str) -> None:
     """Serve until killed."""
-    engine = Engine(first_s, pace_s, is_stamping)
+    slots = next((int(flag.removeprefix("slots=")) for flag in flags if flag.startswith("slots=")), SLOTS)
+    engine = Engine(first_s, pace_s, "stamp" in flags, slots)
     server = await asyncio.get_running_loop().create_server(lambda: Served(engine), "127.0.0.1", port)
     print("ready", server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
 
 
 if __name__ == "__main__":
-    uvloop.run(main(int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3]), "stamp" in sys.argv))
+    uvloop.run(main(int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3]), *sys.argv[4:]))

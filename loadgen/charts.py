@@ -114,7 +114,24 @@ def _mark(dot: Dot, x: float, y: float) -> str:
     return f'<circle class="{dot.style}" cx="{x}" cy="{y}" r="3.6">{title}</circle>'
 
 
-def timeline(bars: Sequence[Bar], y_name: str, height: int = 190, width_s: float = 1.0) -> str:
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened at a moment: a line through the picture."""
+
+    at: float
+    title: str
+
+
+def _events(found: Sequence[Event], x: Axis, height: int) -> list[str]:
+    return [
+        f'<g><title>{escape(one.title)}</title><path class="event" d="M{x.at(one.at)},{TOP}V{height - BOTTOM}"/></g>'
+        for one in found
+    ]
+
+
+def timeline(
+    bars: Sequence[Bar], y_name: str, height: int = 190, width_s: float = 1.0, events: Sequence[Event] = ()
+) -> str:
     """Stacked bars over the seconds of a run, each `width_s` wide."""
     if not bars:
         return ""
@@ -135,7 +152,7 @@ def timeline(bars: Sequence[Bar], y_name: str, height: int = 190, width_s: float
             parts.append(f"<rect {shape}/>" if size else "")
             base += size
         parts.append("</g>")
-    return svg(parts, height, f"{y_name} by second")
+    return svg([*parts, *_events(events, x, height)], height, f"{y_name} by second")
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,16 +208,17 @@ def cumulative(values: Sequence[float], points: int = 120) -> list[tuple[float, 
     return [(ascending[place], (place + 1) / len(ascending)) for place in places]
 
 
-def strip(dots: Sequence[Dot], end: float, y_name: str, height: int = 190) -> str:
+def strip(dots: Sequence[Dot], end: float, y_name: str, *, start: float = 0.0, events: Sequence[Event] = ()) -> str:
     """Dots over the seconds of a run, on a logarithmic height."""
+    height = 190
     if not dots:
         return ""
-    x = Axis(0, end, LEFT, WIDTH - RIGHT)
+    x = Axis(start, end, LEFT, WIDTH - RIGHT)
     # Three times the slowest: room for the axis's name above the dots.
     y = Axis(min(dot.y for dot in dots) / 1.3, max(dot.y for dot in dots) * 3, height - BOTTOM, TOP, is_log=True)
     parts = frame(x, y, height, "seconds since the run began", y_name)
     parts += [_mark(dot, x.at(dot.x), y.at(dot.y)) for dot in dots]
-    return svg(parts, height, f"{y_name} by second")
+    return svg([*parts, *_events(events, x, height)], height, f"{y_name} by second")
 
 
 def gauge(share: float, low: float, high: float, wanted: float) -> str:

@@ -56,6 +56,9 @@ def _add_replay(commands: options.Commands[argparse.ArgumentParser]) -> None:
         "--duration", type=options.positive, default=0.0, metavar="S", help="offer no longer (the trace's span)"
     )
     replay.add_argument(
+        "--warmup", type=options.not_negative, default=0.0, metavar="S", help="offered first, but not judged (0)"
+    )
+    replay.add_argument(
         "--speed", type=options.positive, default=1.0, help="divides times and gaps; it changes reuse (1)"
     )
     replay.add_argument(
@@ -69,6 +72,9 @@ def _add_replay(commands: options.Commands[argparse.ArgumentParser]) -> None:
     replay.add_argument("--grace", type=options.positive, default=30.0, metavar="S", help="wait for open answers (30)")
     replay.add_argument("--budgets", type=Path, metavar="FILE", help="JSON as /readyz has it, instead of the target's")
     replay.add_argument("--out", type=Path, default=Path("out/replay"), help="base name of the reports (out/replay)")
+    replay.add_argument(
+        "--admin", default="", metavar="URL", help="a router's admin listener: say when it loses a worker"
+    )
     replay.add_argument("--search", choices=("capacity",), help="find the most sessions that still pass")
     replay.add_argument(
         "--ab",
@@ -123,6 +129,8 @@ def _plan(arguments: argparse.Namespace) -> Plan:
         seed=arguments.seed,
         speed=arguments.speed,
         duration_s=arguments.duration,
+        warmup_s=arguments.warmup,
+        admin=arguments.admin,
         stripped_share=round(1.0 - arguments.headers, 6),
         grace_s=arguments.grace,
         is_strict=arguments.strict,
@@ -138,6 +146,8 @@ def _compare(arguments: argparse.Namespace, plan: Plan) -> int:
     from loadgen.search import Bounds
 
     named = [word.partition("=")[::2] for word in arguments.ab] if arguments.ab else [("target", arguments.target)]
+    if plan.admin and arguments.ab:
+        raise ValueError("--admin watches one router: it does not go with --ab")
     if any(not name or not url for name, url in named) or len({name for name, _ in named}) < len(named):
         raise ValueError("--ab wants NAME=URL, each name once")
     sides = tuple(compare.Side(name, url, (arguments.serve or "").replace("{name}", name)) for name, url in named)

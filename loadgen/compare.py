@@ -123,8 +123,8 @@ def difference(first: Sequence[Measured], other: Sequence[Measured], budgets: Bu
 def _by_session(measured: Sequence[Measured], budgets: Budgets) -> dict[ClassName, dict[str, tuple[int, int]]]:
     """Met and offered, by class and session."""
     found: dict[ClassName, dict[str, tuple[int, int]]] = {}
-    for seed, (_, asked) in enumerate(measured):
-        for record in asked:
+    for seed, (run, asked) in enumerate(measured):
+        for record in records.judged_of(run, asked):
             sessions = found.setdefault(record.request_class, {})
             name = f"{seed}/{record.parent or record.session or record.row}"
             met, offered = sessions.get(name, (0, 0))

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from loadgen.breakdown import Breakdown, breakdown
 from loadgen.ranks import Quantiles, quantiles, rank
-from loadgen.records import Outcome, Record, Run
+from loadgen.records import Outcome, Record, Run, judged_of
 from loadgen.targets import Budgets, Target, new_tokens, target_of
 from loadgen.traces import CLASSES, ClassName
 
@@ -108,6 +108,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     run: Run
     offered: int
     met: int
+    warmup_requests: int = 0  # offered before the judged time
     goodput_per_s: float
     good_tokens_per_s: float
     wasted_tokens: int  # generated for requests that missed
@@ -135,9 +136,8 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 
 def judge(run: Run, records: Sequence[Record], budgets: Budgets) -> Verdict:
     """The verdict."""
-    judged = [judge_one(record, target_of(record, budgets)) for record in records]
+    judged = [judge_one(record, target_of(record, budgets)) for record in judged_of(run, records)]
     met = [one for one in judged if one.is_met]
-    span_s = max(run.duration_s, 1e-9)
     lag_ms, bound_ms = _lag_ms(judged), _lag_bound_ms(judged)
     users = _users(judged)
     fair = [user for user in users if user.offered >= FAIR_OFFERED_MIN]
@@ -147,8 +147,9 @@ def judge(run: Run, records: Sequence[Record], budgets: Budgets) -> Verdict:
         run=run,
         offered=len(judged),
         met=len(met),
-        goodput_per_s=len(met) / span_s,
-        good_tokens_per_s=sum(_output(one) for one in met) / span_s,
+        warmup_requests=len(records) - len(judged),
+        goodput_per_s=len(met) / run.judged_s,
+        good_tokens_per_s=sum(_output(one) for one in met) / run.judged_s,
         wasted_tokens=sum(_output(one) for one in judged if not one.is_met),
         classes={name: _class_verdict(name, found) for name in CLASSES if (found := _of_class(judged, name))},
         workers={name: _by_worker(found) for name in CLASSES if (found := _of_class(judged, name))},
@@ -158,7 +159,7 @@ def judge(run: Run, records: Sequence[Record], budgets: Budgets) -> Verdict:
         jain=_jain(shares),
         confusion={name: _confusion(found) for name in CLASSES if (found := _of_class(judged, name))},
         class_reasons=_counts(one.record.class_reason for one in judged if one.record.class_reason),
-        seconds=_seconds(judged, run.duration_s),
+        seconds=_seconds(judged, run),
         lag_ms=lag_ms,
         lag_bound_ms=bound_ms,
         prompt_mismatches=sum(_is_other(one.record.prompt_tokens, one.record.input_tokens) for one in judged),
@@ -290,9 +291,10 @@ def _users(judged: Sequence[Judged]) -> list[UserVerdict]:
     return sorted(users, key=lambda user: (user.met / user.offered, -user.offered, user.name))
 
 
-def _seconds(judged: Sequence[Judged], duration_s: float) -> list[Second]:
+def _seconds(judged: Sequence[Judged], run: Run) -> list[Second]:
     """By the second in which each request was intended; an abandoned one has none."""
-    grouped: dict[int, list[Judged]] = {second: [] for second in range(math.ceil(duration_s))}
+    span = range(int(run.warmup_s), math.ceil(run.duration_s))
+    grouped: dict[int, list[Judged]] = {second: [] for second in span}
     for one in judged:
         if one.record.intended_s is not None:
             grouped.setdefault(int(one.record.intended_s), []).append(one)

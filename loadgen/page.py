@@ -44,6 +44,7 @@ circle.met,rect.met{fill:var(--met)}circle.plain{fill:var(--ink);fill-opacity:.5
 .target-name{fill:var(--ink);font-size:12px;text-anchor:end}
 .gauge{width:100%;max-width:260px;display:block;margin-top:8px}.rail{fill:var(--line)}
 .whisker{stroke:var(--ink);stroke-width:2}.wanted{stroke:var(--ink);stroke-width:2}
+.event{stroke:var(--lost);stroke-width:2;stroke-dasharray:5 4}
 .curve{fill:none;stroke-width:2}
 .key{display:inline-flex;align-items:center;gap:6px;margin-right:16px;font-size:13px;color:var(--soft)}
 .key i{width:11px;height:11px;border-radius:3px;display:inline-block}

@@ -50,6 +50,13 @@ class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
     cached_tokens: int | None = None
 
 
+class Incident(msgspec.Struct, frozen=True):
+    """Something that the router told of its workers, when it was seen."""
+
+    at_s: float
+    text: str
+
+
 class Run(msgspec.Struct, frozen=True, kw_only=True):
     """How the records came to be: enough to repeat it. The first line of a records file."""
 
@@ -65,6 +72,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     speed: float
     stripped_share: float
     duration_s: float  # offered time
+    warmup_s: float = 0.0  # of it, from the start: offered, but not judged
     wall_s: float
     started: str  # wall clock, for people
     machine: str
@@ -74,6 +82,17 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     not_reached: int = 0  # rows that were never offered: their time came after the offered time
     budgets: dict[str, dict[str, float | None]] = {}
     budgets_from: str = ""
+    incidents: list[Incident] = []
+
+    @property
+    def judged_s(self) -> float:
+        """The offered time that counts."""
+        return max(self.duration_s - self.warmup_s, 1e-9)
+
+
+def judged_of(run: Run, records: Iterable[Record]) -> list[Record]:
+    """Without those that were meant for the warm-up: caches fill then, and a server learns its own pace."""
+    return [one for one in records if one.intended_s is None or one.intended_s >= run.warmup_s]
 
 
 def fill(record: Record, answer: Answer, origin: float, dialect: Dialect) -> None:

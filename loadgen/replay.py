@@ -115,7 +115,7 @@ class Replay:
     def progress(self) -> Progress:
         """For the progress line."""
         offered = len(self.records)
-        return Progress(self._now(), offered, offered - self._done - self._other, self._done, self._other)
+        return Progress(self.now(), offered, offered - self._done - self._other, self._done, self._other)
 
     def _families(self) -> list[list[list[int]]]:
         """Rows by session, sessions with their sub-agents, a row without a session alone; by the time they begin."""
@@ -188,7 +188,7 @@ class Replay:
 
     def _abandon(self, session: list[int], turn: int) -> None:
         """The turns that the failure cost: those that an ideal server would have been asked within the time."""
-        at_s = self._now()
+        at_s = self.now()
         for later in range(turn, len(session)):
             at_s += (self.trace.rows[session[later]].delay or 0.0) / 1e3 / self.options.speed
             if at_s > self.options.duration_s:
@@ -201,7 +201,7 @@ class Replay:
         headers = {**self._dialect.headers, **costume.headers}
         payload = self._dialect.body(row, prompt_ids(self.trace, index, self.options.seed), costume, self.options.model)
         await self._sleep_until(record.intended_s or 0.0)
-        record.sent_s = round(self._now(), 6)
+        record.sent_s = round(self.now(), 6)
         patience_s = row.timeout_s or PATIENCE_S[row.request_class]
         left_s = patience_s - (record.sent_s - (record.intended_s or 0.0))
         answer = Answer()
@@ -238,8 +238,9 @@ class Replay:
 
     async def _sleep_until(self, at_s: float) -> None:
         """uvloop counts whole milliseconds and may wake half of one early: nothing is sent before its time."""
-        while (left_s := at_s - self._now()) > 0:  # noqa: ASYNC110  it waits for time alone
+        while (left_s := at_s - self.now()) > 0:  # noqa: ASYNC110  it waits for time alone
             await asyncio.sleep(left_s)
 
-    def _now(self) -> float:
+    def now(self) -> float:
+        """Seconds since the run began."""
         return self.clock() - self.origin

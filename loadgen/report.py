@@ -19,7 +19,8 @@ HEADS = (
 
 def text(verdict: Verdict) -> str:
     """The whole report."""
-    parts = [headline(verdict), _legend(), table(verdict), _agents(verdict), _users(verdict), _classifier(verdict)]
+    parts = [headline(verdict), _legend(), table(verdict), _agents(verdict), _incidents(verdict), _users(verdict)]
+    parts.append(_classifier(verdict))
     return "\n\n".join(part for part in [*parts, honesty(verdict)] if part)
 
 
@@ -102,6 +103,11 @@ def _agents(verdict: Verdict) -> str:
     return "\n".join(lines)
 
 
+def _incidents(verdict: Verdict) -> str:
+    """What the router told of its workers."""
+    return "\n".join(f"at {one.at_s:.0f} s the router told: {one.text}" for one in verdict.run.incidents)
+
+
 def _users(verdict: Verdict) -> str:
     worst = verdict.worst_user
     if worst is None or verdict.users_p5 is None:
@@ -133,12 +139,13 @@ def honesty(verdict: Verdict) -> str:
     run = verdict.run
     bound = "" if verdict.lag_bound_ms is None else f" (bound {verdict.lag_bound_ms:.0f})"
     lag = "/".join("-" if value is None else f"{value:.1f}" for value in _three(verdict.lag_ms))
+    warm = f" (the first {run.warmup_s:g} s, {verdict.warmup_requests} requests, not judged)" if run.warmup_s else ""
     notes = ", ".join(f"{name} {value}" for name, value in run.trace_notes.items()) or "no notes"
     return "\n".join(
         [
             f"trace {run.trace_name} ({run.trace_digest}), bad rows {run.trace_bad_rows}; {notes}",
             f"{run.dialect}, seed {run.seed}, speed {run.speed:g}, stripped {run.stripped_share:.0%}, offered for "
-            f"{run.duration_s:g} s, took {run.wall_s:.0f} s, later turns not reached {run.not_reached}",
+            f"{run.duration_s:g} s{warm}, took {run.wall_s:.0f} s, later turns not reached {run.not_reached}",
             f"client lag p50/p90/p99 {lag} ms{bound}, client CPU {run.client_cpu_s:.1f} s; "
             f"lengths other than asked: prompt {verdict.prompt_mismatches}{_meant(verdict.breakdown.prompt_realised)}, "
             f"output {verdict.output_mismatches}{_meant(verdict.breakdown.output_realised)}; "

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from html import escape
 
 from loadgen import report_parts
-from loadgen.charts import Bar, Dot, gauge, scatter, strip, timeline
+from loadgen.charts import Bar, Dot, Event, gauge, scatter, strip, timeline
 from loadgen.judge import FAIR_OFFERED_MIN, NO_WORKER, PASS_SHARE, Cell, Judged, Second, Verdict, points
 from loadgen.page import document
-from loadgen.records import Record
+from loadgen.records import Record, judged_of
 from loadgen.report import HEADS, columns, honesty, mark_of, worker_name
 from loadgen.targets import BudgetLine, Budgets
 from loadgen.traces import CLASSES
@@ -23,6 +23,7 @@ KEYS = (("met", "met"), ("missed", "answered, too late"), ("refused", "refused")
 
 def page(verdict: Verdict, records: Sequence[Record], budgets: Budgets) -> str:
     """The whole page."""
+    records = judged_of(verdict.run, records)
     sections = [
         _head(verdict),
         _cards(verdict),
@@ -151,10 +152,15 @@ def _time(verdict: Verdict) -> str:
         if second.ttft_max_s is not None
     ]
     keys = "".join(f'<span class="key"><i style="background:var(--{name})"></i>{word}</span>' for name, word in KEYS)
-    slow = strip(dots, verdict.seconds[-1].at_s + 1, "worst chatbot+ TTFT, seconds") if verdict.seconds else ""
+    first, end = (bars[0].x, bars[-1].x + 1) if bars else (0.0, 1.0)
+    events = [Event(one.at_s, f"at {one.at_s:.0f} s: {one.text}") for one in verdict.run.incidents]
+    slow = strip(dots, end, "worst chatbot+ TTFT, seconds", start=first, events=events)
+    told = "; ".join(escape(event.title) for event in events)
+    said = f"<p><b>The router told</b> (dashed lines): {told}.</p>" if told else ""
+    warm = f"<p>The first {verdict.run.warmup_s:g} s are not judged and not shown.</p>" if verdict.run.warmup_s else ""
     return (
-        f"<h2>Second by second</h2><p>{keys}</p><figure>{timeline(bars, 'requests offered')}</figure>"
-        f"<figure>{slow}</figure>"
+        f"<h2>Second by second</h2>{warm}{said}<p>{keys}</p>"
+        f"<figure>{timeline(bars, 'requests offered', events=events)}</figure><figure>{slow}</figure>"
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import msgspec
 
 from loadgen.judge import PASS_SHARE, Verdict, judge
-from loadgen.records import Record, Run
+from loadgen.records import Record, Run, judged_of
 from loadgen.targets import Budgets
 from loadgen.traces import ClassName
 
@@ -88,7 +88,7 @@ def pooled(measured: Sequence[Measured], budgets: Budgets) -> Verdict:
     ]
     whole = msgspec.structs.replace(
         runs[0],
-        duration_s=sum(run.duration_s for run in runs),
+        duration_s=sum(run.judged_s for run in runs) + runs[0].warmup_s,
         wall_s=sum(run.wall_s for run in runs),
         client_cpu_s=sum(run.client_cpu_s for run in runs),
         is_interrupted=any(run.is_interrupted for run in runs),
@@ -105,7 +105,7 @@ def point(load: float, verdict: Verdict, sessions: int) -> Point:
     """A pooled verdict as a point of the curve."""
     return Point(
         load=load,
-        sessions_per_s=sessions / max(verdict.run.duration_s, 1e-9),
+        sessions_per_s=sessions / verdict.run.judged_s,
         goodput_per_s=verdict.goodput_per_s,
         offered=verdict.offered,
         classes={
@@ -123,7 +123,7 @@ def search(name: str, measure: Measure, budgets: Budgets, seeds: Sequence[int], 
 
     def passes(load: float) -> bool:
         measured = [measure(load, seed) for seed in seeds]
-        sessions = sum(_sessions(records) for _, records in measured)
+        sessions = sum(_sessions(judged_of(run, records)) for run, records in measured)
         points[load] = point(load, pooled(measured, budgets), sessions)
         return points[load].is_pass
 

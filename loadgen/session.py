@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -25,11 +25,11 @@ import httpx
 import msgspec
 import uvloop
 
-from loadgen import formats, records, targets, traces
+from loadgen import formats, records, targets, traces, watch
 from loadgen.client import Client, Target
 from loadgen.dialects import Name
 from loadgen.judge import Verdict, judge
-from loadgen.records import Record, Run
+from loadgen.records import Incident, Record, Run
 from loadgen.replay import Options, Progress, Replay
 from loadgen.report import text
 from loadgen.report_html import page
@@ -53,6 +53,8 @@ class Plan:
     seed: int = 1
     speed: float = 1.0
     duration_s: float = 0.0  # 0: the trace's own span
+    warmup_s: float = 0.0
+    admin: str = ""  # a router's admin listener, to be watched
     stripped_share: float = 0.2
     dialect: Name = "completions"
     grace_s: float = 30.0
@@ -71,6 +73,8 @@ def carry_out(plan: Plan) -> Verdict:
 
 def measure(plan: Plan, trace: traces.Trace, budgets: Budgets | None = None) -> tuple[Run, list[Record]]:
     """One run against a server that is up; with these budgets, or those that the plan or the target names."""
+    if plan.admin:
+        watch.check(plan.admin)
     served = targets.ask(plan.target)
     options = Options(
         model=plan.model or served.model,
@@ -81,10 +85,13 @@ def measure(plan: Plan, trace: traces.Trace, budgets: Budgets | None = None) -> 
         dialect=plan.dialect,
         grace_s=plan.grace_s,
     )
+    if plan.warmup_s >= options.duration_s:
+        raise ValueError(f"a warm-up of {plan.warmup_s:g} s leaves nothing to judge of {options.duration_s:g} s")
     promised, budgets_from = (budgets, "the comparison") if budgets is not None else _budgets(plan, served.budgets)
     replay = Replay(trace, Client(Target.parse(plan.target)), options)
     started, began, cpu = datetime.now(UTC), time.monotonic(), time.process_time()
-    is_interrupted = _run(replay)
+    incidents: list[Incident] = []
+    is_interrupted = _run(replay, watch.watch(plan.admin, replay.now, incidents) if plan.admin else None)
     run = Run(
         target=plan.target,
         model=options.model,
@@ -97,6 +104,7 @@ def measure(plan: Plan, trace: traces.Trace, budgets: Budgets | None = None) -> 
         speed=plan.speed,
         stripped_share=plan.stripped_share,
         duration_s=options.duration_s,
+        warmup_s=plan.warmup_s,
         wall_s=time.monotonic() - began,
         started=started.isoformat(timespec="seconds"),
         machine=machine(),
@@ -106,6 +114,7 @@ def measure(plan: Plan, trace: traces.Trace, budgets: Budgets | None = None) -> 
         not_reached=replay.not_reached,
         budgets=targets.to_plain(promised),
         budgets_from=budgets_from,
+        incidents=incidents,
     )
     return run, replay.records
 
@@ -142,19 +151,20 @@ def span_s(trace: traces.Trace, speed: float) -> float:
     return max(whole_s, 1e-3) / speed
 
 
-def _run(replay: Replay) -> bool:
+def _run(replay: Replay, beside: Coroutine[None, None, None] | None) -> bool:
     """True when it was interrupted. SIGINT cancels the replay, which then winds down by itself."""
 
     async def main() -> bool:
         task = asyncio.ensure_future(replay.run())
-        shown = asyncio.ensure_future(_show_progress(replay))
+        others = [asyncio.ensure_future(one) for one in (_show_progress(replay), beside) if one is not None]
         asyncio.get_running_loop().add_signal_handler(signal.SIGINT, task.cancel)
         try:
             await task
         except asyncio.CancelledError:
             return True
         finally:
-            shown.cancel()
+            for other in others:
+                other.cancel()
             print(file=sys.stderr)
         return False
 

@@ -112,6 +112,17 @@ def test_misuse_is_exit_code_2(arguments: str) -> None:
         main(arguments.split())
 
 
+def test_a_warm_up_is_sent_and_kept_but_judged_apart(url: str, tmp_path: Path) -> None:
+    trace, out = tmp_path / "t.jsonl", tmp_path / "r"
+    rows = [{"timestamp": at, "input_length": 30, "output_length": 3} for at in (5, 150)]
+    trace.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["replay", str(trace), "--target", url, "--out", str(out), "--duration", "0.2", "--warmup"]
+    assert main([*command, "0.1"]) == 0
+    assert len(records.read(out.with_suffix(".jsonl"))[1]) == 2
+    assert json.loads(out.with_suffix(".json").read_text())["offered"] == 1
+    assert main([*command, "0.2"]) == 1  # nothing would be left to judge
+
+
 def test_a_server_is_started_awaited_and_stopped_around_the_replay(tmp_path: Path, free_port: int) -> None:
     trace = tmp_path / "t.jsonl"
     trace.write_text('{"timestamp": 0, "input_length": 3, "output_length": 1, "class": "data-processor"}\n')

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from loadgen.judge import Quantiles, judge, judge_one, quantiles
 from loadgen.records import Outcome, Record, Run
+from loadgen.report import honesty
 from loadgen.targets import Target, target_of
 from tests.loadgen.fixture import BUDGETS, RUN, TWENTY, chat, even
 
@@ -155,6 +156,18 @@ def test_seconds_hold_every_request_that_had_a_time() -> None:
     first = verdict.seconds[0]
     assert (first.offered, first.met, first.refused, first.lost) == (19, 10, 1, 3)
     assert first.ttft_max_s == 1.2
+
+
+def test_a_warm_up_is_offered_but_not_judged() -> None:
+    """Its misses do not count, nor does its time; an abandoned turn has no time of its own and is never forgiven."""
+    warm, late = TWENTY[2], TWENTY[7]
+    met = msgspec.structs.replace(TWENTY[0], intended_s=20.0, sent_s=20.0, token_s=even(20.5, 0.02), end_s=20.7)
+    verdict = judge(with_run(warmup_s=20.0), [warm, met, late], BUDGETS)
+    assert (verdict.offered, verdict.met, verdict.warmup_requests) == (2, 1, 1)
+    assert verdict.goodput_per_s == 1 / 80
+    assert [second.at_s for second in verdict.seconds] == list(range(20, 100))
+    assert "(the first 20 s, 1 requests, not judged)" in honesty(verdict)
+    assert "not judged" not in honesty(judge(RUN, [met], BUDGETS))
 
 
 def test_the_interval_is_drawn_by_session_and_is_the_same_each_time() -> None:

@@ -97,6 +97,14 @@ def test_seeds_are_pooled_and_their_sessions_stay_apart() -> None:
     assert verdict.goodput_per_s == judge(*ran(10, 0), BUDGETS).goodput_per_s
 
 
+def test_pooled_seeds_lose_the_time_of_each_warm_up() -> None:
+    """Two runs of 100 s with 10 s of warm-up are 180 s; these were all intended at 0 s, so none is judged."""
+    run, asked = ran(10, 0)
+    warm = msgspec.structs.replace(run, warmup_s=10.0)
+    verdict = pooled([(warm, asked), (warm, asked)], BUDGETS)
+    assert (verdict.run.judged_s, verdict.offered, verdict.warmup_requests) == (180.0, 0, 20)
+
+
 def test_a_difference_is_paired_by_session_and_zero_with_itself() -> None:
     first, other = ran(90, 10), ran(100, 0)
     same = difference([first], [first], BUDGETS)["chatbot+"]
