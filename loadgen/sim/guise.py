@@ -81,7 +81,7 @@ class Names:
     def ids(self, index: int) -> Ids:
         """Exactly `input_length` ids; equal blocks give equal ids."""
         row, size = self.trace.rows[index], self.trace.header.block_size
-        scope = row.session_id if self.trace.header.hash_scope == "local" else ""
+        scope = row.family if self.trace.header.hash_scope == "local" else ""
         known, own = self._known, self.own(index)
         base = 2 * len(self.trace.rows)  # rows' own names and their answers' come first
         names = [known.setdefault((scope, block), base + len(known)) for block in row.hash_ids]

@@ -24,6 +24,7 @@ from loadgen.replay import PATIENCE_S
 from loadgen.sim.guise import Guises, Names
 from loadgen.sim.profiles import Profile
 from loadgen.sim.script import Failure
+from loadgen.sim.turns import Turns
 from loadgen.sim.worker import MODEL, ROOT, Attempt, News, SimWorker
 from loadgen.traces import Slo, Trace, ideal_cached
 from policies.actions import Action, Cancel, Dispatch, Reject, Tokenise, WakeAt
@@ -64,8 +65,6 @@ class Setting:
 class _Turn:
     """One request of one client, until its record is closed."""
 
-    session: list[int]
-    number: int
     record: Record
     ids: Ids
     request_id: RequestId
@@ -94,6 +93,7 @@ class World:
         self._guises = Guises(trace, MODEL, setting.seed, setting.stripped_share, setting.is_oracle)
         self._names = Names(trace)
         self._ideal = ideal_cached(trace)
+        self._order = Turns(trace)
         self._turns: dict[RequestId, _Turn] = {}
         self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._numbers = itertools.count()
@@ -109,10 +109,9 @@ class World:
         self._handle(Started("", "", self._setting.seed, ""))
         for worker in self.workers:
             self._handle(worker.up())
-        for session in self._sessions():
-            start_s = self._first_s(session)
+        for start_s, index in self._order.roots(self._setting.load):
             if start_s <= self._setting.duration_s:
-                self._at(start_s, self._offer, session, 0, start_s)
+                self._at(start_s, self._offer, index, start_s)
         for failure in self._setting.failures:
             self._at(failure.at_s, self._fail, failure)
         heap, until = self._heap, self._setting.duration_s + self._setting.grace_s
@@ -134,20 +133,10 @@ class World:
 
     # Clients ---------------------------------------------------------------------------------------------------------
 
-    def _sessions(self) -> list[list[int]]:
-        grouped: dict[str, list[int]] = {}
-        for index, row in enumerate(self._trace.rows):
-            grouped.setdefault(row.session_id or f"\0{index}", []).append(index)
-        return sorted(grouped.values(), key=self._first_s)
-
-    def _first_s(self, session: list[int]) -> float:
-        return (self._trace.rows[session[0]].timestamp or 0.0) / 1e3 / self._setting.load
-
-    def _offer(self, session: list[int], number: int, intended_s: float) -> None:
-        index = session[number]
-        row, record = self._trace.rows[index], self._record(session, number, intended_s)
+    def _offer(self, index: int, intended_s: float) -> None:
+        row, record = self._trace.rows[index], self._record(index, intended_s)
         record.sent_s = self.now
-        turn = _Turn(session, number, record, self._names.ids(index), RequestId(""))
+        turn = _Turn(record, self._names.ids(index), RequestId(""))
         patience_s = row.timeout_s or PATIENCE_S[row.request_class]
         self._at(intended_s + patience_s, self._lose_patience, turn)
         self._send(turn)
@@ -159,16 +148,16 @@ class World:
         turn.record.outcome = "unfinished"
         turn.request_id = RequestId(f"r{turn.record.row}.{turn.record.attempts}")
         self._turns[turn.request_id] = turn
-        self._handle(Offered(self._guises.request(turn.request_id, turn.record.row, turn.number, self.now)))
+        self._handle(Offered(self._guises.request(turn.request_id, turn.record.row, turn.record.turn, self.now)))
 
-    def _record(self, session: list[int], number: int, intended_s: float | None) -> Record:
-        index = session[number]
+    def _record(self, index: int, intended_s: float | None) -> Record:
         row = self._trace.rows[index]
         slo = row.slo if isinstance(row.slo, Slo) or row.slo is None else self._trace.header.slos[row.slo]
         record = Record(
             row=index,
             session=row.session_id,
-            turn=number,
+            parent=row.parent,
+            turn=self._order.number[index],
             user=row.user,
             request_class=row.request_class,
             gap=row.gap,
@@ -209,19 +198,15 @@ class World:
 
     def _abandon(self, turn: _Turn) -> None:
         """The turns that a failure cost: those that an ideal server would have been asked within the time."""
-        at_s = self.now
-        for later in range(turn.number + 1, len(turn.session)):
-            at_s += (self._trace.rows[turn.session[later]].delay or 0.0) / 1e3
-            if at_s > self._setting.duration_s:
-                return
-            self._record(turn.session, later, None)
+        for index in self._order.lost(turn.record.row, self.now, self._setting.duration_s):
+            self._record(index, None)
 
     def _finish(self, turn: _Turn) -> None:
         self._close(turn, "done")
-        if turn.number + 1 < len(turn.session):
-            delay_s = (self._trace.rows[turn.session[turn.number + 1]].delay or 0.0) / 1e3
-            if self.now + delay_s <= self._setting.duration_s:
-                self._at(self.now + delay_s, self._offer, turn.session, turn.number + 1, self.now + delay_s)
+        for index in self._order.ended(turn.record.row):
+            at_s = self.now + self._order.delay_s(index)
+            if at_s <= self._setting.duration_s:
+                self._at(at_s, self._offer, index, at_s)
 
     # The mind --------------------------------------------------------------------------------------------------------
 
