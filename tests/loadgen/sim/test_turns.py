@@ -52,4 +52,4 @@ def test_simulated_sub_agents_start_after_their_callers_turn_and_share_its_block
     assert records[1].intended_s == pytest.approx((records[0].end_s or 0.0) + 0.5)
     assert records[3].intended_s == pytest.approx((records[2].end_s or 0.0) + 0.1)
     assert records[1].parent == "s"
-    assert records[1].cached_tokens == 63  # all but the last token, which makes the first logits
+    assert records[1].cached_tokens == 64
