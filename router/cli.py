@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.add_argument("file", nargs="?", type=Path, help=f"default: {DEFAULT_FILE} if it exists")
     check.set_defaults(run=_check_config)
-    keys_cli.add_to(commands)
+    keys_cli.add_to(commands, default_file)
     replay = commands.add_parser(
         "replay-events",
         help="decide a recording again and compare byte for byte",

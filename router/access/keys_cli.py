@@ -37,8 +37,8 @@ BOUNDS = {  # flag -> (field of TenantRow, type, help)
 }
 
 
-def add_to(commands: Any) -> None:
-    """Teach the `headway` command its `keys`."""
+def add_to(commands: Any, default_file: Callable[[], Path | None]) -> None:
+    """Teach the `headway` command its `keys`; `default_file`: the configuration to read where none is named."""
     parser = commands.add_parser(
         "keys",
         help="who may call: add, list and revoke keys",
@@ -56,13 +56,14 @@ def add_to(commands: Any) -> None:
     revoke.add_argument("id", help="as `list` shows it, or its beginning")
     for verb, run in ((add, _add), (listing, _list), (revoke, _revoke)):
         verb.add_argument("--config", type=Path, metavar="FILE", help="default: headway.toml if it exists")
-        verb.set_defaults(run=_with_path(run))
+        verb.set_defaults(run=_with_path(run, default_file))
 
 
-def _with_path(run: Callable[[Path, argparse.Namespace], None]) -> Callable[[argparse.Namespace], int]:
+def _with_path(
+    run: Callable[[Path, argparse.Namespace], None], default_file: Callable[[], Path | None]
+) -> Callable[[argparse.Namespace], int]:
     def command(arguments: argparse.Namespace) -> int:
         from router.access.keys import KeysError, keys_path
-        from router.cli import default_file
         from router.settings.config_load import ConfigError, load
 
         try:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from router.language.turn import Event
 from router.parsers.call_object import CallObject
-from router.parsers.marks import Prose, beginning_at_end
+from router.parsers.marks import Prose, drained, split_at
 
 TAG = "<|python_tag|>"
 
@@ -26,10 +26,7 @@ class BareJsonCalls:
 
     def feed(self, text: str) -> Sequence[Event]:
         self._held += text
-        events: list[Event] = []
-        while self._step(events):
-            pass
-        return events
+        return drained(self._step)
 
     def flush(self) -> Sequence[Event]:
         events: list[Event] = []
@@ -66,12 +63,9 @@ class BareJsonCalls:
         return True
 
     def _in_text(self, events: list[Event]) -> bool:
-        at = self._held.find(TAG)
-        if at < 0:
-            at = len(self._held) - beginning_at_end(self._held, (TAG,))
-        events += self._prose.feed(self._held[:at])
-        self._held = self._held[at:]
-        self._may_call = self._held.startswith(TAG)
+        before, tag, behind = split_at(self._held, TAG)
+        events += self._prose.feed(before)
+        self._held, self._may_call = (tag or "") + behind, tag is not None
         return self._may_call
 
     def _take(self, call: CallObject, said: list[Event], events: list[Event]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from router.language.turn import PART_END, Event, PartKind, PartStart
 from router.parsers.call_object import CallObject
-from router.parsers.marks import JsonScan, Prose, beginning_at_end
+from router.parsers.marks import JsonScan, Prose, drained, split_at
 
 MARK = "[TOOL_CALLS]"
 NAME_CHARS_MAX = 512  # with [CALL_ID] and [ARGS]; longer is no name
@@ -30,10 +30,7 @@ class BracketedCalls:
 
     def feed(self, text: str) -> Sequence[Event]:
         self._held += text
-        events: list[Event] = []
-        while self._step(events):
-            pass
-        return events
+        return drained(self._step)
 
     def flush(self) -> Sequence[Event]:
         events: list[Event] = []
@@ -54,15 +51,10 @@ class BracketedCalls:
             return self._behind_mark(events)
         if self._is_behind_call:
             return self._behind_call()
-        at = self._held.find(MARK)
-        if at < 0:
-            at = len(self._held) - beginning_at_end(self._held, (MARK,))
-            events += self._prose.feed(self._held[:at])
-            self._held = self._held[at:]
-            return False
-        events += self._prose.feed(self._held[:at])
-        self._mark, self._held = MARK, self._held[at + len(MARK) :]
-        return True
+        before, mark, self._held = split_at(self._held, MARK)
+        events += self._prose.feed(before)
+        self._mark = mark or ""
+        return mark is not None
 
     def _behind_mark(self, events: list[Event]) -> bool:
         behind = self._held.lstrip()

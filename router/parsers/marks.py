@@ -4,7 +4,7 @@ Owns the rule that white space next to a mark belongs to the mark. Knows no fami
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from router.language.turn import PART_END, TEXT_START, Event
 
@@ -16,6 +16,23 @@ def beginning_at_end(text: str, marks: Sequence[str]) -> int:
         if any(mark.startswith(text[-size:]) for mark in marks):
             return size
     return 0
+
+
+def split_at(text: str, mark: str) -> tuple[str, str | None, str]:
+    """(what is surely before the mark, the mark if it stands here, what is behind it or may begin it)."""
+    before, found, behind = text.partition(mark)
+    if found:
+        return before, mark, behind
+    at = len(text) - beginning_at_end(text, (mark,))
+    return text[:at], None, text[at:]
+
+
+def drained(step: Callable[[list[Event]], bool]) -> list[Event]:
+    """The events of a parser's steps, taken until the next one needs more text."""
+    events: list[Event] = []
+    while step(events):
+        pass
+    return events
 
 
 class JsonScan:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from router.language.turn import Event
 from router.parsers.call_object import CallObject
-from router.parsers.marks import Prose, beginning_at_end
+from router.parsers.marks import Prose, drained, split_at
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
@@ -25,10 +25,7 @@ class TaggedCalls:
 
     def feed(self, text: str) -> Sequence[Event]:
         self._held += text
-        events: list[Event] = []
-        while self._step(events):
-            pass
-        return events
+        return drained(self._step)
 
     def flush(self) -> Sequence[Event]:
         events: list[Event] = []
@@ -44,15 +41,10 @@ class TaggedCalls:
             return self._in_call(self._call, events)
         if self._tag or self._is_behind_call:
             return self._between(events)
-        at = self._held.find(OPEN)
-        if at < 0:
-            keep = beginning_at_end(self._held, (OPEN,))
-            events += self._prose.feed(self._held[: len(self._held) - keep])
-            self._held = self._held[len(self._held) - keep :]
-            return False
-        events += self._prose.feed(self._held[:at])
-        self._tag, self._held = OPEN, self._held[at + len(OPEN) :]
-        return True
+        before, tag, self._held = split_at(self._held, OPEN)
+        events += self._prose.feed(before)
+        self._tag = tag or ""
+        return tag is not None
 
     def _between(self, events: list[Event]) -> bool:
         """Behind a tag, or behind a call: an object, the closing tag, or neither."""
