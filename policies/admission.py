@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 
 
 def admit(job: Job, forecasts: Sequence[Forecast], flow: Flow, now: float) -> Verdict:
-    """Now if the budget holds, or the request is next and a worker is about to run dry; else wait while the client
-    would; else no."""
+    """Now if the budget holds and nobody waits who would mind, or the request is next and a worker is about to run dry;
+    else wait while the client would; else no."""
     best = forecasts[0] if forecasts else None
     if best is not None:
         if best.is_alone:
             return Admit("alone on an idle worker")
-        if flow.is_next and (reason := _why_now(job, best, flow.limits)):
+        may_go = flow.is_next or (best.is_feasible and flow.may_pass(job, now))
+        if may_go and (reason := _why_now(job, best, flow.limits)):
             return Admit(reason)
     start_s = flow.predicted_start_s(job, best)
     if start_s > job.patience_left_s(now):
@@ -71,6 +72,16 @@ class QueueFlow(NamedTuple):
             return start_s
         before = self.room.count(model, cls)
         return max(start_s, self._exit_s(job, best) * (1 if self.is_next else before + 1))
+
+    def may_pass(self, job: Job, now: float) -> bool:
+        """A long prompt that fits nowhere yet would else hold short ones back that do."""
+        model, cls = job.request.model, job.request_class
+        if self.room.count(model, cls) > self.room.class_count(model, cls):
+            return False
+        oldest = self.room.oldest(model, cls)
+        if not self.room.accounts.is_fair(job.request.tenant.id, self.limits.fair_quantum_s):
+            return False
+        return oldest is None or now - oldest.request.arrived < self.limits.pass_share * oldest.wait_max_s
 
     def drain_s(self, model: str, request_class: RequestClass) -> float:
         """Seconds that all workers together need for what waits of this class and of more urgent ones."""

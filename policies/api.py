@@ -95,6 +95,11 @@ class Job:
         """Seconds until the first token is due; negative when late."""
         return self.request.arrived + self.promise.budget.ttft_s - now
 
+    @property
+    def wait_max_s(self) -> float:
+        """How long it can wait at most and be of use: until its client leaves, or its answer is due."""
+        return min(self.promise.patience_s, self.promise.budget.deadline_s)
+
     def patience_left_s(self, now: float) -> float:
         """Seconds until the client leaves."""
         return self.request.arrived + self.promise.patience_s - now
@@ -163,6 +168,9 @@ class Flow(Protocol):
     @property
     def is_next(self) -> bool:
         """Nobody as urgent or more waits before it."""
+
+    def may_pass(self, job: Job, now: float, /) -> bool:
+        """Whether it may go before those who wait: only its own class does, and nobody there has waited for long."""
 
     def predicted_start_s(self, job: Job, best: Forecast | None, /) -> float:
         """Seconds until a worker would take this request, behind everyone who waits before it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ from policies.intake import Intake, Place
 from policies.lengths import Lengths
 from policies.limits import Limits
 from policies.lives import Finished, FirstToken, Live, OutOfPatience, Patience, State
-from policies.ordering import WaitingRoom
+from policies.ordering import Waiting, WaitingRoom
 from policies.prefix_index import SeenIndex
 from policies.pump import Pump
 from policies.request import Request, RequestClass, RequestId
@@ -87,7 +88,9 @@ class Dispatcher:
         self.fleet = Fleet(limits)
         self._patience = Patience(self._live)
         self._wake_at = math.inf
-        self._pump = Pump(self._room, self._try_head, limits)
+        self._pump = Pump(
+            self._room, partial(self._try_held, is_next=True), partial(self._try_held, is_next=False), limits
+        )
         self._steps: dict[tuple[State, type], Step] = {on: getattr(self, name) for on, name in TRANSITIONS.items()}
         self._handlers: dict[type, Callable[[Any, float, list[Action]], None]] = {
             Offered: self._on_offered,
@@ -311,15 +314,14 @@ class Dispatcher:
         flow = QueueFlow(self._limits, self._room, self.fleet, is_next)
         return self._trust.policy("admit", now).admit(job, forecasts, flow, now), forecasts[0] if forecasts else None
 
-    def _try_head(self, model: str, request_class: RequestClass, now: float, actions: list[Action]) -> bool:
-        """Ask the head of a lane where somebody waits. Whether it went."""
-        head = self._room.head(model, request_class, now)
-        assert head is not None
-        verdict, forecast = self._ask(head.job, now, is_next=True)
+    def _try_held(self, held: Waiting, now: float, actions: list[Action], *, is_next: bool) -> bool:
+        """Ask for somebody who waits. Whether it went."""
+        request_id = held.job.request.id
+        verdict, forecast = self._ask(held.job, now, is_next=is_next)
         if not isinstance(verdict, Admit) or forecast is None:
             return False
-        self._room.remove(head.job.request.id)
-        self._dispatch(self._live[head.job.request.id], forecast, verdict.reason, now, actions)
+        self._room.remove(request_id)
+        self._dispatch(self._live[request_id], forecast, verdict.reason, now, actions)
         return True
 
     def _dispatch(self, live: Live, forecast: Forecast, reason: str, now: float, actions: list[Action]) -> None:

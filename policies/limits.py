@@ -26,6 +26,9 @@ class Limits:
     room_s: PerClass = (30.0, 600.0, 900.0)
     room_new_share: float = 0.9  # new sessions see a smaller room: a turn in mid-session has sunk KV
     stage_s: float = 0.25  # a head may go to a worker with less prefill than this queued: one step's hard cap
+    pass_share: float = 0.5  # of its patience or deadline: whoever waits longer is not passed by its own class
+    pass_max: int = 4  # asked behind a head that stays ...
+    pass_every_s: float = 0.01  # ... and not more often than this: each costs as much as a head
     staged_batch_max: int = 4  # data-processor requests on a worker before their first token: late binding
     reserve: PerClass = (0.0, 0.05, 0.01)  # share of GPU-seconds that a class gets while a more urgent one waits
     fair_quantum_s: float = 0.5  # how far a tenant may run ahead of the least served before urgency stops counting

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from policies.api import Job, Key, Order
@@ -52,6 +54,7 @@ class Lane:
     """One class of one model: a heap per tenant."""
 
     heaps: dict[str, list[Slot]] = field(default_factory=dict)
+    by_age: deque[Waiting] = field(default_factory=deque)
     count: int = 0
     work_s: float = 0.0
     stale: int = 0  # entries in heaps that do not wait any more
@@ -69,6 +72,10 @@ class Accounts:
     def given_s(self, tenant: str) -> float:
         """What `tenant` had, never less than the floor."""
         return max(self._floor_s, self._given_s.get(tenant, 0.0))
+
+    def is_fair(self, tenant: str, quantum_s: float) -> bool:
+        """Whether `tenant` had no more than a quantum above the least served of those who waited last."""
+        return self.given_s(tenant) <= self._floor_s + quantum_s
 
     def raise_floor(self, least_s: float) -> None:
         """The least served of those who wait had so much."""
@@ -112,6 +119,7 @@ class WaitingRoom:
         lane = self._lanes.setdefault((job.request.model, job.request_class), Lane())
         heapq.heappush(lane.heaps.setdefault(job.request.tenant.id, []), (key, self._number(), entry))
         self._by_id[job.request.id] = entry
+        lane.by_age.append(entry)
         lane.count += 1
         lane.work_s += work_s
 
@@ -132,13 +140,34 @@ class WaitingRoom:
         lane = self._lanes.get((model, request_class))
         if lane is None or not lane.count:
             return None
+        return min(slot for _, slot in self._fair_heads(lane, now))[2]
+
+    def behind(self, model: str, request_class: RequestClass, now: float, most: int) -> list[Waiting]:
+        """The next after the head, at most `most`, of the same tenants. Their keys may be out of date."""
+        lane = self._lanes.get((model, request_class))
+        if lane is None or lane.count < 2:
+            return []
+        found = [entry for entry, _ in zip(_in_order(self._fair_heads(lane, now)), range(most + 1), strict=False)]
+        return found[1:]
+
+    def oldest(self, model: str, request_class: RequestClass) -> Job | None:
+        """Who waits longest in this lane, by when it was held."""
+        lane = self._lanes.get((model, request_class))
+        if lane is None or not lane.count:
+            return None
+        while not lane.by_age[0].is_waiting:
+            lane.by_age.popleft()
+        return lane.by_age[0].job
+
+    def _fair_heads(self, lane: Lane, now: float) -> list[tuple[list[Slot], Slot]]:
+        """Heap and head of each tenant that had little enough to be next."""
         heads = [(tenant, slot) for tenant, heap in lane.heaps.items() if (slot := self._top(lane, heap, now))]
         if len(heads) < len(lane.heaps):
             lane.heaps = {tenant: lane.heaps[tenant] for tenant, _ in heads}
         least_s = min(self.accounts.given_s(tenant) for tenant, _ in heads)
         self.accounts.raise_floor(least_s)
         near_s = least_s + self._limits.fair_quantum_s
-        return min(slot for tenant, slot in heads if self.accounts.given_s(tenant) <= near_s)[2]
+        return [(lane.heaps[tenant], slot) for tenant, slot in heads if self.accounts.given_s(tenant) <= near_s]
 
     def is_anyone_before(self, model: str, request_class: RequestClass) -> bool:
         """Whether somebody of this class waits for `model`, or somebody more urgent while the class's own reserve is
@@ -204,8 +233,22 @@ class WaitingRoom:
             lane.heaps[tenant] = kept
             if not kept:
                 del lane.heaps[tenant]
+        lane.by_age = deque(entry for entry in lane.by_age if entry.is_waiting)
         lane.stale = 0
 
     def _number(self) -> int:
         self._pushed += 1
         return self._pushed
+
+
+def _in_order(heads: list[tuple[list[Slot], Slot]]) -> Iterator[Waiting]:
+    """Who waits in these heaps, smallest key first; heaps are trees, so only the next ones are looked at."""
+    ahead = [(slot, 0, heap) for heap, slot in heads]
+    heapq.heapify(ahead)
+    while ahead:
+        (_, _, entry), at, heap = heapq.heappop(ahead)
+        for child in (2 * at + 1, 2 * at + 2):
+            if child < len(heap):
+                heapq.heappush(ahead, (heap[child], child, heap))
+        if entry.is_waiting:
+            yield entry

@@ -9,21 +9,21 @@ from collections.abc import Callable
 
 from policies.actions import Action
 from policies.limits import Limits
-from policies.ordering import WaitingRoom
+from policies.ordering import Waiting, WaitingRoom
 from policies.request import RequestClass
 
 # Who may pass first: classes that are owed their reserve, then all by urgency.
 TURNS = (*((cls, True) for cls in RequestClass), *((cls, False) for cls in RequestClass))
 
-TryHead = Callable[[str, RequestClass, float, list[Action]], bool]  # model, class, now: whether the head went
+TryHeld = Callable[[Waiting, float, list[Action]], bool]  # now: whether it went
 
 
 class Pump:
-    """A head that stays keeps less urgent classes back."""
+    """A head that stays keeps less urgent classes back, but not those of its own class who fit where it does not."""
 
-    def __init__(self, room: WaitingRoom, try_head: TryHead, limits: Limits) -> None:
-        self._room, self._try_head, self._limits = room, try_head, limits
-        self._after = -math.inf
+    def __init__(self, room: WaitingRoom, try_head: TryHeld, try_behind: TryHeld, limits: Limits) -> None:
+        self._room, self._try_head, self._try_behind, self._limits = room, try_head, try_behind, limits
+        self._after = self._behind_after = -math.inf
         self.wanted_at = math.inf  # when it should run again by itself
 
     def run(self, now: float, actions: list[Action]) -> None:
@@ -48,8 +48,18 @@ class Pump:
                 if is_owed and not self._room.is_reserve_due(cls):
                     break
                 left -= 1
-                if not self._try_head(model, cls, now, actions):
+                head = self._room.head(model, cls, now)
+                assert head is not None
+                if not self._try_head(head, now, actions):
                     if is_owed:
                         break
+                    self._look_behind(model, cls, now, actions)
                     return left
         return left
+
+    def _look_behind(self, model: str, cls: RequestClass, now: float, actions: list[Action]) -> None:
+        if now < self._behind_after:
+            return
+        self._behind_after = now + self._limits.pass_every_s
+        for held in self._room.behind(model, cls, now, self._limits.pass_max):
+            self._try_behind(held, now, actions)

@@ -37,6 +37,8 @@ class PlanLimits:
     candidates_max: int = 32  # prompts looked at in one step, most urgent first
     shares: Owed = (0.0, 0.05, 0.02)  # of all time, owed to each class while it waits
     owed_s_max: float = 0.5  # neither credit nor debt of a class grows beyond this
+    # A less urgent answer makes way for chat prompts while it is ahead of its line and this share of its time lasts.
+    yield_share: float = 0.4
     aging: float = 0.1  # a late prompt gains a second of work on shorter ones each ten seconds
 
 
@@ -49,6 +51,7 @@ class BatchView(NamedTuple):
     context: Ints  # tokens computed, cached ones included
     pending: Ints  # tokens not computed yet; 1 for a decode
     arrived: Floats
+    deadline: Floats  # when its whole answer is due; inf: none promised
     is_decoding: Bools
     is_blocked: Bools  # not in this step: its link is full, or another sequence computes its prefix right now
     owed_s: Owed = (0.0, 0.0, 0.0)  # by class: time that starvation has earned it
@@ -73,7 +76,7 @@ class StepPlan(NamedTuple):
 
 def plan(batch: BatchView, model: StepModel, now: float, limits: PlanLimits = PlanLimits()) -> StepPlan:
     """The next step. Empty only when every sequence is blocked or there is none."""
-    decodes, paused, excused = _decodes(batch, model)
+    decodes, paused, excused = _decodes(batch, model, now, limits)
     prefills = (~batch.is_decoding & ~batch.is_blocked).nonzero()[0]
     room_s = _room_s(batch, decodes, now, limits) if len(prefills) else limits.step_s_max
     step = _Step(batch, model, limits, decodes)
@@ -116,8 +119,9 @@ def victims(batch: BatchView, urgent: int, now: float) -> Ints:
     return lower[np.lexsort((-left, -batch.request_class[lower]))]
 
 
-def _decodes(batch: BatchView, model: StepModel) -> tuple[Ints, Ints, tuple[int, ...]]:
-    """Every resident decodes, unless that alone breaks the pace of a more urgent class: then the lowest one pauses."""
+def _decodes(batch: BatchView, model: StepModel, now: float, limits: PlanLimits) -> tuple[Ints, Ints, tuple[int, ...]]:
+    """Every resident decodes, unless that alone breaks the pace of a more urgent class: then the lowest one pauses.
+    What has time makes way for chat prompts: a step with thirty decodes leaves them a fifth of it."""
     ready = batch.is_decoding & ~batch.is_blocked
     keep, excused = ready, []
     if not len(batch.request_class) or batch.request_class.max() == batch.request_class.min():
@@ -134,7 +138,24 @@ def _decodes(batch: BatchView, model: StepModel) -> tuple[Ints, Ints, tuple[int,
             excused.append(lowest)
         else:
             keep = keep & ~below
+    for lowest in (BATCH, BACKGROUND):
+        patient = keep & (batch.request_class == lowest) & _may_wait(batch, now, limits)
+        if not patient.any() or lowest in excused:
+            continue
+        decode_s = model.decode_s(int(keep.sum()), int(batch.context[keep].sum()))
+        if batch.owed_s[lowest] >= decode_s:
+            excused.append(lowest)
+        elif not patient[keep].all():  # a step decodes something: what its prompts need may not be there
+            keep = keep & ~patient
     return keep.nonzero()[0], (ready & ~keep).nonzero()[0], tuple(excused)
+
+
+def _may_wait(batch: BatchView, now: float, limits: PlanLimits) -> Bools:
+    """Decodes that lose nothing by a step without them, while a chat prompt waits for time."""
+    if not ((batch.request_class == CHAT) & ~batch.is_decoding & ~batch.is_blocked).any():
+        return np.zeros(len(batch.due), dtype=np.bool_)
+    has_time = now - batch.arrived < limits.yield_share * (batch.deadline - batch.arrived)
+    return has_time & (batch.due - now > limits.step_s_max)
 
 
 def _room_s(batch: BatchView, decodes: Ints, now: float, limits: PlanLimits) -> float:

@@ -15,6 +15,8 @@ from engine.scheduling.sequence import WAITING, Sequence
 from engine.step import Int32, Int64
 from policies.step_plan import BatchView, Owed
 
+CATCH_UP = 0.9  # of its pace, which a stream behind its line is held to: held to all of it, it stays behind for ever
+
 
 class Table:
     """Rows of sequences that hold KV. `context` counts computed tokens, `length` known ones."""
@@ -37,6 +39,7 @@ class Table:
         self.due = np.zeros(rows)
         self.first_due = np.zeros(rows)
         self.pace_s = np.zeros(rows)
+        self.deadline = np.zeros(rows)
         self.arrived = np.zeros(rows)
         self.block_table = np.zeros((rows, blocks_max), dtype=np.int32)
 
@@ -72,6 +75,7 @@ class Table:
         self.first_due[row] = sequence.first_due
         self.pace_s[row] = sequence.pace_s
         self.arrived[row] = sequence.submitted_at
+        self.deadline[row] = sequence.deadline
         self.blocks[row] = 0
         self.show_blocks(sequence)
 
@@ -101,16 +105,16 @@ class Table:
 
     def emit(self, rows: Int64, ids: Int32, now: float) -> None:
         """A step sampled one token for each row."""
-        # A first token that came early is no slack: the mean pace that a client sees counts from it.
+        # Early or late, the first token begins the line: the mean pace that a client sees counts from it.
         begun = rows[~self.is_decoding[rows] & (self.emitted[rows] == 0)]
-        self.first_due[begun] = np.minimum(self.first_due[begun], now)
+        self.first_due[begun] = now
         self.is_decoding[rows] = True
         self.last_id[rows] = ids
         self.length[rows] += 1
         self.emitted[rows] += 1
         by_line = self.first_due[rows] + self.emitted[rows] * self.pace_s[rows]
-        # What missed its first line is held to its pace from here: it cannot be caught up in one step.
-        self.due[rows] = np.maximum(by_line, now + self.pace_s[rows])
+        # What fell behind its line comes back to it by and by: no step could make it up at once.
+        self.due[rows] = np.maximum(by_line, now + CATCH_UP * self.pace_s[rows])
 
     def emit_more(self, rows: Int64, more: Mapping[int, list[int]], now: float) -> None:
         """Drafts behind tokens that were just emitted were right; their KV is there."""
@@ -119,7 +123,7 @@ class Table:
             self.skip(row, len(ids))
             self.last_id[row] = ids[-1:] or self.last_id[row]
             by_line = self.first_due[row] + self.emitted[row] * self.pace_s[row]
-            self.due[row] = np.maximum(by_line, now + self.pace_s[row])
+            self.due[row] = np.maximum(by_line, now + CATCH_UP * self.pace_s[row])
 
     def hold_back(self, rows: Int64) -> None:
         """These computed their newest token in vain: as the end of a prompt they do it again. Before `advance`."""
@@ -147,6 +151,7 @@ class Table:
             context=join(context, [s.length - s.uncached_estimate for s in heads]),
             pending=join(self.length[residents] - context, [s.uncached_estimate for s in heads]),
             arrived=join(self.arrived[residents], [s.submitted_at for s in heads]),
+            deadline=join(self.deadline[residents], [s.deadline for s in heads]),
             is_decoding=join(self.is_decoding[residents], [False] * len(heads)),
             is_blocked=join(is_blocked, [False] * len(heads)),
             owed_s=owed_s,

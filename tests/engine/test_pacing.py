@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+from msgspec import structs
 
 from bench.pacing import Load, replayed
 from engine.fake import FAKE_SPEED
 from policies.costs import StepModel
+from policies.step_plan import PlanLimits
 from tests.engine.rig import AGENT, BATCH, CHAT, Rig, order, prompt
 
 # 20 ms to decode, 1 ms a prompt token: a small model on one CPU core.
@@ -47,6 +49,40 @@ def test_every_waiting_chat_prompt_makes_progress_in_every_step() -> None:
         assert launch.plan.chunks
 
     assert len(rig.tokens[9]) == 1
+
+
+def test_a_stream_that_fell_behind_its_line_comes_back_to_it() -> None:
+    rig = Rig(speed=CPU_SPEED, blocks=512, plan_limits=PlanLimits(quantum_tokens=1))
+    rig.submit(order(1, prompt(1, 40), max_tokens=80))
+    for _ in range(5):
+        rig.step()
+    rig.now += 0.4  # the device stood still for ten lines
+    handle = 9
+    while len(rig.times.get(1, ())) < 80:  # prompts without end take whatever time is left
+        if not rig.scheduler._waiting:
+            handle += 1
+            rig.submit(order(handle, prompt(handle, 4000), cls=BATCH, max_tokens=1))
+        rig.step()
+
+    assert gaps(rig.times[1]).mean() <= 0.040
+
+
+def test_an_answer_of_an_agent_makes_way_for_chat_prompts_while_it_has_time() -> None:
+    def seconds(deadline_left_s: float) -> float:
+        rig = Rig(speed=replace(CPU_SPEED, sequence_s=2e-3), blocks=512)
+        rig.submit(order(1, prompt(1, 40), max_tokens=300))
+        for handle in range(2, 6):
+            agent = order(handle, prompt(handle, 40), cls=AGENT, first_left_s=15.0, tpot_s=0.15, max_tokens=300)
+            rig.submit(structs.replace(agent, deadline_left_s=deadline_left_s))
+        for _ in range(40):
+            rig.step()
+        begun = rig.now
+        rig.submit(order(9, prompt(9, 900), first_left_s=5.0))
+        while 9 not in rig.tokens:
+            rig.step()
+        return rig.times[9][0] - begun
+
+    assert seconds(deadline_left_s=60.0) < 0.9 * seconds(deadline_left_s=0.1)
 
 
 def test_background_is_not_starved_by_endless_chat() -> None:

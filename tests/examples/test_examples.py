@@ -30,6 +30,9 @@ class Quiet:
 
     limits, is_next = Limits(), True
 
+    def may_pass(self, *_: object) -> bool:
+        return False
+
     def predicted_start_s(self, *_: Any) -> float:
         return 0.0
 

@@ -41,6 +41,10 @@ class Queue:
     is_next: bool = True
     start_s: float = 3.0
     room_s: float = 100.0
+    passes: bool = False
+
+    def may_pass(self, *_: object) -> bool:
+        return self.passes
 
     def predicted_start_s(self, *_: object) -> float:
         return self.start_s
@@ -73,6 +77,12 @@ def test_residents_are_not_hurt_for_who_is_late(short: dict[str, bool]) -> None:
 
 def test_behind_others_it_waits() -> None:
     assert isinstance(admit(job(), [FINE], Queue(is_next=False), 0.0), Hold)
+
+
+def test_before_others_it_goes_only_where_it_is_in_time() -> None:
+    passing = Queue(is_next=False, passes=True)
+    assert admit(job(), [FINE], passing, 0.0) == Admit("within budget")
+    assert isinstance(admit(job(), [FULL._replace(ahead_s=0.0)], passing, 0.0), Hold)
 
 
 def test_batch_work_is_staged_a_few_at_a_time() -> None:

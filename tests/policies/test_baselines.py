@@ -32,6 +32,7 @@ def view(*rows: tuple[int, bool, int, float, float]) -> BatchView:
         context=np.zeros(count, dtype=np.int64),
         pending=np.array(pending),
         arrived=np.array(arrived),
+        deadline=np.full(count, math.inf),
         is_decoding=np.array(decodes),
         is_blocked=np.zeros(count, dtype=bool),
     )

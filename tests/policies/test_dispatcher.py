@@ -284,6 +284,58 @@ def test_one_tenants_flood_does_not_delay_another() -> None:
     assert order.index("r999") <= 4
 
 
+SOME = load(running=4, blocks_free=60)  # KV for 3,840 tokens
+
+
+def test_a_short_prompt_goes_before_a_long_one_that_fits_nowhere_yet() -> None:
+    mind = dispatcher(workers=1)
+    mind.handle(report(load=SOME), 0.0)
+    assert dispatched(offer(mind, request(0), tokens=20_000)) == []
+    (placed,) = dispatched(offer(mind, request(1, arrived=0.1)))
+    assert (str(placed.request_id), placed.reason) == ("r1", "within budget")
+    (placed,) = dispatched(mind.handle(report(load=FREE), 0.5))
+    assert str(placed.request_id) == "r0"
+
+
+def test_nobody_is_passed_who_has_waited_for_half_its_patience() -> None:
+    mind = dispatcher(workers=1)
+    mind.handle(report(load=SOME), 0.0)
+    offer(mind, request(0), tokens=20_000)
+    mind.handle(report(load=SOME), 15.0)
+    assert dispatched(offer(mind, request(1, arrived=15.0))) == []
+
+
+def test_no_class_passes_a_more_urgent_one() -> None:
+    mind = dispatcher(workers=1)
+    mind.handle(report(load=SOME), 0.0)
+    offer(mind, request(0), tokens=20_000)
+    assert dispatched(offer(mind, request(1, arrived=0.1, declared_class=BACKGROUND))) == []
+
+
+def test_a_tenant_that_had_its_share_passes_nobody() -> None:
+    mind = dispatcher(workers=1)
+    for number in range(3):  # a GPU-second
+        offer(mind, request(number, tenant=Tenant(id="flood")), tokens=8_000)
+        mind.handle(report(load=FREE, finished=((RequestId(f"r{number}"), 9),)), 0.0)
+    mind.handle(report(load=SOME), 0.1)
+    offer(mind, request(8, arrived=0.1, tenant=Tenant(id="guest")), tokens=20_000)
+    assert dispatched(offer(mind, request(9, arrived=0.2, tenant=Tenant(id="flood")))) == []
+    assert dispatched(offer(mind, request(10, arrived=0.2, tenant=Tenant(id="other"))))
+
+
+def test_who_waits_behind_a_head_that_stays_is_asked_too_but_not_all_and_not_each_time() -> None:
+    mind = dispatcher(workers=1)
+    saturate(mind)
+    offer(mind, request(0), tokens=20_000)
+    for number in range(1, 9):
+        offer(mind, request(number, arrived=1.0), tokens=200)
+    first = dispatched(mind.handle(report(load=SOME), 1.1))
+    assert len(first) == LIMITS.pass_max
+    assert dispatched(mind.handle(report(load=SOME), 1.1 + LIMITS.pass_every_s / 2)) == []
+    assert dispatched(mind.handle(report(load=SOME), 1.1 + LIMITS.pass_every_s))
+    assert mind.state(RequestId("r0")) is State.HELD
+
+
 def test_heads_are_not_asked_more_often_than_the_bound() -> None:
     mind = dispatcher(workers=1)
     saturate(mind, 0.0)

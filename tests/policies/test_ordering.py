@@ -165,3 +165,36 @@ def test_an_order_that_never_holds_is_asked_once() -> None:
     room = WaitingRoom(_stale_order, Limits())
     room.push(job(0), WORK_S, 0.0)
     assert drain(room, now=5.0) == ["r0"]
+
+
+def test_behind_the_head_come_the_next_by_key() -> None:
+    room = room_of(*(job(number, ttft_s=1.0 + (7 * number) % 20) for number in range(20)))
+    behind = [entry.job.promise.budget.ttft_s for entry in room.behind(MODEL, CHATBOT, 0.0, most=4)]
+    assert behind == [2.0, 3.0, 4.0, 5.0]
+    assert room.behind(MODEL, BATCH, 0.0, most=4) == []
+
+
+@given(st.lists(st.tuples(st.floats(1.0, 9.0), st.integers(0, 3), st.booleans()), min_size=2, max_size=40))
+def test_behind_the_head_comes_who_would_be_head_next(pushed: list[tuple[float, int, bool]]) -> None:
+    """Law: with accounts untouched, the order is that in which heads come; who left is in none."""
+    room = WaitingRoom(least_laxity, Limits())
+    for number, (ttft_s, tenant, _) in enumerate(pushed):
+        room.push(job(number, ttft_s=ttft_s, tenant=Tenant(id=f"t{tenant}")), WORK_S, 0.0)
+    for number, (_, _, leaves) in enumerate(pushed):
+        if leaves:
+            room.remove(RequestId(f"r{number}"))
+    behind = [str(entry.job.request.id) for entry in room.behind(MODEL, CHATBOT, 0.0, most=100)]
+    heads = []
+    while (head := room.head(MODEL, CHATBOT, 0.0)) is not None:
+        heads.append(str(room.remove(head.job.request.id).job.request.id))
+    assert behind == heads[1:]
+
+
+def test_the_oldest_is_who_was_held_first_and_still_waits() -> None:
+    room = room_of(job(0, ttft_s=9.0), job(1, ttft_s=1.0))
+    assert room.oldest(MODEL, CHATBOT) is not None
+    assert str(room.oldest(MODEL, CHATBOT).request.id) == "r0"  # type: ignore[union-attr]
+    room.remove(RequestId("r0"))
+    assert str(room.oldest(MODEL, CHATBOT).request.id) == "r1"  # type: ignore[union-attr]
+    room.remove(RequestId("r1"))
+    assert room.oldest(MODEL, CHATBOT) is None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 import numpy as np
@@ -28,6 +28,7 @@ class Row:
     pending: int = 1
     decoding: bool = False
     blocked: bool = False
+    deadline: float = inf
 
 
 def batch(*rows: Row, owed: Owed = (0.0, 0.0, 0.0)) -> BatchView:
@@ -38,6 +39,7 @@ def batch(*rows: Row, owed: Owed = (0.0, 0.0, 0.0)) -> BatchView:
         context=np.array([row.context for row in rows], dtype=np.int64),
         pending=np.array([row.pending for row in rows], dtype=np.int64),
         arrived=np.arange(len(rows), dtype=float),
+        deadline=np.array([row.deadline for row in rows], dtype=float),
         is_decoding=np.array([row.decoding for row in rows], dtype=bool),
         is_blocked=np.array([row.blocked for row in rows], dtype=bool),
         owed_s=owed,
@@ -116,6 +118,24 @@ def test_batch_decodes_pause_before_background_ones() -> None:
     assert plan(batch(*rows), slow, 0.0, LIMITS).paused.tolist() == [2]
     assert plan(batch(rows[0], rows[0], rows[1], rows[2]), slow, 0.0, LIMITS).paused.tolist() == [2, 3]
     assert plan(batch(*rows, owed=(0.0, 0.0, 0.1)), slow, 0.0, LIMITS).excused == (BATCH,)
+
+
+def test_an_answer_with_time_to_spare_makes_way_for_a_chat_prompt() -> None:
+    chat = Row(decoding=True, context=100)
+    agent = Row(cls=AGENT, due=9.0, pace_s=0.15, decoding=True, deadline=100.0)
+    prompt, job = Row(pending=500), Row(cls=BATCH, due=inf, pace_s=inf, decoding=True)
+
+    def paused(*rows: Row, now: float = 0.0, owed: Owed = (0.0, 0.0, 0.0)) -> list[int]:
+        rows_paused: list[int] = plan(batch(*rows, owed=owed), MODEL, now, LIMITS).paused.tolist()
+        return rows_paused
+
+    assert paused(chat, agent, job, prompt) == [1, 2]
+    assert paused(chat, agent, job) == []  # nobody needs the time
+    assert paused(chat, agent, job, Row(cls=AGENT, pending=500)) == []  # nor has an agent's prompt a claim to it
+    assert paused(chat, Row(cls=AGENT, due=0.2, decoding=True, deadline=100.0), prompt) == []  # its next token is due
+    assert paused(chat, replace(agent, due=90.0), prompt, now=42.0) == []  # two fifths of its time are gone: from 1 on
+    assert paused(chat, agent, prompt, owed=(0.0, 0.1, 0.0)) == []  # starvation has earned it a step
+    assert paused(agent, job, prompt) == [1]  # a step without any decode might find no room for the prompt
 
 
 def test_victims_are_batch_first_then_the_laxest_background_never_chat() -> None:
