@@ -5,10 +5,8 @@ Owns the command line. Errors are one sentence and exit code 2."""
 from __future__ import annotations
 
 import argparse
-import ctypes
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -174,22 +172,10 @@ def _fake(arguments: argparse.Namespace) -> int:
 
 
 def _config(arguments: argparse.Namespace) -> EngineConfig:
-    if arguments.die_with_parent:
-        die_with_parent()
     os.environ.setdefault("OMP_NUM_THREADS", str(getattr(arguments, "threads", 1)))  # before torch is imported
     names = set(EngineConfig.__dataclass_fields__) & set(vars(arguments))
     said = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     return EngineConfig(**said)
-
-
-def die_with_parent() -> None:
-    """Have Linux send SIGTERM when the parent dies; elsewhere the parent's loss is noticed by its links alone."""
-    if not sys.platform.startswith("linux"):
-        return
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGTERM)
-    if os.getppid() == 1:
-        raise StartError("the parent process is gone already")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -278,7 +264,6 @@ def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pool-share", type=int, default=default.pool_share, help="workers that share the pool (1)")
     parser.add_argument("--disk-dir", default=default.disk_dir, help="folder for KV that the pool evicts (none)")
     parser.add_argument("--disk-bytes", type=int, default=default.disk_bytes, help="at most so much of it there")
-    parser.add_argument("--die-with-parent", action="store_true", help="drain when the parent process dies (Linux)")
 
 
 if __name__ == "__main__":

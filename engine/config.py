@@ -30,7 +30,6 @@ class EngineConfig:
     drain_s: float = 30.0  # on SIGTERM
     links_max: int = 16
     send_s: float = 30.0  # a link that takes nothing for so long is cut
-    die_with_parent: bool = False
     pool_fd: int = -1  # of the host pool, from the keeper; below 0: none
     pool_share: int = 1  # workers that share it: each leases its part
     disk_dir: str = ""  # where KV files go; empty: nowhere

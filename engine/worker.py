@@ -174,7 +174,7 @@ class Worker:
         welcome = queue.pop(0)
         if not isinstance(welcome, Welcome) or welcome.protocol != PROTOCOL_VERSION:
             raise WireError(f"the first message must be a welcome of protocol {PROTOCOL_VERSION}")
-        log.info("link %d is open: %s", link, welcome.router)
+        log.debug("link %d is open: %s", link, welcome.router)
         while True:
             for message in queue:
                 if isinstance(message, Welcome):
