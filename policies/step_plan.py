@@ -95,13 +95,12 @@ def owe(chosen: StepPlan, batch: BatchView, model: StepModel, step_s: float, lim
     if not chosen.chunks and not len(chosen.paused) and batch.is_decoding.all():
         return NOTHING_OWED
     chunk_rows = {chunk.row for chunk in chosen.chunks}
-    left = np.array(
-        [row for row in (~batch.is_decoding).nonzero()[0].tolist() if row not in chunk_rows], dtype=np.int64
-    )
-    waiting = set(batch.request_class[np.concatenate((left, chosen.paused))].tolist())
+    left = [row for row in (~batch.is_decoding).nonzero()[0].tolist() if row not in chunk_rows]
+    classes = batch.request_class.tolist()
+    waiting = {classes[row] for row in (*left, *chosen.paused.tolist())}
     given = [0.0, 0.0, 0.0]
     for chunk in chosen.chunks:
-        given[batch.request_class[chunk.row]] += model.prefill_s(chunk.tokens, int(batch.context[chunk.row]))
+        given[classes[chunk.row]] += model.prefill_s(chunk.tokens, int(batch.context[chunk.row]))
     for excused in chosen.excused:
         given[excused] += step_s
     owed = [0.0, 0.0, 0.0]
@@ -171,6 +170,8 @@ def _room_s(batch: BatchView, decodes: Ints, now: float, limits: PlanLimits) -> 
 
 def _order(batch: BatchView, rows: Ints, model: StepModel, now: float, limits: PlanLimits) -> Ints:
     """chat feasible by laxity | background feasible | chat late, shortest first, aged | background late | batch."""
+    if len(rows) < 2:
+        return np.arange(len(rows))
     classes, pending, context = batch.request_class[rows], batch.pending[rows], batch.context[rows]
     work_s = model.bias * pending * (model.row_s + model.chunk_context_s * (context + 0.5 * pending))
     laxity_s = np.minimum(batch.due[rows] - now, 1e9) - work_s

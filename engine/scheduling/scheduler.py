@@ -251,6 +251,8 @@ class Scheduler:
             needy = self._short_of_blocks(step, 1 + ahead)
             if len(needy) <= self._trie.available:
                 break
+        if not needy:
+            return
         if len(needy) <= self._trie.available:
             sequences = [step.sequence(number) for number in needy]
             self._table.extend(sequences, self._trie.take(len(needy), step.now) or [])
