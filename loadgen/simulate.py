@@ -10,7 +10,7 @@ import hashlib
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loadgen import records, targets, traces
@@ -26,9 +26,12 @@ from loadgen.targets import PUBLISHED, Budgets
 from loadgen.traces import Trace
 from policies import plugins
 from policies.api import PolicySpec
+from policies.limits import Limits
 
 LABEL = "simulated, not validated"
-WORKERS_MAX = 256
+AGGREGATE = "aggregate workers: rates, no steps"
+WORKERS_MAX, AGGREGATE_MAX = 256, 1024
+REQUESTS_PER_WORKER = 64  # open ones in the bound of a large fleet
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,7 @@ class Plan:
     stripped_share: float
     is_oracle: bool
     is_fused: bool
+    is_aggregate: bool
     failures: tuple[Failure, ...]
     out: Path
 
@@ -70,6 +74,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command.add_argument("--fail", action="append", default=[], metavar="WHAT", help="kill:w1@120:30, stall:w0@50:2")
     command.add_argument("--seed", type=int, default=1)
     command.add_argument("--unfused", action="store_true", help="compute every decode step by itself: same, slower")
+    command.add_argument("--aggregate", action="store_true", help="up to 1,024 workers as rates instead of steps")
     command.add_argument("--budgets", type=Path, metavar="FILE", help="JSON as /readyz has it (the published ones)")
     command.add_argument("--out", type=Path, default=Path("out/simulate"), help="base name of the reports")
     command.set_defaults(run=run)
@@ -77,8 +82,11 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def run(arguments: argparse.Namespace) -> int:
     """Simulate each policy in turn. 0: every run is valid."""
-    if not 1 <= arguments.workers <= WORKERS_MAX:
-        raise ValueError(f"{arguments.workers} workers: from 1 to {WORKERS_MAX}")
+    most = AGGREGATE_MAX if arguments.aggregate else WORKERS_MAX
+    if not 1 <= arguments.workers <= most:
+        raise ValueError(f"{arguments.workers} workers: from 1 to {most}")
+    if arguments.aggregate and arguments.engine != "headway":
+        raise ValueError("aggregate workers plan no steps, so no step policy can be chosen")
     if arguments.load <= 0.0:
         raise ValueError("a load must be more than 0")
     plan = Plan(
@@ -96,12 +104,13 @@ def run(arguments: argparse.Namespace) -> int:
         stripped_share=round(1.0 - arguments.headers, 6),
         is_oracle=arguments.oracle,
         is_fused=not arguments.unfused,
+        is_aggregate=arguments.aggregate,
         failures=tuple(Failure.parse(text) for text in arguments.fail),
         out=arguments.out,
     )
     trace = traces.read(plan.trace)
     verdicts = {name: _one(plan, trace, name) for name in arguments.policy.split(",")}
-    print(f"\n{LABEL}\n\n{simulated(verdicts)}")
+    print(f"\n{label(plan)}\n\n{simulated(verdicts)}")
     return 1 if any(verdict.invalid for verdict in verdicts.values()) else 0
 
 
@@ -120,8 +129,17 @@ def setting(plan: Plan, policy: str, duration_s: float) -> Setting:
         stripped_share=plan.stripped_share,
         is_oracle=plan.is_oracle,
         is_fused=plan.is_fused,
+        is_aggregate=plan.is_aggregate,
+        limits=fleet_limits(plan.workers),
         failures=plan.failures,
     )
+
+
+def fleet_limits(workers: int) -> Limits:
+    """A live router's bounds, or a large fleet's share of them."""
+    limits = Limits()
+    most = max(limits.requests_max, REQUESTS_PER_WORKER * workers)
+    return replace(limits, workers_max=max(limits.workers_max, workers), requests_max=most)
 
 
 def simulate(trace: Trace, chosen: Setting) -> World:
@@ -143,6 +161,11 @@ def judged(found: Sequence[Record], warmup_s: float) -> list[Record]:
     return sorted(kept, key=lambda one: one.row)
 
 
+def label(plan: Plan) -> str:
+    """What every report of it is headed."""
+    return f"{LABEL}; {AGGREGATE}" if plan.is_aggregate else LABEL
+
+
 def _one(plan: Plan, trace: Trace, policy: str) -> Verdict:
     duration_s = plan.duration_s or span_s(trace, plan.load)
     begun = time.perf_counter()
@@ -150,7 +173,7 @@ def _one(plan: Plan, trace: Trace, policy: str) -> Verdict:
     wall_s = time.perf_counter() - begun
     found = judged(world.records, plan.warmup_s)
     said = Run(
-        target=f"{LABEL}: {policy} x {plan.engine}, {plan.workers} x {plan.profile.name} ({plan.profile.source})",
+        target=f"{label(plan)}: {policy} x {plan.engine}, {plan.workers} x {plan.profile.name} ({plan.profile.source})",
         model=plan.profile.name,
         trace_name=plan.trace.name,
         trace_digest=hashlib.sha256(traces.encode(trace)).hexdigest()[:12],

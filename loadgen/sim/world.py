@@ -21,6 +21,7 @@ from engine.wire import Sampling, Submit
 from loadgen.client import RETRIES_MAX, RETRY_AFTER_MAX_S
 from loadgen.records import Record
 from loadgen.replay import PATIENCE_S
+from loadgen.sim.aggregate import AggregateWorker
 from loadgen.sim.guise import Guises, Names
 from loadgen.sim.profiles import Profile
 from loadgen.sim.script import Failure
@@ -58,6 +59,7 @@ class Setting:
     stripped_share: float = 0.2
     is_oracle: bool = False
     is_fused: bool = True
+    is_aggregate: bool = False  # workers are rates instead of steps: for large fleets, and labelled
     failures: tuple[Failure, ...] = ()
 
 
@@ -74,6 +76,13 @@ class _Turn:
     is_closed: bool = False
 
 
+def _worker(setting: Setting, number: WorkerId) -> SimWorker | AggregateWorker:
+    profile = setting.profiles[number]
+    if setting.is_aggregate:
+        return AggregateWorker(number, profile)
+    return SimWorker(number, profile, setting.engine, 1000 * setting.seed + number, is_fused=setting.is_fused)
+
+
 class World:
     """One run. `run` returns the records; `recorder` sees every call of the dispatcher."""
 
@@ -85,10 +94,7 @@ class World:
         self._setting = setting
         self._recorder = recorder
         self._dispatcher = Dispatcher(setting.router, setting.limits, np.random.default_rng(setting.seed))
-        self.workers = [
-            SimWorker(WorkerId(n), profile, setting.engine, 1000 * setting.seed + n, is_fused=setting.is_fused)
-            for n, profile in enumerate(setting.profiles)
-        ]
+        self.workers = [_worker(setting, WorkerId(n)) for n in range(len(setting.profiles))]
         self._block_tokens = setting.profiles[0].block_tokens
         self._guises = Guises(trace, MODEL, setting.seed, setting.stripped_share, setting.is_oracle)
         self._names = Names(trace)
