@@ -4,17 +4,18 @@ Owns names and parameters, as data. Runs nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from bench.policy_runs import Side
-from policies.admission import admit_always
-from policies.api import Classified, RouterPolicy, SessionView
-from policies.builtin import headway
+from policies.admission import admit, admit_always
+from policies.api import Classified, EnginePolicy, Flow, Forecast, Job, RouterPolicy, SessionView, Verdict
+from policies.builtin import headway, headway_engine
 from policies.classify import classify
 from policies.placement import lmetric_place
 from policies.request import Request, RequestClass
+from policies.step_plan import PlanLimits
 
 OURS = "headway + headway"
 SHIPPED = "cache_aware + static-2048, as shipped"
@@ -58,6 +59,34 @@ def no_late_binding(params: Mapping[str, Any]) -> RouterPolicy:
     return replace(headway(params), admit=admit_always)
 
 
+class _Blocked:
+    """A queue in which nobody passes a head that fits nowhere yet."""
+
+    def __init__(self, flow: Flow) -> None:
+        self._flow = flow
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._flow, name)
+
+    def may_pass(self, job: Job, now: float) -> bool:
+        del job, now
+        return False
+
+
+def no_passing(params: Mapping[str, Any]) -> RouterPolicy:
+    """A blocked head holds its whole class back."""
+
+    def decide(job: Job, forecasts: Sequence[Forecast], flow: Flow, now: float) -> Verdict:
+        return admit(job, forecasts, cast(Flow, _Blocked(flow)), now)
+
+    return replace(headway(params), admit=decide)
+
+
+def no_yielding() -> EnginePolicy:
+    """Agents' and jobs' decodes run in every step, whatever chat prompts wait."""
+    return headway_engine(PlanLimits(yield_share=-1.0))
+
+
 def lmetric_placement(params: Mapping[str, Any]) -> RouterPolicy:
     """Ours but for the choice of the worker."""
     return replace(headway(params), place=lmetric_place)
@@ -90,7 +119,9 @@ ABLATIONS: dict[str, Side] = {
     "the price of displaced cache": _weighed(reuse=0.0),
     "the tie band": _weighed(near=0.0),
     "late binding: placed at once": _composed("no_late_binding"),
+    "passing a blocked head": _composed("no_passing"),
     "placement: LMetric's": _composed("lmetric_placement"),
+    "decodes that make way for chat prompts": Side(engine="bench.policy_sides:no_yielding"),
     "step planner: static-2048": Side(engine="static-2048"),
     "step planner: priority-2048": Side(engine="priority-2048"),
     "step planner: niyama": Side(engine="niyama"),
