@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import msgspec
 import numpy as np
 
+from loadgen.texts import is_text
 from loadgen.traces import ClassName, Gap, Header, Row, Trace, nominal_starts_s
 
 BLOCK_TOKENS = 256  # before scaling; 1/16 makes it 16, the embedded engine's own block
@@ -220,6 +221,8 @@ def scale(trace: Trace, divisor: int) -> Trace:
     A prompt whose last block is named rounds up, one with an unnamed tail down: both keep their block count."""
     if divisor == 1:
         return trace
+    if any(map(is_text, trace.rows)):
+        raise ValueError("rows with text cannot be scaled: a text is as long as it is")
     block, rest = divmod(trace.header.block_size, divisor)
     if rest or not block:
         raise ValueError(f"a block of {trace.header.block_size} tokens cannot be cut into {divisor} equal parts")

@@ -42,18 +42,22 @@ class Dialect:
 
 def _completion(row: Row, ids: list[int], costume: Costume, model: str) -> bytes:
     """Token ids: lengths are exact."""
-    return msgspec.json.encode({"model": model, "prompt": ids, **_forced(row), **_streamed(costume)})
+    prompt = row.text_input or ids
+    return msgspec.json.encode({"model": model, "prompt": prompt, **_forced(row), **_streamed(costume)})
 
 
 def _chat(row: Row, ids: list[int], costume: Costume, model: str) -> bytes:
-    message = {"role": "user", "content": words(ids)}
-    return msgspec.json.encode({"model": model, "messages": [message], **_forced(row), **_streamed(costume)})
+    said = {"messages": row.messages or [_asking(row, ids)], **({"tools": row.tools} if row.tools else {})}
+    return msgspec.json.encode({"model": model, **said, **_forced(row), **_streamed(costume)})
 
 
 def _message(row: Row, ids: list[int], costume: Costume, model: str) -> bytes:
-    message = {"role": "user", "content": words(ids)}
-    fields = {"model": model, "messages": [message], **_forced(row), "stream": costume.is_stream}
+    fields = {"model": model, "messages": [_asking(row, ids)], **_forced(row), "stream": costume.is_stream}
     return msgspec.json.encode(fields)
+
+
+def _asking(row: Row, ids: list[int]) -> dict[str, str]:
+    return {"role": "user", "content": row.text_input or words(ids)}
 
 
 def _forced(row: Row) -> dict[str, object]:

@@ -16,6 +16,7 @@ from loadgen.client import Answer, Client, post_obediently
 from loadgen.dialects import DIALECTS, Dialect, Name
 from loadgen.prompts import Dresser, prompt_ids
 from loadgen.records import Outcome, Record, cut, fill, is_read
+from loadgen.texts import is_text
 from loadgen.traces import ClassName, Row, Slo, Trace, ideal_cached, turn_names
 
 GRACE_S = 30.0  # after the offered time, for answers under way; what is open then is unfinished
@@ -199,7 +200,8 @@ class Replay:
         row = self.trace.rows[index]
         costume = self._dresser.costume(row)
         headers = {**self._dialect.headers, **costume.headers}
-        payload = self._dialect.body(row, prompt_ids(self.trace, index, self.options.seed), costume, self.options.model)
+        ids = [] if is_text(row) else prompt_ids(self.trace, index, self.options.seed)
+        payload = self._dialect.body(row, ids, costume, self.options.model)
         await self._sleep_until(record.intended_s or 0.0)
         record.sent_s = round(self.now(), 6)
         patience_s = row.timeout_s or PATIENCE_S[row.request_class]

@@ -25,7 +25,7 @@ import httpx
 import msgspec
 import uvloop
 
-from loadgen import formats, records, targets, traces, watch
+from loadgen import formats, records, targets, texts, traces, watch
 from loadgen.client import Client, Target
 from loadgen.dialects import Name
 from loadgen.judge import Verdict, judge
@@ -73,6 +73,7 @@ def carry_out(plan: Plan) -> Verdict:
 
 def measure(plan: Plan, trace: traces.Trace, budgets: Budgets | None = None) -> tuple[Run, list[Record]]:
     """One run against a server that is up; with these budgets, or those that the plan or the target names."""
+    texts.check(trace.rows, plan.dialect)
     if plan.admin:
         watch.check(plan.admin)
     served = targets.ask(plan.target)

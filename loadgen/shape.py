@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 
 from loadgen.compose import ordered
+from loadgen.texts import is_text
 from loadgen.traces import Header, Row, Trace, TraceError
 
 USER_SKEW = 1.0  # Zipf exponent: with 12 users the first sends 32 % (ServeGen's largest client: 14 to 52 %)
@@ -40,6 +41,8 @@ def at_load(trace: Trace, load: float, seed: int) -> Trace:
         kept = (row for index, row in enumerate(trace.rows) if (row.family or f"\0{index}") in chosen)
         copies.append(replace(trace, rows=tuple(kept)))
     copies = [one for one in copies if one.rows]
+    if len(copies) > 1 and any(map(is_text, trace.rows)):
+        raise TraceError(f"{load:g} times a trace with text: copies of its sessions would not be new text to a cache")
     mixed = overlay([copies[0], *(_shifted(one, span_ms, rng) for one in copies[1:])])
     notes = {**trace.header.notes, "times_sessions": load}
     return replace(mixed, header=msgspec.structs.replace(mixed.header, notes=notes))

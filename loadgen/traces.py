@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from loadgen import files
+from loadgen import files, texts
 
 ClassName = Literal["chatbot+", "background-agent", "data-processor"]
 Gap = Literal["none", "tool", "human"]
@@ -79,6 +79,9 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     timeout_s: Seconds | None = None
     recorded_ms: Milliseconds | None = None  # how long the recorded server took: only to guess when later turns start
     hash_ids: list[int] = []
+    text_input: str = ""  # words of its own, or messages in the form of OpenAI's chat: sent as they stand
+    messages: list[dict[str, Any]] = []
+    tools: list[dict[str, Any]] = []
 
     @property
     def family(self) -> str:
@@ -147,7 +150,8 @@ class _Reader:
         if "trace" in parsed and number == 1:
             self.header = _header(parsed)
             return
-        row = msgspec.convert({ALIASES.get(key, key): value for key, value in parsed.items()}, Row)
+        fields: dict[str, Any] = {str(ALIASES.get(key, key)): value for key, value in parsed.items()}
+        row = msgspec.convert(texts.sized(fields, self.header.block_size), Row)
         self._check(row)
         if row.session_id:
             self.turns[row.session_id] = self.turns.get(row.session_id, 0) + 1
@@ -201,7 +205,9 @@ def read(path: Path, strict: bool = False) -> Trace:
             if number == 1 and b'"trace"' in line:
                 raise TraceError(f"{path}: line {number}: {error}") from error
             tally.add(number, error)
-    return tally.trace(reader.header, reader.rows)
+    spoken = sum(map(texts.is_text, reader.rows))
+    header = reader.header.noting(text_rows=spoken) if spoken else reader.header
+    return tally.trace(header, reader.rows)
 
 
 def encode(trace: Trace) -> bytes:

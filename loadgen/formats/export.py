@@ -12,6 +12,7 @@ import msgspec
 
 from loadgen import files, traces
 from loadgen.shape import global_ids
+from loadgen.texts import is_text
 from loadgen.traces import Row, Trace
 
 To = Literal["headway", "mooncake", "aiperf"]
@@ -51,12 +52,18 @@ def _aiperf(trace: Trace) -> Iterator[dict[str, object]]:
         begun.add(row.session_id)
         when = {"delay": row.delay} if is_later else {"timestamp": round(starts[index] * 1e3, 3)}
         session = {"session_id": row.session_id} if row.session_id else {}
-        yield {**session, **when, **_lengths(row, ids[index])}
+        yield {**session, **when, **(_text(row) if is_text(row) else _lengths(row, ids[index]))}
 
 
 def _lengths(row: Row, ids: list[int]) -> dict[str, object]:
     lengths: dict[str, object] = {"input_length": row.input_length, "output_length": row.output_length}
     return lengths | ({"hash_ids": ids} if ids else {})
+
+
+def _text(row: Row) -> dict[str, object]:
+    """aiperf takes a prompt's text or its length, never both."""
+    named = {"text_input": row.text_input, "messages": row.messages, "tools": row.tools}
+    return {"output_length": row.output_length, **{key: value for key, value in named.items() if value}}
 
 
 def _ids(trace: Trace) -> list[list[int]]:
