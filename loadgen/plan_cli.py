@@ -32,7 +32,7 @@ from policies.api import PolicySpec
 
 GRACE_S = 60.0  # after the offered time, for answers under way
 # Which profile a name of the shop means. Others are files: samples of steps that were timed on the machine itself.
-HARDWARE = {("h100", "llama-8b"): "8b-h100"}
+HARDWARE = {("h100", "llama-8b"): profiles.H100_8B_OWN.name}
 TEACH = """
 mix.jsonl --hardware h100 --model llama-8b
 workload.toml --hardware h100 --model llama-8b --duration 60 --seeds 1 --json out/plan.json
@@ -58,7 +58,8 @@ def add(commands: options.Commands[argparse.ArgumentParser]) -> None:
     command.add_argument(
         "--model", default="llama-8b", choices=sorted({name for _, name in HARDWARE}), help="(llama-8b)"
     )
-    command.add_argument("--profile", metavar="FILE", help="step times of another machine, instead of the two above")
+    says = f"other step times than those two name: {', '.join(profiles.PROFILES)}, or a file of timed steps"
+    command.add_argument("--profile", metavar="NAME|FILE", help=says)
     command.add_argument("--budgets", type=Path, metavar="FILE", help="promises as /readyz has them (the published)")
     command.add_argument("--price", type=options.positive, default=2.5, help="of a replica an hour (2.5)")
     command.add_argument("--spare", type=int, default=0, help="replicas beyond what is needed, for failures (0)")

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from loadgen.sim.profiles import H100_8B, load
+from loadgen.sim.profiles import H100_8B, H100_8B_OWN, load
 from policies.costs import StepFeatures
 
 
@@ -32,6 +32,21 @@ def test_a_profile_is_fitted_to_samples(tmp_path: Path) -> None:
     for step in (StepFeatures(8, 8000, 0, 8), StepFeatures(1500, 20_000, 1_400_000, 20)):
         assert profile.model.step_s(step) == pytest.approx(H100_8B.model.step_s(step), rel=0.05)
     assert profile.sigma == pytest.approx(0.03, rel=0.4)
+
+
+def test_the_own_engines_profile_is_what_its_timed_steps_say() -> None:
+    """The figures in the comment beside it."""
+    path = Path(__file__).parents[3] / "bench" / "results" / "step_samples-llama-8b.jsonl"
+    steps = [msgspec.json.decode(line) for line in path.read_bytes().splitlines()[1:]]
+    model = H100_8B_OWN.model
+    errors = [seconds / model.step_s(StepFeatures(*map(int, features))) for *features, seconds in steps]
+    p10, p50, p90, p99 = np.percentile(errors, [10, 50, 90, 99])
+    assert len(steps) == 3354
+    assert np.median(np.abs(np.log(errors))) < 0.05
+    assert p50 == pytest.approx(1.0, abs=0.02)
+    assert p10 == pytest.approx(0.92, abs=0.01)
+    assert p90 == pytest.approx(np.exp(1.2816 * H100_8B_OWN.sigma), abs=0.02)
+    assert p99 > 2.4
 
 
 @pytest.mark.parametrize("text", ["{}", '{"name": "x", "blocks_total": 1, "context_max": 1}', '{"name": 3}'])
