@@ -80,6 +80,7 @@ class Breakdown(msgspec.Struct, frozen=True, kw_only=True):
     """All of it."""
 
     refusals: dict[ClassName, Refusals]
+    misses: dict[ClassName, dict[str, int]]  # by what was broken, the commonest first
     hits: list[Hits]
     bins: list[Bin]
     sessions: dict[ClassName, Sessions]
@@ -95,6 +96,7 @@ def breakdown(judged: Sequence[Judged], worst_user: str) -> Breakdown:
     shown = {name: found for name, found in by_class.items() if found}
     return Breakdown(
         refusals={name: _refusals(found) for name, found in shown.items()},
+        misses={name: misses for name, found in shown.items() if (misses := _misses(found))},
         hits=[hits for name, found in shown.items() for gap in GAPS if (hits := _hits(name, gap, found)) is not None],
         bins=_bins(by_class["chatbot+"]),
         sessions={name: sessions for name, found in shown.items() if (sessions := _sessions(found)).begun},
@@ -120,6 +122,31 @@ def _refusals(judged: Sequence[Judged]) -> Refusals:
         wasted_tokens=sum(_output(one) for one in judged if not one.is_met),
         reasons=dict(sorted(reasons.items(), key=lambda item: -item[1])[:5]),
     )
+
+
+def _misses(judged: Sequence[Judged]) -> dict[str, int]:
+    counted: dict[str, int] = {}
+    for one in judged:
+        if not one.is_met:
+            counted[_why(one)] = counted.get(_why(one), 0) + 1
+    return dict(sorted(counted.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _why(one: Judged) -> str:
+    """What a miss broke: each of its promises, or its answer."""
+    if one.record.outcome != "done":
+        return one.record.outcome
+    first_s = one.ttft_s if one.ttft_s is not None else one.e2e_s
+    broken = [
+        name
+        for name, seconds, limit_s in (
+            ("first token late", first_s, one.target.ttft_s),
+            ("pace too slow", one.tpot_s, one.target.tpot_s),
+            ("end too late", one.e2e_s, one.target.deadline_s),
+        )
+        if seconds is not None and seconds > limit_s
+    ]
+    return " and ".join(broken)
 
 
 def _output(one: Judged) -> int:

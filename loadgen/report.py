@@ -4,6 +4,7 @@ Owns the words. Every number in it is the verdict's; nothing is computed here.""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
 from loadgen.judge import FAIR_OFFERED_MIN, NO_WORKER, PASS_SHARE, Cell, ClassVerdict, Verdict
@@ -16,12 +17,26 @@ HEADS = (
     *("met %", "line %", "smooth %", "cached: ideal", "real %"),
 )
 
+GROUPS = (5, 3, 3, 3, 2)  # of HEADS: counts, TTFT, TPOT, shares, cached
 
-def text(verdict: Verdict) -> str:
-    """The whole report."""
-    parts = [headline(verdict), _legend(), table(verdict), _agents(verdict), _incidents(verdict), _users(verdict)]
-    parts.append(_classifier(verdict))
-    return "\n\n".join(part for part in [*parts, honesty(verdict)] if part)
+
+def text(verdict: Verdict, width: int | None = None) -> str:
+    """The whole report, for a terminal of so many columns where one is given."""
+    parts = [headline(verdict), misses(verdict), _legend(), table(verdict, width), _agents(verdict)]
+    parts += [_incidents(verdict), _users(verdict), _classifier(verdict), honesty(verdict)]
+    return "\n\n".join(_wrapped(part, width) for part in parts if part)
+
+
+def _wrapped(part: str, width: int | None) -> str:
+    """Broken between words; what goes on is indented behind its line."""
+    if width is None:
+        return part
+    found = []
+    for line in part.splitlines():
+        behind = " " * (len(line) - len(line.lstrip()) + 4)
+        words = textwrap.TextWrapper(width, subsequent_indent=behind, break_on_hyphens=False, break_long_words=False)
+        found += [line] if len(line) <= width else words.wrap(line)
+    return "\n".join(found)
 
 
 def headline(verdict: Verdict) -> str:
@@ -42,6 +57,15 @@ def headline(verdict: Verdict) -> str:
     return "\n".join(lines)
 
 
+def misses(verdict: Verdict) -> str:
+    """What the misses broke, by class."""
+    lines = []
+    for name, found in verdict.breakdown.misses.items():
+        why = ", ".join(f"{reason} {count}" for reason, count in found.items())
+        lines.append(f"{name} missed {sum(found.values())}: {why}")
+    return "\n".join(lines)
+
+
 def mark_of(name: ClassName, found: ClassVerdict) -> str:
     """A class's verdict. One late answer of 25 is no proof against 99 %: nor is it a pass."""
     if found.is_pass:
@@ -51,7 +75,7 @@ def mark_of(name: ClassName, found: ClassVerdict) -> str:
 
 def worker_name(worker: str) -> str:
     """A row's or a column's head."""
-    return "no worker" if worker == NO_WORKER else f"worker {worker}"
+    return "not named" if worker == NO_WORKER else f"worker {worker}"
 
 
 def _legend() -> str:
@@ -59,19 +83,33 @@ def _legend() -> str:
         "times in ms from the intended moment, by true class; every refused, failed, left, abandoned or unfinished "
         "request is a miss\n"
         "met: chatbot+ by TTFT and mean TPOT, others by their end | line: every token by its due time | "
-        "smooth: no pause over 200 ms | lost: failed, abandoned or unfinished"
+        "smooth: no pause over 200 ms | lost: failed, abandoned or unfinished | not named: the answer named no worker"
     )
 
 
-def table(verdict: Verdict) -> str:
-    """A row a class, and below it a row a worker."""
+def table(verdict: Verdict, width: int | None = None) -> str:
+    """A row a class, and below it a row a worker; in several parts where it is too wide for one."""
     rows = [list(HEADS)]
     for name in CLASSES:
         if name in verdict.classes:
             rows.append([name, *columns(verdict.classes[name].cell)])
             workers = verdict.workers[name]
             rows += [[f"  {worker_name(worker)}", *columns(cell)] for worker, cell in workers.items()]
-    return aligned(rows)
+    return "\n\n".join(aligned(part) for part in _parts(rows, width))
+
+
+def _parts(rows: Sequence[Sequence[str]], width: int | None) -> list[list[list[str]]]:
+    """As many groups of columns side by side as there is room for, each part behind the names."""
+    parts, start = [[list(row[:1]) for row in rows]], 1
+    for size in GROUPS:
+        group = [list(row[start : start + size]) for row in rows]
+        wider = [[*row, *more] for row, more in zip(parts[-1], group, strict=True)]
+        if width is not None and max(map(len, aligned(wider).splitlines())) > width and len(parts[-1][0]) > 1:
+            wider = [[row[0], *more] for row, more in zip(rows, group, strict=True)]
+            parts.append(wider)
+        parts[-1] = wider
+        start += size
+    return parts
 
 
 def columns(cell: Cell) -> list[str]:

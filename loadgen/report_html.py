@@ -12,7 +12,7 @@ from loadgen.charts import Bar, Dot, Event, gauge, scatter, strip, timeline
 from loadgen.judge import FAIR_OFFERED_MIN, NO_WORKER, PASS_SHARE, Cell, Judged, Second, Verdict, points
 from loadgen.page import document
 from loadgen.records import Record, judged_of
-from loadgen.report import HEADS, columns, honesty, mark_of, worker_name
+from loadgen.report import HEADS, columns, honesty, mark_of, misses, worker_name
 from loadgen.targets import BudgetLine, Budgets
 from loadgen.traces import CLASSES
 
@@ -87,9 +87,14 @@ def _table(verdict: Verdict) -> str:
     return (
         "<h2>By class and worker</h2><p>Times in milliseconds from the intended moment. Every refused, failed, left, "
         "abandoned or unfinished request is a miss. Chatbot+ is met by TTFT and mean TPOT, the others by their end; "
-        "line: every token by its due time; smooth: no pause over 200 ms.</p>"
-        f'<div class="scroll"><table><tr>{heads}</tr>{"".join(rows)}</table></div>'
+        "line: every token by its due time; smooth: no pause over 200 ms. Not named: the answer named no worker.</p>"
+        f'<div class="scroll"><table><tr>{heads}</tr>{"".join(rows)}</table></div>{_misses(verdict)}'
     )
+
+
+def _misses(verdict: Verdict) -> str:
+    said = escape(misses(verdict)).splitlines()
+    return f"<p>{'.<br>'.join(said)}.</p>" if said else ""
 
 
 def _row(style: str, name: str, cell: Cell) -> str:

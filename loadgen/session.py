@@ -11,6 +11,7 @@ import hashlib
 import os
 import platform
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,7 +127,7 @@ def publish(run: Run, found: Sequence[Record], budgets: Budgets, out: Path) -> V
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".json").write_bytes(msgspec.json.format(msgspec.json.encode(verdict), indent=1))
     out.with_suffix(".html").write_text(page(verdict, found, budgets), encoding="utf-8")
-    print(text(verdict))
+    print(text(verdict, shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
     print(f"\nwrote {out.with_suffix('.html')} and .json")
     return verdict
 

@@ -84,7 +84,7 @@ H100_8B = Profile(
     blocks_total=6_750,  # 432k tokens of KV, as vLLM had at 0.88 of the memory
     context_max=131_072,
 )
-# The same shape in Headway's own engine: StepFit over the 3,354 timed steps of bench/results/step_samples-llama-8b.jsonl.
+# The same shape in Headway's own engine: StepFit over 3,354 timed steps, bench/results/step_samples-llama-8b.jsonl.
 # Half are within 5 %, four fifths within -8 and +19 %; the slowest hundredth took over 2.4 times as long as predicted.
 H100_8B_OWN = Profile(
     name="8b-h100-headway",

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import msgspec
+import pytest
 
 from loadgen.judge import judge
 from loadgen.report import text
@@ -74,11 +75,32 @@ def test_the_table_has_a_row_a_class_and_below_it_a_row_a_worker() -> None:
     #                    offered met refused lost left
     assert ["chatbot+", "12", "5", "1", "3", "1"] in [row[:6] for row in rows]
     assert ["worker", "w0", "5", "4", "1", "0", "0"] in [row[:7] for row in rows]
-    assert ["no", "worker", "2", "0", "0", "2", "0"] in [row[:7] for row in rows]
+    assert ["not", "named", "2", "0", "0", "2", "0"] in [row[:7] for row in rows]
     chat = next(row for row in rows if row[:2] == ["chatbot+", "12"])
     # TTFT p50 p90 p99 in ms; then three of TPOT; met, line and smooth of 12; ideal and real hit of 3,500 tokens
     assert chat[6:9] == ["600", "1200", "1200"]
     assert chat[12:] == ["41.7", "41.7", "50.0", "80.0", "43.9"]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 132])
+def test_a_narrow_terminal_gets_the_same_report_in_more_lines(width: int) -> None:
+    verdict = judge(RUN, TWENTY, BUDGETS)
+    wide, narrow = text(verdict), text(verdict, width)
+    assert max(map(len, narrow.splitlines())) <= width
+    assert set(wide.split()) == set(narrow.split())
+    assert max(map(len, wide.splitlines())) > 132
+    assert narrow.count("offered  met") == 1  # each column once
+    assert narrow.count("TPOT p50") == 1
+
+
+def test_the_report_says_what_the_misses_broke() -> None:
+    said = text(judge(RUN, TWENTY, BUDGETS)).splitlines()
+    late = "abandoned 1, failed 1, first token late 1, left 1, pace too slow 1, refused 1, unfinished 1"
+    assert f"chatbot+ missed 7: {late}" in said
+    assert "background-agent missed 2: end too late 2" in said
+    assert "chatbot+ missed 7" in html()
+    slow = msgspec.structs.replace(TWENTY[2], token_s=[1.2, 9.0], end_s=9.0, completion_tokens=2)
+    assert "chatbot+ missed 1: first token late and pace too slow 1" in text(judge(RUN, [slow], BUDGETS))
 
 
 def test_the_report_names_the_worst_user_and_what_to_repeat_the_run_with() -> None:
