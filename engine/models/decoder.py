@@ -65,7 +65,7 @@ class Decoder:
         if layer.q_norm is not None and layer.k_norm is not None:
             for part, weight in ((queries, layer.q_norm), (keys_values[:, : config.kv_heads], layer.k_norm)):
                 part.copy_(functional.rms_norm(part, part.shape[-1:], weight, config.norm_eps))
-        turned.copy_(rotate(turned, turn))
+        rotate_(turned, turn)
         pages.write(number, keys_values)
         return layer.out(pages.attend(number, queries).flatten(1))
 
@@ -74,6 +74,14 @@ def rotate(heads: Tensor, turn: Tensor) -> Tensor:
     """[rows, heads, head_dim] turned by [rows, 1, head_dim / 2] complex: neighbours in a head are one number."""
     pairs = torch.view_as_complex(heads.float().view(*heads.shape[:2], -1, 2))
     return torch.view_as_real(pairs * turn).flatten(-2)
+
+
+def rotate_(heads: Tensor, turn: Tensor) -> None:
+    """The same in place."""
+    if heads.dtype is not torch.float32:
+        heads.copy_(rotate(heads, turn))
+    else:
+        torch.view_as_complex(heads.view(*heads.shape[:2], -1, 2)).mul_(turn)
 
 
 def rotation(frequencies: Tensor, positions: Tensor) -> Tensor:
