@@ -25,7 +25,7 @@ from engine.kv.pool import EXTENT_SLOTS, PoolError, PoolWriter, attach
 from engine.kv.tiers import Tiers
 from engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from engine.scheduling.speculate import Speculator
-from engine.step import KVMemory, ModelFacts, Runner
+from engine.step import ModelFacts, Runner
 from engine.wire import PROTOCOL_VERSION, Hello, Message, encode
 from engine.worker import Worker
 from policies.api import PolicySpec
@@ -43,7 +43,8 @@ def build(
     """A core that is ready to run."""
     root = keys.root(facts.digest, kv_dtype=facts.kv_dtype)
     trie = BlockTrie(runner.blocks_total, config.block_tokens, root)
-    tiers = _tiers(trie, runner, config, lambda: inbox.put(Wake()))
+    epoch = time.time_ns() // 1_000_000
+    tiers = _tiers(trie, runner, config, epoch, lambda: inbox.put(Wake()))
     limits = SchedulerLimits(config.sequences_max, config.waiting_max, ahead_tokens=config.ahead_tokens)
     is_gpu = config.device.startswith("cuda")
     prior = GPU_PRIOR if is_gpu else PRIOR
@@ -55,7 +56,7 @@ def build(
     hello = Hello(
         protocol=PROTOCOL_VERSION,
         worker=config.name,
-        epoch=time.time_ns() // 1_000_000,
+        epoch=epoch,
         model=facts.name,
         model_digest=facts.digest,
         device=facts.device,
@@ -85,7 +86,7 @@ def build(
     )
 
 
-def _tiers(trie: BlockTrie, runner: Runner, config: EngineConfig, wake: Callable[[], None]) -> Tiers:
+def _tiers(trie: BlockTrie, runner: Runner, config: EngineConfig, epoch: int, wake: Callable[[], None]) -> Tiers:
     """What lies below the device. A pool or folder that cannot be used is said and done without: it is only a cache."""
     memory = runner.kv
     if config.pool_fd < 0 or memory is None:
@@ -96,20 +97,21 @@ def _tiers(trie: BlockTrie, runner: Runner, config: EngineConfig, wake: Callable
         log.warning("worker %s runs without the host pool: %s", config.name, error)
         return Tiers(trie)
     extents = pool.shape.slots // EXTENT_SLOTS
-    writer = PoolWriter(pool, extents // config.pool_share)
+    writer = PoolWriter(pool, extents // config.pool_share, epoch=epoch)
     log.info(
         "worker %s: %d of %d pool slots, %d hold KV", config.name, writer.slots, pool.shape.slots, len(writer.slot_of)
     )
-    disk = _disk(trie, memory, config) if config.disk_dir else None
+    disk = _disk(trie, writer, config, epoch) if config.disk_dir else None
     hands = Hands(ThreadPoolExecutor(1, "store"), ThreadPoolExecutor(1, "restore"), wake)
     return Tiers(trie, memory, writer, disk, hands=hands)
 
 
-def _disk(trie: BlockTrie, memory: KVMemory, config: EngineConfig) -> Disk | None:
+def _disk(trie: BlockTrie, writer: PoolWriter, config: EngineConfig, epoch: int) -> Disk | None:
     # KV of another model or dtype has other keys, and a folder of its own: it is never read, and can be deleted.
     folder = Path(config.disk_dir).expanduser() / trie.root_key.hex() / config.name
     try:
-        return Disk(folder, config.disk_bytes, memory.block_bytes, ThreadPoolExecutor(1, "disk"))
+        pool, thread = writer.memory, ThreadPoolExecutor(1, "disk")
+        return Disk(folder, config.disk_bytes, pool.shape.slot_bytes, thread, epoch=epoch, distrusts=pool.distrusts)
     except DiskError as error:
         log.warning("worker %s runs without its disk tier: %s", config.name, error)
         return None

@@ -73,7 +73,7 @@ class Place:
     admin: socket.socket
     workers: Sequence[tuple[str, str]]  # (name, path of its socket)
     model: Path | None  # the prepared model: its tokenizer and template are read here; upstreams need none
-    restart: Callable[[str], None]  # ask the keeper to restart a worker
+    restart: Callable[[str, int], None]  # ask the keeper to restart a worker; an epoch whose KV is void, or 0
     config: Path  # where the configuration lies, and a changed one when SIGHUP comes
 
 
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         admin=socket.socket(fileno=arguments.admin_fd),
         workers=[(name, path) for name, _, path in workers],
         model=arguments.model,
-        restart=lambda name: _ask(arguments.keeper_fd, name),
+        restart=lambda name, distrusted: _ask(arguments.keeper_fd, f"{name}={distrusted}" if distrusted else name),
         config=arguments.config,
     )
     try:
@@ -258,8 +258,8 @@ def _tracing(config: Config, place: Place, stack: contextlib.ExitStack) -> list[
     return [tracing]
 
 
-def _ask(keeper_fd: int, name: str) -> None:
-    os.write(keeper_fd, name.encode() + b"\n")
+def _ask(keeper_fd: int, ask: str) -> None:
+    os.write(keeper_fd, ask.encode() + b"\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -268,7 +268,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, help="folder of the prepared model; not for upstreams")
     parser.add_argument("--listen-fd", type=int, required=True, help="bound socket for clients")
     parser.add_argument("--admin-fd", type=int, required=True, help="bound socket for the operator")
-    parser.add_argument("--keeper-fd", type=int, required=True, help="pipe: names of workers to restart")
+    parser.add_argument("--keeper-fd", type=int, required=True, help="pipe: workers to restart, NAME or NAME=EPOCH")
     parser.add_argument("--worker", action="append", default=[], metavar="NAME=SOCKET", help="may be repeated")
     return parser
 

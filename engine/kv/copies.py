@@ -274,8 +274,16 @@ class Copies:
         for item in restore.below:
             if self._coming.get(item.content.key) is restore:
                 del self._coming[item.content.key]
+        self._forget_void(restore.below[arrived.blocks :])
         self._publish(restore, arrived.blocks, now)
         restore.arrived, restore.is_done = arrived.blocks, True
+
+    def _forget_void(self, missed: Sequence[Below]) -> None:
+        """What we adopted of a worker that is distrusted since would else stand in the way of the right block."""
+        for item in missed:
+            if self._host.slot_of.get(item.content.key) == item.slot and self._host.memory.is_void(item.slot):
+                self._host.drop(item.content.key)
+                self.gone.append(item.content.key)
 
     def _outcome(self, restore: Restore) -> Arrived:
         assert restore.future is not None

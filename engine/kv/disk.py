@@ -38,8 +38,18 @@ class DiskError(Exception):
 class Disk:
     """Thread-safe. `holds` is a promise that only `read` redeems."""
 
-    def __init__(self, folder: Path, bytes_max: int, payload_bytes: int, run: Executor) -> None:
-        """`folder` is made, and locked for this process. Raises DiskError."""
+    def __init__(
+        self,
+        folder: Path,
+        bytes_max: int,
+        payload_bytes: int,
+        run: Executor,
+        *,
+        epoch: int = 0,
+        distrusts: Callable[[int], bool] = lambda _: False,
+    ) -> None:
+        """`folder` is made, and locked for this process; what a distrusted epoch had there is removed.
+        Raises DiskError."""
         self._folder = folder
         self._files_max = bytes_max // payload_bytes
         self._payload_bytes = payload_bytes
@@ -54,11 +64,21 @@ class Disk:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._take_over(epoch, distrusts)
             self._scan()
         except OSError as error:
             raise DiskError(
                 f"{folder} cannot be used for KV ({error.strerror}); another process may hold it"
             ) from error
+
+    def _take_over(self, epoch: int, distrusts: Callable[[int], bool]) -> None:
+        """The folder says whose it was last."""
+        mark = self._folder / "epoch"
+        last = mark.read_text(encoding="ascii", errors="replace") if mark.exists() else ""
+        if last.isascii() and last.isdigit() and distrusts(int(last)):
+            for path in self._folder.glob(f"*{_SUFFIX}"):
+                path.unlink(missing_ok=True)
+        mark.write_text(str(epoch), encoding="ascii")
 
     def _scan(self) -> None:
         found = sorted(self._folder.glob(f"*{_SUFFIX}"), key=lambda path: path.stat().st_mtime_ns)

@@ -20,8 +20,11 @@ from engine.step import Bytes
 EXTENT_SLOTS = 64  # leased as one: a lock a slot would be 416k/64 = 6,500 locks for 8B KV in 64 GB
 PAGE_BYTES = 4096
 WAYS = 4  # cells a directory set has; there are two cells a slot, so an overfull set is rare, and costs one miss
-_MAGIC = 0x4845_4144_5741_5932
+_MAGIC = 0x4845_4144_5741_5933
 _HEADER = np.dtype([("magic", "<u8"), ("slot_bytes", "<u8"), ("slots", "<u8"), ("block_tokens", "<u8")])
+# In the header page: epochs of workers whose KV is void, written by the keeper in turn; 0 is none.
+DISTRUSTED_OFFSET = 64
+DISTRUSTED_MAX = 32
 
 
 class PoolError(Exception):
@@ -47,10 +50,11 @@ class PoolShape:
 
     @property
     def slot_header(self) -> np.dtype[np.void]:
-        """Generation (odd: being written), key, parent key and token ids of the block in a slot."""
+        """Generation (odd: being written), the writer's epoch, key, parent key and token ids of the block in a slot."""
         return np.dtype(
             [
                 ("generation", "<u8"),
+                ("epoch", "<u8"),
                 ("key", "V16"),
                 ("parent", "V16"),
                 ("tokens", "<i4", (self.block_tokens,)),
@@ -125,14 +129,23 @@ class PoolMemory:
         self.headers = np.frombuffer(self._map, shape.slot_header, shape.slots, shape.headers_offset)
         cells = np.frombuffer(self._map, np.uint32, shape.directory_sets * WAYS, PAGE_BYTES)
         self._directory = cells.reshape(shape.directory_sets, WAYS)  # slot + 1, 0: none
+        self._distrusted = np.frombuffer(self._map, np.uint64, DISTRUSTED_MAX, DISTRUSTED_OFFSET)
         flat = np.frombuffer(self._map, np.uint8, shape.slots * shape.slot_stride, shape.payload_offset)
         self.payloads = flat.reshape(shape.slots, shape.slot_stride)[:, : shape.slot_bytes]
 
     def holds(self, slot: int, key: bytes, tokens: Ids) -> bool:
-        """Whether a slot holds exactly this block, complete."""
-        if not 0 <= slot < self.shape.slots:
+        """Whether a slot holds exactly this block, complete, from a worker that is believed."""
+        if not 0 <= slot < self.shape.slots or not self.is_named(slot, key):
             return False
-        return self.is_named(slot, key) and bool(np.array_equal(self.headers["tokens"][slot], tokens))
+        return bool(np.array_equal(self.headers["tokens"][slot], tokens)) and not self.is_void(slot)
+
+    def is_void(self, slot: int) -> bool:
+        """Whether who wrote a slot is distrusted."""
+        return self.distrusts(int(self.headers["epoch"][slot]))
+
+    def distrusts(self, epoch: int) -> bool:
+        """Whether what this worker wrote is void: it sent what no correct worker sends."""
+        return epoch != 0 and epoch in self._distrusted.tolist()
 
     def is_named(self, slot: int, key: bytes) -> bool:
         """Whether a slot is complete and says that it holds this key; its tokens are not looked at."""
@@ -177,7 +190,7 @@ class PoolMemory:
 
     def close(self) -> None:
         """Unmap. Arrays taken from it must be gone."""
-        del self.headers, self.payloads, self._directory
+        del self.headers, self.payloads, self._directory, self._distrusted
         self._map.close()
 
 
@@ -188,9 +201,14 @@ class PoolWriter:
     next worker that takes it finds the blocks still there. Nobody but the holder writes or evicts."""
 
     def __init__(
-        self, memory: PoolMemory, extents_max: int, lock: Callable[[PoolMemory, int], bool] | None = None
+        self,
+        memory: PoolMemory,
+        extents_max: int,
+        lock: Callable[[PoolMemory, int], bool] | None = None,
+        epoch: int = 0,  # of the worker that writes; 0 can never be distrusted
     ) -> None:
         self.memory = memory
+        self._epoch = epoch
         self._lock = lock or _lock
         self.extents: list[int] = []
         self.slot_of: OrderedDict[bytes, int] = OrderedDict()  # oldest first
@@ -207,7 +225,7 @@ class PoolWriter:
                 self._adopt(extent)
 
     def _adopt(self, extent: int) -> None:
-        """Blocks that a dead writer left are ours now; what it was writing when it died is nothing."""
+        """Blocks that a dead writer left are ours now if it is believed; what it was writing when it died is nothing."""
         headers, slots = self.memory.headers, range(extent * EXTENT_SLOTS, (extent + 1) * EXTENT_SLOTS)
         if not headers["generation"][slots.start : slots.stop].any():  # never used: a large pool starts in no time
             self._free.extend(slots)
@@ -215,8 +233,8 @@ class PoolWriter:
         for slot in slots:
             generation = int(headers[slot]["generation"])
             key = headers[slot]["key"].tobytes()
-            is_named = key != bytes(KEY_BYTES)
-            if generation % 2 == 0 and generation > 0 and is_named and key not in self.slot_of:
+            is_good = key != bytes(KEY_BYTES) and not self.memory.is_void(slot)
+            if generation % 2 == 0 and generation > 0 and is_good and key not in self.slot_of:
                 self.slot_of[key] = slot
             else:
                 headers["generation"][slot] = generation + generation % 2
@@ -268,6 +286,7 @@ class PoolWriter:
         slot, evicted = taken
         headers = self.memory.headers
         headers["generation"][slot] += 1
+        headers["epoch"][slot] = self._epoch
         headers["key"][slot] = np.void(content.key)
         headers["parent"][slot] = np.void(content.parent)
         headers["tokens"][slot] = content.tokens

@@ -11,6 +11,7 @@ import select
 import shutil
 import signal
 import socket
+import struct
 import sys
 import tempfile
 import time
@@ -31,6 +32,8 @@ REREAD_S = 20.0  # for reading the configuration again: imports of the policy's 
 STOP_WORKERS_S = 5.0  # a worker whose router is gone has nothing to finish
 BACKLOG = 2048  # connections that wait while a router restarts
 ASK_MAX_BYTES = 4096  # names of workers to kill, from the router
+# Where the pool's header page has the epochs of workers whose KV is void (engine/kv/pool.py; a test holds them equal).
+DISTRUSTED_OFFSET, DISTRUSTED_MAX = 64, 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,8 @@ class Keeper:
     _hangups: int = 0  # SIGHUPs not obeyed yet
     _serves_since: float = 0.0
     _is_ready: bool = False  # the banner was said
+    _pool: int = -1  # descriptor of the workers' shared KV memory
+    _distrusted: int = 0  # epochs so far
 
     def run(self) -> int:
         """Serve until stopped. Returns the exit code; no child is left."""
@@ -83,6 +88,7 @@ class Keeper:
                 stack.callback(self._kill_all)
                 model = self._prepare(wake) if self.plan.prepare else ""
                 pool = stack.enter_context(_pool(self.plan.pool_bytes))
+                self._pool = pool
                 self._plan_children(run, model, pool, (listen.fileno(), admin.fileno(), ask))
                 self._serve(wake, asks, run, (listen.getsockname(), admin.getsockname()[1]))
                 listen.close()  # from here on a connection is refused, not left waiting for nobody
@@ -141,8 +147,9 @@ class Keeper:
                 self._announce(address, admin_port, now)
             due = [child.start_at - now for child in self._children if child.process is None]
             pause = min([*due, READY_POLL_S] if not self._is_ready else due, default=None)
-            for name in _wait(wake, (asks,), pause):
-                self._restart(name)
+            for asked in _wait(wake, (asks,), pause):
+                name, _, epoch = asked.partition("=")
+                self._restart(name, int(epoch or 0))
             if self._hangups:
                 self._reread(wake, run)
 
@@ -170,11 +177,15 @@ class Keeper:
         again_s = child.start_at - now
         self.say(f"headway: {child.name} ended ({ending(code)}) after {lived_s:.0f} s; again in {again_s:g} s")
 
-    def _restart(self, name: str) -> None:
-        """The router asks for this when a worker stays stalled: only its parent can kill it without a mistake."""
+    def _restart(self, name: str, epoch: int) -> None:
+        """The router asks for this when a worker stays stalled, or sent garbage: then nobody may use what `epoch`
+        left in the pool. Only its parent can kill it without a mistake."""
         for child in self._children:
             if child.name == name:
-                self.say(f"headway: {name} makes no step; killing it")
+                if epoch and self._pool >= 0:
+                    distrust(self._pool, epoch, self._distrusted)
+                    self._distrusted += 1
+                self.say(f"headway: {name} {'sends garbage' if epoch else 'makes no step'}; killing it")
                 child.kill()
 
     def _reread(self, wake: socket.socket, run: Path) -> None:
@@ -279,6 +290,11 @@ def _pool(size: int) -> Iterator[int]:
         yield pool
     finally:
         os.close(pool)
+
+
+def distrust(pool: int, epoch: int, number: int) -> None:
+    """Make void what a worker wrote there; before its kill, which lets others adopt it."""
+    os.pwrite(pool, struct.pack("<Q", epoch), DISTRUSTED_OFFSET + 8 * (number % DISTRUSTED_MAX))
 
 
 def _listen(host: str, port: int, key: str) -> socket.socket:

@@ -91,9 +91,9 @@ class WorkerState:
     stalled_at: float | None = None  # ejected for a stall, and not back yet
 
 
-def no_keeper(name: str) -> None:
+def no_keeper(name: str, distrusted: int) -> None:
     """Stands where nobody can restart a worker."""
-    log.error("worker %s stalls, and no keeper is here to restart it", name)
+    log.error("worker %s %s, and no keeper is here to restart it", name, "sends garbage" if distrusted else "stalls")
 
 
 class Fleet:
@@ -107,7 +107,7 @@ class Fleet:
         *,
         engine: PolicySpec = HEADWAY,
         limits: FleetLimits | None = None,
-        restart: Callable[[str], None] = no_keeper,
+        restart: Callable[[str, int], None] = no_keeper,  # by name; the epoch whose KV is void, 0: none
         clock: Callable[[], float] = time.monotonic,
     ):
         self._watcher = watcher
@@ -208,7 +208,7 @@ class Fleet:
                 if state.stalled_at is not None and now - state.stalled_at > self._limits.kill_after_s:
                     state.stalled_at = None
                     log.warning("worker %s stays stalled; asking the keeper to restart it", state.name)
-                    self._restart(state.name)
+                    self._restart(state.name, 0)
 
     # What links tell --------------------------------------------------------------------------------------------------
 
@@ -261,6 +261,9 @@ class Fleet:
         else:
             log.warning("worker %s is lost with %d requests: %s", state.name, link.orphan_count, reason)
         self._watcher.worker_lost(WorkerLost(state.id, reason))
+        if link.is_garbled and link.hello is not None:
+            log.error("worker %s sent garbage; asking the keeper to restart it without its KV", state.name)
+            self._restart(state.name, link.hello.epoch)
 
 
 def _is_same(model: ModelView, hello: Hello) -> bool:

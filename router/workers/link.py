@@ -92,6 +92,7 @@ class Link(asyncio.Protocol):
         self.sink_faults = 0  # exceptions of sinks, each ended its own attempt alone
         self.down = asyncio.Event()
         self.is_stalled = False
+        self.is_garbled = False  # it sent what no correct worker sends, after a good hello
         self.orphan_count = 0  # requests that it held when it went down
         self._owner = owner
         self._welcome = welcome
@@ -103,6 +104,7 @@ class Link(asyncio.Protocol):
         self._next_handle = 1
         self._hinted: dict[str, Callable[[HintAck], None]] = {}
         self._vocab_size = 0
+        self._is_greeted = False
         self._opened_at = clock()
         self._progress_at = self._opened_at
         self._heard_at = self._opened_at
@@ -191,6 +193,7 @@ class Link(asyncio.Protocol):
                     return
                 self._take(decode_from_worker(frame))
         except WireError as error:
+            self.is_garbled = self._is_greeted
             self.eject(f"bad frame: {error}")
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -222,6 +225,7 @@ class Link(asyncio.Protocol):
         self._progress_at = self._clock()
         self._send(self._welcome)
         self._owner.link_up(self, hello)
+        self._is_greeted = True
 
     # Hot: once per frame and worker. Budget 15 us for a report without tokens; bench/link.py.
     def _step(self, frame: StepFrame) -> None:

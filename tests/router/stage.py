@@ -22,6 +22,8 @@ class Ready(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         if self.path == "/stall":
             os.write(int(flags["--keeper-fd"]), b"w0\\n")
+        if self.path == "/garble":
+            os.write(int(flags["--keeper-fd"]), b"w0=77\\n")
         budgets = {"chatbot+": {"ttft_s": 1.5}}
         state = {"ready": True, "workers": 1, "model": "tiny", "budgets": budgets, "needs_key": False}
         body = json.dumps(state).encode()

@@ -15,7 +15,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from engine.kv.keys import Ids
-from engine.kv.pool import EXTENT_SLOTS, Content, PoolError, PoolMemory, PoolShape, PoolWriter, attach
+from engine.kv.pool import (
+    DISTRUSTED_OFFSET,
+    EXTENT_SLOTS,
+    Content,
+    PoolError,
+    PoolMemory,
+    PoolShape,
+    PoolWriter,
+    attach,
+)
 from engine.step import Bytes
 
 SHAPE = PoolShape(block_tokens=4, slot_bytes=5000, slots=2 * EXTENT_SLOTS)
@@ -178,6 +187,25 @@ def test_a_dead_workers_blocks_are_adopted_and_a_living_ones_are_not() -> None:
     heir.check()
     memory.close()
     os.close(descriptor)
+
+
+def distrust(memory: PoolMemory, epoch: int) -> None:
+    os.pwrite(memory.descriptor, epoch.to_bytes(8, "little"), DISTRUSTED_OFFSET)
+
+
+def test_what_a_distrusted_worker_wrote_is_a_miss_and_is_not_adopted(memory: PoolMemory) -> None:
+    good = stored(PoolWriter(memory, 1, epoch=5), 7)
+    heir = PoolWriter(memory, 1, epoch=6)
+    bad = stored(heir, 8)
+
+    distrust(memory, 6)
+
+    assert load(memory, bad, 8) is None
+    assert load(memory, good, 7) is not None  # the heir kept it, another one wrote it
+    last = PoolWriter(memory, 1, epoch=7)
+    assert list(last.slot_of) == [key_of(7)]
+    last.check()
+    assert load(memory, stored(last, 8), 8) is not None
 
 
 class PoolMachine(RuleBasedStateMachine):

@@ -17,6 +17,7 @@ from engine.kv.pool import EXTENT_SLOTS, PoolWriter
 from engine.scheduling.scheduler import SchedulerLimits
 from engine.wire import Hint, HintAck, HintAction
 from policies.retention import Band
+from router.host.keeper import distrust
 from tests.engine.later import Later
 from tests.engine.process import fake_worker
 from tests.engine.rig import AGENT, BATCH, CHAT, FAKE_BLOCK_BYTES, SIZE, Rig, expected, order, pool_of, prompt
@@ -266,6 +267,19 @@ def test_threads_copy_the_same() -> None:
         assert rig.tiers.load().restored_host > 0
 
 
+def test_what_was_adopted_of_a_worker_distrusted_later_is_computed_anew_and_stored_again() -> None:
+    memory, ids = pool_of(4 * EXTENT_SLOTS), prompt(1, 10 * SIZE)
+    serve(Rig(blocks=24, host=PoolWriter(memory, 4, epoch=5)), 1, ids)
+    rig = Rig(blocks=24, host=PoolWriter(memory, 4, epoch=6))
+    distrust(memory.descriptor, 5, 0)
+
+    serve(rig, 1, ids)
+    assert rig.tiers.load().restored_host == 0
+    push_out(rig)
+    serve(rig, 2, ids)
+    assert rig.tiers.load().restored_host > 0
+
+
 # Disk ----------------------------------------------------------------------------------------------------------------
 
 
@@ -290,6 +304,24 @@ def test_what_the_pool_evicts_comes_back_from_disk(tmp_path: Path) -> None:
     serve(rig, 2, ids)
     assert rig.starts[2].cached_tokens == 10 * SIZE
     assert rig.tiers.load().restored_disk == 10
+
+
+def test_a_folder_of_a_distrusted_worker_is_emptied_and_that_of_another_one_is_not(tmp_path: Path) -> None:
+    _, ids = evicted_to_disk(tmp_path)
+    chain = keys.split(keys.chain(keys.root("digest"), ids, SIZE))
+
+    def reopened(epoch: int, distrusted: int) -> bool:
+        bound = 1000 * FAKE_BLOCK_BYTES
+        disk = Disk(tmp_path, bound, FAKE_BLOCK_BYTES, Inline(), epoch=epoch, distrusts=lambda each: each == distrusted)
+        held = [disk.holds(key) for key in chain]
+        disk.close()
+        assert all(held) or not any(held)
+        return held[0]
+
+    assert reopened(epoch=6, distrusted=5)
+    assert reopened(epoch=7, distrusted=5)
+    assert not reopened(epoch=8, distrusted=7)
+    assert not list(tmp_path.glob("*.kv"))
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone", "foreign", "old"])
@@ -324,7 +356,7 @@ def test_files_outlive_the_process_and_their_number_is_bounded(tmp_path: Path) -
     found.close()
     fewer = disk_of(tmp_path, files=4)
     assert len(fewer) == len(list(tmp_path.glob("*.kv"))) == 4
-    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".kv") == ["README", "lock"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".kv") == ["README", "epoch", "lock"]
 
 
 def test_a_slow_disk_loses_blocks_and_delays_nobody(tmp_path: Path) -> None:

@@ -17,8 +17,10 @@ from pathlib import Path
 
 import pytest
 
+from engine.kv.pool import DISTRUSTED_MAX, EXTENT_SLOTS, PoolShape, attach
 from router.host.banner import banner
 from router.host.child import HEALTHY_S, RESTART_MAX_S, Child
+from router.host.keeper import distrust
 from tests.router.stage import DEAF_ROUTER, WORKER
 
 DEADLINE_S = 30.0  # of each wait; nothing here takes a tenth of it on an idle machine
@@ -127,6 +129,31 @@ def test_a_router_may_ask_for_the_death_of_a_stalled_worker(tmp_path: Path) -> N
 
         until(lambda: len(keeper.pids("w0")) == 2, "w0 runs again")
         assert not is_alive(keeper.pids("w0")[0])
+
+
+def test_a_router_may_ask_for_the_death_of_a_worker_that_sends_garbage(tmp_path: Path) -> None:
+    with stage(tmp_path) as keeper:
+        keeper.until_said("Ctrl-C drains")
+
+        keeper.ask("/garble")
+
+        keeper.until_said("w0 sends garbage; killing it")
+        until(lambda: len(keeper.pids("w0")) == 2, "w0 runs again")
+
+
+def test_the_keeper_makes_void_what_workers_then_take_for_void() -> None:
+    shape = PoolShape(block_tokens=4, slot_bytes=64, slots=EXTENT_SLOTS)
+    pool = os.memfd_create("pool")
+    os.ftruncate(pool, shape.total_bytes)
+    memory = attach(pool, shape.block_tokens, shape.slot_bytes)
+
+    for number in range(DISTRUSTED_MAX + 1):
+        distrust(pool, 1000 + number, number)
+
+    told = [epoch for epoch in range(990, 1100) if memory.distrusts(epoch)]
+    assert told == list(range(1001, 1001 + DISTRUSTED_MAX))  # the oldest made room
+    memory.close()
+    os.close(pool)
 
 
 def test_a_second_signal_does_not_wait_for_the_drain(tmp_path: Path) -> None:

@@ -202,6 +202,31 @@ def test_a_lost_worker_is_dialled_again(tmp_path: Path) -> None:
     asyncio.run(scene())
 
 
+def test_a_worker_that_sends_garbage_is_named_to_the_keeper_with_the_epoch_that_is_void(tmp_path: Path) -> None:
+    async def scene() -> None:
+        worker, asked = Worker(hello()), asyncio.get_running_loop().create_future()
+        watcher = Quiet(on_event=worker.changed.set)
+        address = str(tmp_path / "w0.sock")
+        limits = FleetLimits(retry_first_s=60.0)
+        fleet = Fleet([("w0", address)], watcher, "{}", limits=limits, restart=lambda *ask: asked.set_result(ask))
+        server = await asyncio.start_unix_server(worker.serve, address)
+        running = asyncio.create_task(fleet.run())
+        await worker.until(lambda: bool(fleet.models()))
+
+        assert worker.writer is not None
+        worker.writer.write(b"\x04\x00\x00\x00\xff\xff\xff\xff")
+
+        async with asyncio.timeout(10):
+            assert await asked == ("w0", hello().epoch)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        server.close()
+        await server.wait_closed()
+
+    asyncio.run(scene())
+
+
 def test_a_worker_that_stays_stalled_is_named_to_the_keeper(tmp_path: Path) -> None:
     async def scene() -> None:
         worker, asked = Worker(hello()), asyncio.get_running_loop().create_future()
@@ -210,7 +235,7 @@ def test_a_worker_that_stays_stalled_is_named_to_the_keeper(tmp_path: Path) -> N
             retry_first_s=60.0, check_s=0.01, kill_after_s=0.05, link=LinkLimits(stall_s=0.05, stall_steps=0.0)
         )
         address = str(tmp_path / "w0.sock")
-        fleet = Fleet([("w0", address)], watcher, "{}", limits=limits, restart=asked.set_result)
+        fleet = Fleet([("w0", address)], watcher, "{}", limits=limits, restart=lambda *ask: asked.set_result(ask))
         server = await asyncio.start_unix_server(worker.serve, address)
         running = asyncio.create_task(fleet.run())
         await worker.until(lambda: bool(fleet.models()))
@@ -219,7 +244,7 @@ def test_a_worker_that_stays_stalled_is_named_to_the_keeper(tmp_path: Path) -> N
         fleet.submit(W0, A, submit(), sink)
 
         async with asyncio.timeout(10):
-            assert await asked == "w0"
+            assert await asked == ("w0", 0)
         assert isinstance(worker.heard[1], Submit)
         assert str(sink.events[0]).startswith("stalled: no step for")
         running.cancel()
