@@ -52,6 +52,7 @@ Prints what a recorded request said of itself, what was remembered of its sessio
 example:
   headway explain-class run.jsonl 49780ea5b837     the x-headway-request of an answer, or its beginning"""
 
+MISUSED = 2
 RAW = argparse.RawDescriptionHelpFormatter
 
 
@@ -147,7 +148,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         path: Path | None = arguments.config or default_file()
         config = checked(path, flags, os.environ)
     except (ConfigError, KeysError) as error:
-        return _complain(error)
+        return _complain(error, MISUSED)
     return Keeper(make_plan(config, os.environ, reread=reread(path, flags))).run()
 
 
@@ -227,9 +228,9 @@ def default_file() -> Path | None:
     return path if path.exists() else None
 
 
-def _complain(error: Exception) -> int:
+def _complain(error: Exception, code: int = 1) -> int:
     print(error, file=sys.stderr)
-    return 1
+    return code
 
 
 if __name__ == "__main__":

@@ -225,7 +225,7 @@ class PoolWriter:
                 self._adopt(extent)
 
     def _adopt(self, extent: int) -> None:
-        """Blocks that a dead writer left are ours now if it is believed; what it was writing when it died is nothing."""
+        """Blocks that a dead writer left are ours now if it is believed; what it was writing is nothing."""
         headers, slots = self.memory.headers, range(extent * EXTENT_SLOTS, (extent + 1) * EXTENT_SLOTS)
         if not headers["generation"][slots.start : slots.stop].any():  # never used: a large pool starts in no time
             self._free.extend(slots)

@@ -56,7 +56,11 @@ class Plan:
 
 
 class StartError(Exception):
-    """Nothing can be served. The message is for the person who typed `headway serve`."""
+    """Nothing can be served. The message is for the person who typed `headway serve`, `code` for what waits on it."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = BAD_SETTINGS if code == BAD_SETTINGS else 1
 
 
 @dataclass(slots=True)
@@ -95,7 +99,7 @@ class Keeper:
                 self._drain(wake)
             except StartError as error:
                 self.say(f"headway: {error}")
-                return 1
+                return error.code
         return 0
 
     # Start ------------------------------------------------------------------------------------------------------------
@@ -118,7 +122,9 @@ class Keeper:
             lines = printed.read().decode(errors="replace").split("\n")
         model = next((line for line in reversed(lines) if line), "")
         if child.process.returncode != 0 or not model:
-            raise StartError(f"the model could not be prepared ({ending(child.process.returncode)})")
+            raise StartError(
+                f"the model could not be prepared ({ending(child.process.returncode)})", child.process.returncode
+            )
         return model
 
     def _plan_children(self, run: Path, model: str, pool: int, fds: tuple[int, int, int]) -> None:
@@ -173,7 +179,7 @@ class Keeper:
         if code is None:
             return
         if not self._is_ready and (code == BAD_SETTINGS or child.deaths >= START_DEATHS_MAX):
-            raise StartError(f"{child.name} cannot start ({ending(code)}); see its lines above")
+            raise StartError(f"{child.name} cannot start ({ending(code)}); see its lines above", code)
         again_s = child.start_at - now
         self.say(f"headway: {child.name} ended ({ending(code)}) after {lived_s:.0f} s; again in {again_s:g} s")
 

@@ -41,7 +41,7 @@ def test_a_bad_configuration_is_explained_and_serves_nothing(
 
     codes = (main(["check-config", str(path)]), main(["serve", "--config", str(path)]))
 
-    assert codes == (1, 1)
+    assert codes == (1, 2)
     line = f"{path}:2: workers.cuont: no such key; did you mean workers.count?\n"
     assert capsys.readouterr().err == line * 2
 

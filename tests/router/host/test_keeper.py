@@ -180,16 +180,17 @@ def test_children_die_with_a_killed_keeper(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("commands", "words"),
+    ("commands", "words", "code"),
     [
-        ({"prepare": ["raise SystemExit(3)"]}, "the model could not be prepared (exit code 3)"),
-        ({"worker": ["raise SystemExit(4)"], "router": [WORKER, "router"]}, "w0 cannot start (exit code 4)"),
-        ({"worker": ["raise SystemExit(2)"], "router": [WORKER, "router"]}, "w0 cannot start (exit code 2)"),
+        ({"prepare": ["raise SystemExit(3)"]}, "the model could not be prepared (exit code 3)", 1),
+        ({"prepare": ["raise SystemExit(2)"]}, "the model could not be prepared (exit code 2)", 2),
+        ({"worker": ["raise SystemExit(4)"], "router": [WORKER, "router"]}, "w0 cannot start (exit code 4)", 1),
+        ({"worker": ["raise SystemExit(2)"], "router": [WORKER, "router"]}, "w0 cannot start (exit code 2)", 2),
     ],
 )
-def test_what_cannot_start_is_said_and_nothing_is_left(tmp_path: Path, commands: object, words: str) -> None:
+def test_what_cannot_start_is_said_and_nothing_is_left(tmp_path: Path, commands: object, words: str, code: int) -> None:
     with stage(tmp_path, commands=commands) as keeper:
-        assert keeper.process.wait(DEADLINE_S) == 1
+        assert keeper.process.wait(DEADLINE_S) == code
 
         assert words in keeper.text()
         assert ("again in" in keeper.text()) == ("exit code 4" in words), "bad settings are not tried again"
