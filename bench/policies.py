@@ -114,8 +114,9 @@ def _commit() -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
-        "--scale", choices=SCALES, default="full", help="quick: 5 min; part: an hour; full: 3 h on 2 cores"
+        "--scale", choices=SCALES, default="full", help="quick: 5 min; part: half an hour; full: 3 h on 2 cores"
     )
+    parser.add_argument("--seeds", type=int, default=0, help="another number of seeds a point; kept runs stay")
     parser.add_argument("--quick", action="store_const", const="quick", dest="scale", help="the same as --scale quick")
     parser.add_argument("--traces", type=Path, default=os.environ.get("HEADWAY_TRACES"), help="folder of public traces")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a process each (2)")

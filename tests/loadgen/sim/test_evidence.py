@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace as changed
 
-from bench import policy_tables
+from bench import policies, policy_tables
 from bench.policies import MAIN, SCALES, run
 from bench.policy_lab import Lab, Scale, Slice, crossings, margin
 from bench.policy_runs import Run, Side, Tallies, joined, measure
@@ -120,3 +120,15 @@ def test_every_scale_names_its_slices_once() -> None:
     for scale in SCALES.values():
         assert len(set(scale.cases)) == len(scale.slices)
         assert OURS in (scale.contest or MAIN)
+
+
+def test_the_command_runs_what_its_words_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Lab] = []
+    monkeypatch.setattr(policies, "run", lambda lab, _: asked.append(lab))
+    out = tmp_path / "new" / "report"
+    assert policies.main(["--quick", "--jobs", "1", "--out", str(out)]) == 0
+    assert policies.main(["--scale", "part", "--seeds", "5", "--jobs", "1", "--traces", "t", "--out", str(out)]) == 0
+    assert [(lab.scale.name, lab.scale.slices[0].seeds, lab.folder) for lab in asked] == [
+        ("quick", 1, None),
+        ("part", 5, Path("t")),
+    ]
