@@ -1,4 +1,4 @@
-"""Makes a GPU runner: weights onto the device, a self-check, KV memory from what is left, steps captured.
+"""Makes a GPU runner: weights loaded while kernels compile, a self-check, KV memory from what is left, steps captured.
 
 Owns the order of a GPU worker's start and its fall-backs. Never computes a step."""
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from engine.compute import precompile
 from engine.compute.arrange import bucket, most
 from engine.compute.gpu_runner import FREE_SHARE, GpuRunner
 from engine.compute.runner import RunnerConfig, TorchRunner
@@ -33,9 +34,14 @@ def load(
     started = time.perf_counter()
     torch.cuda.set_device(device)
     with torch.inference_mode():
-        made = on_device(folder, device)
-        torch.cuda.synchronize()
-        log.info("weights on %s after %.1f s", torch.cuda.get_device_name(device), time.perf_counter() - started)
+        with precompile.beside(folder, device, block_tokens, sequences_max):
+            made = on_device(folder, device)
+            torch.cuda.synchronize()
+        log.info(
+            "weights on %s and kernels compiled after %.1f s",
+            torch.cuda.get_device_name(device),
+            time.perf_counter() - started,
+        )
         shape = gpu.shape_of(made.config, block_tokens)
         wrong = check.failures(device, DTYPE, shape)
         if {"attention", "prefill", "sampling"} & set(wrong):

@@ -64,8 +64,10 @@ class GpuRunner:
     """engine.step.Runner on one CUDA device (elsewhere too, under Triton's interpreter: slow, and what tests use)."""
 
     def __init__(
-        self, weights: gpu.Weights, block_tokens: int, blocks: int, sequences_max: int, table: tuned.Table | None = None
-    ):
+        self, weights: gpu.Weights, block_tokens: int, blocks: int, sequences_max: int,
+        table: tuned.Table | None = None, *, card: str = "",
+    ):  # fmt: skip
+        """`card` names the device whose launches are rehearsed, where weights lie on none."""
         config, device = weights.config, weights.embedding.device
         if blocks < 1:
             raise ModelError("no GPU memory is left for KV beside the weights")
@@ -75,9 +77,9 @@ class GpuRunner:
             (blocks, config.layers, 2, config.kv_heads, block_tokens, config.head_dim),
             dtype=weights.embedding.dtype, device=device,
         )  # fmt: skip
-        name = torch.cuda.get_device_name(device) if self._is_cuda else "none"
-        few, many = (FEW, MANY) if self._is_cuda else (INTERPRETED, INTERPRETED)
-        self._decoder = gpu.GpuDecoder(weights, shape, pool, table or tuned.load(name), few)
+        name = torch.cuda.get_device_name(device) if self._is_cuda else card
+        few, many = (FEW, MANY) if name else (INTERPRETED, INTERPRETED)
+        self._decoder = gpu.GpuDecoder(weights, shape, pool, table or tuned.load(name or "none"), few)
         self._many = replace(self._decoder, launch=many)
         most = arrange.most(sequences_max)
         width = min(-(-config.context_max // block_tokens), blocks) + 1
@@ -226,19 +228,41 @@ class GpuRunner:
             yield lambda: self._compute(step)
             torch.cuda.synchronize()
 
+    def rehearse(self, batch: StepBatch) -> None:
+        """Make the launches of a step and nothing else: tensors may lie on no device (engine/compute/precompile.py)."""
+        with torch.inference_mode():
+            self._compute(arrange.arrange(batch, self._packing))
+
     def warm(self, sequences_max: int) -> None:
         """Compile and capture the steps of decodes alone and of one chunk alone, so that no stream waits for it."""
-        decodes = [Shape(rows, 0, context) for rows in arrange.DECODE_BUCKETS for context in WARM_CONTEXTS]
-        chunks = [Shape(0, rows, 0) for rows in arrange.CHUNK_BUCKETS]
-        for shape in [shape for shape in decodes if shape.decodes <= sequences_max] + chunks:
-            for blocks in {1, self.blocks_total} if shape.decodes > 1 else {1}:  # one block for all: a shared prefix
-                batch, _ = batch_of(shape, self.block_tokens, blocks)
-                for _ in range(2):  # plain, then captured
-                    self.run(batch)
-        # Both at once: compiled only, for there are hundreds. Tiles differ by rows, lists by sequences.
-        for beside in (rows for rows in arrange.BESIDE_BUCKETS if 0 < rows <= sequences_max):
-            for chunk_rows, chunked in WARM_CHUNKS:
-                self.run(_mixed(beside, chunk_rows, chunked, self.block_tokens, sequences_max))
+        context_max = min(self.model.context_max, self.blocks_total * self.block_tokens)
+        for batch in warm_captured(self.block_tokens, self.blocks_total, sequences_max, context_max):
+            for _ in range(2):  # plain, then captured
+                self.run(batch)
+        for batch in warm_compiled(self.block_tokens, sequences_max, context_max):
+            self.run(batch)
+
+
+def warm_captured(block_tokens: int, blocks_total: int, sequences_max: int, context_max: int) -> Iterator[StepBatch]:
+    """Steps that a worker captures at its start: decodes alone, one chunk alone."""
+    contexts = sorted({min(context, context_max - 1) for context in WARM_CONTEXTS})
+    decodes = [Shape(rows, 0, context) for rows in arrange.DECODE_BUCKETS for context in contexts]
+    chunks = [Shape(0, rows, 0) for rows in arrange.CHUNK_BUCKETS]
+    for shape in [shape for shape in decodes if shape.decodes <= sequences_max] + chunks:
+        if shape.context + max(shape.chunk, 1) > context_max:
+            continue
+        for blocks in {1, blocks_total} if shape.decodes > 1 else {1}:  # one block for all: a shared prefix
+            yield batch_of(shape, block_tokens, blocks)[0]
+
+
+def warm_compiled(block_tokens: int, sequences_max: int, context_max: int) -> Iterator[StepBatch]:
+    """Decodes and chunks at once: compiled only, for there are hundreds. Tiles differ by rows, lists by sequences, and
+    by whether decodes share a beginning."""
+    for beside in (rows for rows in arrange.BESIDE_BUCKETS if 0 < rows <= sequences_max):
+        for chunk_rows, chunked in WARM_CHUNKS:
+            yield _mixed(beside, chunk_rows, chunked, block_tokens, sequences_max)
+            for context in {min(WARM_CONTEXTS[-1], context_max - 1), context_max - 1}:
+                yield _mixed(beside, chunk_rows, chunked, block_tokens, sequences_max, context=context)
 
 
 def _found(batch: StepBatch, ahead: StepBatch) -> Int64 | None:
@@ -295,15 +319,18 @@ def _needs_host(wanted: Sampling, position: int) -> bool:
     return is_steered or wanted.has_penalties or wanted.logprobs >= 0
 
 
-def _mixed(decodes: int, chunk_rows: int, chunked: int, block_tokens: int, sampled_max: int) -> StepBatch:
-    """A made-up step of decodes and several chunks; it writes nowhere."""
+def _mixed(
+    decodes: int, chunk_rows: int, chunked: int, block_tokens: int, sampled_max: int, *, context: int = 1
+) -> StepBatch:
+    """A made-up step of decodes that see `context` tokens of one block and several chunks; it writes nowhere."""
     counts = np.array([1] * decodes + [chunk_rows // chunked] * chunked)
+    contexts = np.array([context] * decodes + [chunk_rows // chunked] * chunked, np.int32)
     starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
     rows = int(starts[-1])
     sampled = min(len(counts), sampled_max)
     return StepBatch(
         np.zeros(rows, np.int32), (np.arange(rows) - np.repeat(starts[:-1], counts)).astype(np.int32),
-        np.full(rows, -1, np.int64), starts, counts.astype(np.int32),
-        np.zeros((len(counts), -(-int(counts.max()) // block_tokens)), np.int32), starts[1 : sampled + 1] - 1,
+        np.full(rows, -1, np.int64), starts, contexts,
+        np.zeros((len(counts), -(-int(contexts.max()) // block_tokens)), np.int32), starts[1 : sampled + 1] - 1,
         (Sampling(temperature=0.0),) * sampled, np.zeros(sampled, np.int32),
     )  # fmt: skip

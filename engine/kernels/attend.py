@@ -116,7 +116,7 @@ def merge(
         tl.store(at, (acc / total[:, None]).to(out.dtype.element_ty), mask=inside[:, None] & (d < HEAD_DIM))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["TABLE_STRIDE"])  # one kernel whatever memory there is
 def attend(
     qkv, turn, q_norm, k_norm, kv, table, items, item_count, slots, slot_starts, part_o, part_lse, out,
     TABLE_STRIDE, BLOCK_STRIDE, scale,

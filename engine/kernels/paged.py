@@ -18,6 +18,7 @@ CHUNK_ROWS = 128  # rows of a prefill tile, query heads included: 4 warps and 3 
 SHARED_ROWS = 64  # rows of a shared-prefix tile
 SHARED_PART_TOKENS = 256
 MERGE_ELEMENTS = 4096  # float32 numbers of parts held in registers at a time
+PLAN_SIZES = (16, 256, 512, 1024)  # sequences the plan kernel is compiled for; up to 256 it has a thread for each
 LOG2_E = 1.4426950408889634
 
 
@@ -104,7 +105,7 @@ def run_plan(
     plan.plan_step[(8,)](
         step.row_starts, step.contexts, step.shared, step.leads, lists.items, lists.shared_items, lists.chunk_items,
         lists.counts, lists.slot_starts, step.part_size, sequences,
-        S=max(16, triton.next_power_of_2(sequences)), R=shape.few_rows, BLOCK=shape.block_tokens,
+        S=min(size for size in PLAN_SIZES if size >= sequences), R=shape.few_rows, BLOCK=shape.block_tokens,
         MEMBERS=SHARED_ROWS // shape.padded_group, SHARED_PART=SHARED_PART_TOKENS,
         CHUNK_ROWS=CHUNK_ROWS // shape.pack, HAS_SHARED=has_shared, HAS_CHUNKS=has_chunks, num_warps=8,
     )  # fmt: skip

@@ -34,7 +34,7 @@ def put(items, at, mask, row, rows, sequence, low, high, part, slot, private_par
     tl.store(item + 8, is_last, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])  # sequences
 def plan_step(
     row_starts, contexts, shared, leads, items, shared_items, chunk_items, counts, slot_starts, part_size, N,
     S: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, MEMBERS: tl.constexpr,

@@ -32,7 +32,7 @@ def edge(q, keys, values, seen, scale, top, total, acc):
     return new_top, total, tl.dot(weight.to(q.dtype), values, acc * shrink[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer", "TABLE_STRIDE"])  # one kernel for all layers and any memory
 def prefill(
     qkv, kv, table, row_starts, contexts, chunk_items, counts, out, layer, TABLE_STRIDE, LAYERS, scale,
     H: tl.constexpr, HK: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,

@@ -77,7 +77,7 @@ def turned(value, partner, weight, cos, sin, d, HEAD_DIM: tl.constexpr, EPS: tl.
     return value * cos + tl.where(d % 2 == 0, -partner, partner) * sin
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots"])  # chunks begin at any row
 def rope_write(
     qkv, turn, q_norm, k_norm, kv, slots, BLOCK_STRIDE,
     H: tl.constexpr, HK: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,

@@ -221,7 +221,7 @@ def shape_of(config: ModelConfig, block_tokens: int, few_rows: int = 1) -> Shape
 
 def random_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Weights:
     """Normal weights of transformers' own initial scale, made on the device: for figures where no text is read."""
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)  # meta: shapes alone
 
     def normal(*shape: int) -> Tensor:
         return torch.empty(shape, device=device, dtype=dtype).normal_(0.0, 0.02, generator=generator)
