@@ -22,6 +22,7 @@ class Axis:
     start: float
     end: float
     is_log: bool = False
+    least_step: float = 0.0  # 1: of what is counted there are no halves
 
     def at(self, value: float) -> float:
         """The pixel of a value; values outside are drawn on the border."""
@@ -32,7 +33,7 @@ class Axis:
     def ticks(self) -> list[float]:
         """Where a reader expects a line: 1, 2, 5 and their powers of ten."""
         if not self.is_log:
-            step = _nice((self.high - self.low) / 6)
+            step = max(self.least_step, _nice((self.high - self.low) / 6))
             first = math.ceil(self.low / step)
             return [number * step for number in range(first, math.floor(self.high / step) + 1)]
         powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
@@ -137,7 +138,7 @@ def timeline(
         return ""
     top = max(1.0, *(sum(size for _, size in bar.parts) for bar in bars))
     x = Axis(bars[0].x, bars[-1].x + width_s, LEFT, WIDTH - RIGHT)
-    y = Axis(0, top * 1.3, height - BOTTOM, TOP)
+    y = Axis(0, top * 1.3, height - BOTTOM, TOP, least_step=1.0 if width_s == 1.0 else 0.0)  # a rate has fractions
     parts = frame(x, y, height, "seconds from the start", y_name)
     for bar in bars:
         base = 0.0
@@ -216,7 +217,7 @@ def strip(dots: Sequence[Dot], end: float, y_name: str, *, start: float = 0.0, e
     x = Axis(start, end, LEFT, WIDTH - RIGHT)
     # Three times the slowest: room for the axis's name above the dots.
     y = Axis(min(dot.y for dot in dots) / 1.3, max(dot.y for dot in dots) * 3, height - BOTTOM, TOP, is_log=True)
-    parts = frame(x, y, height, "seconds since the run began", y_name)
+    parts = frame(x, y, height, "seconds from the start", y_name)
     parts += [_mark(dot, x.at(dot.x), y.at(dot.y)) for dot in dots]
     return svg([*parts, *_events(events, x, height)], height, f"{y_name} by second")
 

@@ -78,6 +78,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     machine: str
     version: str
     client_cpu_s: float
+    clients: int = 1  # processes
     is_interrupted: bool = False
     not_reached: int = 0  # rows that were never offered: their time came after the offered time
     budgets: dict[str, dict[str, float | None]] = {}

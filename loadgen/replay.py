@@ -39,6 +39,7 @@ class Options:
     stripped_share: float = 0.2
     dialect: Name = "completions"
     grace_s: float = GRACE_S
+    share: tuple[int, int] = (0, 1)  # of the families: this one of so many clients
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +76,9 @@ class Replay:
         self._dialect = DIALECTS[self.options.dialect]
         self._ideal = ideal_cached(self.trace)
 
-    async def run(self) -> None:
+    async def run(self, start_at: float | None = None) -> None:
         """Offer everything, and wait for what is open. When cancelled, what is open is unfinished."""
-        self.origin = self.clock()
+        self.origin = self.clock() if start_at is None else start_at
         self._names = turn_names(self.trace.rows)
         loop = asyncio.get_running_loop()
         self._awaited = {name: loop.create_future() for row in self.trace.rows for name in row.after}
@@ -125,7 +126,8 @@ class Replay:
             family = grouped.setdefault(row.family or f"\0{index}", {})
             family.setdefault(row.session_id, []).append(index)
         families = [list(sessions.values()) for sessions in grouped.values()]
-        return sorted(families, key=lambda family: self._first_s(family[0]))
+        first, step = self.options.share
+        return sorted(families, key=lambda family: self._first_s(family[0]))[first::step]
 
     def _first_s(self, session: list[int]) -> float:
         first = self.trace.rows[session[0]].timestamp

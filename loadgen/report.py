@@ -177,6 +177,7 @@ def honesty(verdict: Verdict) -> str:
     run = verdict.run
     bound = "" if verdict.lag_bound_ms is None else f" (bound {verdict.lag_bound_ms:.0f})"
     lag = "/".join("-" if value is None else f"{value:.1f}" for value in _three(verdict.lag_ms))
+    crew = f" in {run.clients} processes" if run.clients > 1 else ""
     warm = f" (the first {run.warmup_s:g} s, {verdict.warmup_requests} requests, not judged)" if run.warmup_s else ""
     notes = ", ".join(f"{name} {value}" for name, value in run.trace_notes.items()) or "no notes"
     return "\n".join(
@@ -184,7 +185,7 @@ def honesty(verdict: Verdict) -> str:
             f"trace {run.trace_name} ({run.trace_digest}), bad rows {run.trace_bad_rows}; {notes}",
             f"{run.dialect}, seed {run.seed}, speed {run.speed:g}, stripped {run.stripped_share:.0%}, offered for "
             f"{run.duration_s:g} s{warm}, took {run.wall_s:.0f} s, later turns not reached {run.not_reached}",
-            f"client lag p50/p90/p99 {lag} ms{bound}, client CPU {run.client_cpu_s:.1f} s; "
+            f"client lag p50/p90/p99 {lag} ms{bound}, client CPU {run.client_cpu_s:.1f} s{crew}; "
             f"lengths other than asked: prompt {verdict.prompt_mismatches}{_meant(verdict.breakdown.prompt_realised)}, "
             f"output {verdict.output_mismatches}{_meant(verdict.breakdown.output_realised)}; "
             f"tokens wasted on misses {verdict.wasted_tokens}",

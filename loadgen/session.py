@@ -28,6 +28,7 @@ import uvloop
 
 from loadgen import formats, records, targets, texts, traces, watch
 from loadgen.client import Client, Target
+from loadgen.clients import Crew
 from loadgen.dialects import Name
 from loadgen.judge import Verdict, judge
 from loadgen.records import Incident, Record, Run
@@ -55,6 +56,7 @@ class Plan:
     speed: float = 1.0
     duration_s: float = 0.0  # 0: the trace's own span
     warmup_s: float = 0.0
+    clients: int = 1
     admin: str = ""  # a router's admin listener, to be watched
     stripped_share: float = 0.2
     dialect: Name = "completions"
@@ -90,7 +92,7 @@ def measure(plan: Plan, trace: traces.Trace, budgets: Budgets | None = None) -> 
     if plan.warmup_s >= options.duration_s:
         raise ValueError(f"a warm-up of {plan.warmup_s:g} s leaves nothing to judge of {options.duration_s:g} s")
     promised, budgets_from = (budgets, "the comparison") if budgets is not None else _budgets(plan, served.budgets)
-    replay = Replay(trace, Client(Target.parse(plan.target)), options)
+    replay = _replay(plan, trace, options)
     started, began, cpu = datetime.now(UTC), time.monotonic(), time.process_time()
     incidents: list[Incident] = []
     is_interrupted = _run(replay, watch.watch(plan.admin, replay.now, incidents) if plan.admin else None)
@@ -111,7 +113,8 @@ def measure(plan: Plan, trace: traces.Trace, budgets: Budgets | None = None) -> 
         started=started.isoformat(timespec="seconds"),
         machine=machine(),
         version=version(),
-        client_cpu_s=time.process_time() - cpu,
+        client_cpu_s=time.process_time() - cpu + (replay.cpu_s if isinstance(replay, Crew) else 0.0),
+        clients=plan.clients,
         is_interrupted=is_interrupted,
         not_reached=replay.not_reached,
         budgets=targets.to_plain(promised),
@@ -119,6 +122,11 @@ def measure(plan: Plan, trace: traces.Trace, budgets: Budgets | None = None) -> 
         incidents=incidents,
     )
     return run, replay.records
+
+
+def _replay(plan: Plan, trace: traces.Trace, options: Options) -> Replay | Crew:
+    target = Target.parse(plan.target)
+    return Replay(trace, Client(target), options) if plan.clients == 1 else Crew(trace, target, options, plan.clients)
 
 
 def publish(run: Run, found: Sequence[Record], budgets: Budgets, out: Path) -> Verdict:
@@ -153,7 +161,7 @@ def span_s(trace: traces.Trace, speed: float) -> float:
     return max(whole_s, 1e-3) / speed
 
 
-def _run(replay: Replay, beside: Coroutine[None, None, None] | None) -> bool:
+def _run(replay: Replay | Crew, beside: Coroutine[None, None, None] | None) -> bool:
     """True when it was interrupted. SIGINT cancels the replay, which then winds down by itself."""
 
     async def main() -> bool:
@@ -173,7 +181,7 @@ def _run(replay: Replay, beside: Coroutine[None, None, None] | None) -> bool:
     return uvloop.run(main())
 
 
-async def _show_progress(replay: Replay) -> None:
+async def _show_progress(replay: Replay | Crew) -> None:
     is_terminal = sys.stderr.isatty()
     every_s = PROGRESS_S if is_terminal else 10 * PROGRESS_S
     while True:

@@ -177,3 +177,11 @@ def test_a_picture_of_very_many_requests_keeps_misses_and_says_what_it_leaves_ou
     assert drawn.count('class="missed cross"') == 10
     assert drawn.count('<circle class="met"') <= DOTS_MAX
     assert "are left out of the picture" in drawn
+
+
+def test_requests_are_counted_in_whole_ones() -> None:
+    """One request a second at most: an axis in halves would count halves of requests."""
+    one = msgspec.structs.replace(TWENTY[0], intended_s=0.0)
+    drawn = page(judge(RUN, [one], BUDGETS), [one], BUDGETS)
+    seconds = drawn.partition("<h2>Second by second")[2].partition("</svg>")[0]
+    assert re.findall(r'text-anchor="end">([0-9.]+)<', seconds) == ["0", "1"]
