@@ -46,7 +46,15 @@ PRE_TOKENIZERS: dict[str, str | None] = {
     "smollm": None,
     "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    # Llama 3: digits in threes; and a piece that is a token as it stands is not merged from its bytes.
+    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
+WHOLE_PIECES = ("llama-bpe",)  # "ignore_merges" of their tokenizer.json
+# Llama 3.1 and later slow some turns of rope down. GGUF says by how much each, Hugging Face by four figures, of which
+# these three are the same in all models published so far; a file that they do not explain is refused.
+ROPE_FACTORS = "rope_freqs.weight"
+ROPE_SHAPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 
 
@@ -93,6 +101,7 @@ class GgufFile:
             "max_position_embeddings": self._of("context_length"),
             "rms_norm_eps": self._of("attention.layer_norm_rms_epsilon"),
             "rope_theta": self._of("rope.freq_base", 10_000.0),
+            "rope_scaling": self._rope_scaling(),
             "hidden_act": "silu",
             "tie_word_embeddings": not any(tensor.name == "output.weight" for tensor in self._reader.tensors),
             "torch_dtype": "float32",
@@ -108,9 +117,8 @@ class GgufFile:
         """tokenizer.json: byte-level BPE, control tokens special."""
         kind, cut = self._field("tokenizer.ggml.model"), str(self._fields.get("tokenizer.ggml.pre"))
         if kind != "gpt2" or cut not in PRE_TOKENIZERS:
-            raise ModelError(
-                f"{self.path} has a {kind} tokenizer of kind {cut}, supported are smollm, qwen2; {ELSEWHERE}"
-            )
+            known = ", ".join(PRE_TOKENIZERS)
+            raise ModelError(f"{self.path} has a {kind} tokenizer of kind {cut}, supported are {known}; {ELSEWHERE}")
         tokens, kinds = self._field("tokenizer.ggml.tokens"), self._field("tokenizer.ggml.token_type")
         added = [number for number, kind in enumerate(kinds) if kind in (CONTROL, USER_DEFINED)]
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -131,7 +139,7 @@ class GgufFile:
                 "end_of_word_suffix": "",
                 "fuse_unk": False,
                 "byte_fallback": False,
-                "ignore_merges": False,
+                "ignore_merges": cut in WHOLE_PIECES,
                 "vocab": {token: number for number, token in enumerate(tokens)},
                 "merges": [merge.split(" ") for merge in self._field("tokenizer.ggml.merges")],
             },
@@ -158,8 +166,21 @@ class GgufFile:
         heads = self._of("attention.head_count")
         permuted = {"attn_q": heads, "attn_k": self._of("attention.head_count_kv", heads)}
         return [
-            self._named(tensor, permuted if self.architecture == "llama" else {}) for tensor in self._reader.tensors
+            self._named(tensor, permuted if self.architecture == "llama" else {})
+            for tensor in self._reader.tensors
+            if tensor.name != ROPE_FACTORS  # said in config.json
         ]
+
+    def _rope_scaling(self) -> dict[str, Any] | None:
+        """Llama 3's, as config.json says it."""
+        stored = [tensor for tensor in self._reader.tensors if tensor.name == ROPE_FACTORS]
+        if not stored:
+            return None
+        factors = np.asarray(stored[0].data, np.float64)
+        scaling = {"rope_type": "llama3", "factor": float(factors.max()), **ROPE_SHAPE}
+        if not np.allclose(factors, _llama3_factors(len(factors), self._of("rope.freq_base", 10_000.0), scaling), 1e-3):
+            raise ModelError(f"{self.path} scales its rope by factors that are not Llama 3's; {ELSEWHERE}")
+        return scaling
 
     def _named(self, tensor: gguf.ReaderTensor, permuted: dict[str, int]) -> Named:
         if tensor.tensor_type.name not in QUANTISATIONS:
@@ -205,6 +226,15 @@ def _unpermuted(rows: Array, heads: int) -> Array:
     """llama.cpp stores a head's rows as neighbours that turn together; Hugging Face has them half a head apart."""
     split = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
     return np.ascontiguousarray(split.swapaxes(1, 2).reshape(rows.shape))
+
+
+def _llama3_factors(count: int, theta: float, scaling: dict[str, Any]) -> npt.NDArray[np.float64]:
+    """By how much each frequency is divided."""
+    frequencies = theta ** -(np.arange(count) / count)
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * np.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return np.asarray(1 / ((1 - kept) / scaling["factor"] + kept))
 
 
 def _pre_tokenizer(pattern: str | None, byte_level: dict[str, Any]) -> dict[str, Any]:

@@ -17,10 +17,12 @@ import transformers
 from huggingface_hub.errors import LocalEntryNotFoundError
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from engine.compute.runner import RunnerConfig, TorchRunner
 from engine.loading import convert, manifest
-from engine.models.config import ModelError
+from engine.models.config import ModelError, RopeScaling, read
+from engine.models.decoder import rope_frequencies
 from tests.engine import tiny
 from tests.engine.driver import all_logits
 
@@ -46,7 +48,11 @@ def silent(what: str, done: float) -> None:
 
 
 def write_gguf(
-    path: Path, arch: str = "qwen2", kind: Q = Q.Q8_0, change: Callable[[gguf.GGUFWriter], None] | None = None
+    path: Path,
+    arch: str = "qwen2",
+    kind: Q = Q.Q8_0,
+    change: Callable[[gguf.GGUFWriter], None] | None = None,
+    cut: str = "qwen2",
 ) -> None:
     """A tiny random model as llama.cpp's converter would write it."""
     shape = SHAPE | ({"hidden_size": 256, "intermediate_size": 256, "head_dim": 64} if kind in HALF_FIELDS else {})
@@ -66,7 +72,7 @@ def write_gguf(
     tokens = [*bytes_as_text, *(merge.replace(" ", "") for merge in merges)]
     tokens += [f"<|special{number}|>" for number in range(288 - len(tokens))]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
+    writer.add_tokenizer_pre(cut)
     writer.add_token_list(tokens)
     writer.add_token_types([3 if token.startswith("<|") else 1 for token in tokens])
     writer.add_token_merges(merges)
@@ -126,6 +132,53 @@ def test_a_qwen2_tokenizer_is_rebuilt_as_transformers_does(tmp_path: Path) -> No
     for text in ("hello  world 1212", "win<|special3|>hello\n\n  12", "I'LL n\u0303 日本 🎉"):
         assert ours.encode(text).ids == theirs(text)["input_ids"], text
     assert json.loads((folder / "tokenizer_config.json").read_text())["chat_template"] == "{{ messages }}"
+
+
+def test_a_llama3_tokenizer_cuts_digits_in_threes_and_takes_whole_pieces_as_they_are(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", arch="llama", cut="llama-bpe")
+    folder = convert.convert(tmp_path / "m.gguf", tmp_path / "cache", silent)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+    def cuts(text: str) -> list[str]:
+        return [piece.replace("Ġ", " ") for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+
+    assert cuts("I'LL pay 1234567 or  so") == ["I", "'LL", " pay", " ", "123", "456", "7", " or", " ", " so"]
+    assert cuts("a\n\n  b!?\n") == ["a", "\u010a\u010a", " ", " b", "!?\u010a"]
+    assert tokenizer.encode("hello").tokens == ["hello"]
+    assert json.loads(tokenizer.to_str())["model"]["ignore_merges"] is True
+
+
+def llama3_factors(head_dim: int, factor: float) -> np.ndarray:
+    """As transformers slows rope down."""
+    rope = {"rope_type": "llama3", "rope_theta": 10_000.0, "factor": factor, "low_freq_factor": 1.0}
+    rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    config = transformers.LlamaConfig(hidden_size=head_dim, num_attention_heads=1, rope_parameters=rope)
+    slowed, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = 10_000.0 ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    return (plain / slowed).float().numpy()
+
+
+def test_rope_factors_of_a_gguf_file_become_llama3s_scaling(tmp_path: Path) -> None:
+    factors = llama3_factors(SHAPE["head_dim"], 32.0)
+    assert factors.max() > 31
+    assert factors.min() < 2
+    write_gguf(tmp_path / "m.gguf", "llama", change=lambda file: file.add_tensor("rope_freqs.weight", factors))
+    folder = convert.convert(tmp_path / "m.gguf", tmp_path / "cache", silent)
+
+    config = read(folder)
+
+    assert config.rope_scaling == RopeScaling(pytest.approx(32.0), 1.0, 4.0, 8192)
+    plain = 10_000.0 ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
+    np.testing.assert_allclose(plain / rope_frequencies(config).numpy(), factors, rtol=1e-4)
+    assert TorchRunner.load(folder, RunnerConfig(kv_bytes=2**20)).model == config
+
+
+def test_rope_factors_of_another_kind_are_refused(tmp_path: Path) -> None:
+    factors = np.linspace(1, 4, SHAPE["head_dim"] // 2, dtype=np.float32)
+    write_gguf(tmp_path / "m.gguf", "llama", change=lambda file: file.add_tensor("rope_freqs.weight", factors))
+
+    with pytest.raises(ModelError, match=r"not Llama 3's; .*--upstream"):
+        convert.convert(tmp_path / "m.gguf", tmp_path / "cache", silent)
 
 
 def test_a_second_conversion_reads_nothing_but_the_source(tmp_path: Path) -> None:
@@ -257,7 +310,6 @@ def test_an_unknown_quantisation_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda writer: writer.add_tensor("rope_freqs.weight", np.ones(8, np.float32)), "rope_freqs.weight"),
         (lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN), "yarn"),
     ],
 )
