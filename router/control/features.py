@@ -48,10 +48,17 @@ def describe(
         facts=facts(head, body, turn, has_session=bool(session)),
         arrived=exchange.arrived,
         body_bytes=len(exchange.body),
-        estimated_tokens=len(turn.ids) if turn.ids is not None else max(1, len(exchange.body) // CHARS_A_TOKEN),
+        estimated_tokens=_estimate(exchange, turn),
         max_output=turn.max_tokens,
         declared_timeout_s=_timeout_s(head),
     )
+
+
+def _estimate(exchange: Exchange, turn: Turn) -> int:
+    """Tokens of the prompt, before they are counted."""
+    if turn.ids is not None:
+        return len(turn.ids)
+    return max(1, (len(exchange.body) if turn.text is None else len(turn.text)) // CHARS_A_TOKEN)
 
 
 def facts(head: Head, body: Common, turn: Turn, *, has_session: bool) -> Facts:

@@ -8,6 +8,7 @@ import asyncio
 import secrets
 import time
 from dataclasses import dataclass, replace
+from typing import Any
 
 import msgspec
 
@@ -72,32 +73,41 @@ class Generate:
 
     # Hot: once per request. Budget 82 / 101 / 414 us for 1 / 16 / 256 kB with everything; bench/router.py.
     def _orders(self, request_id: RequestId, exchange: Exchange, caller: Caller) -> list[Order]:
-        """One; or one each answer, where a body wants several. Their seeds follow one another."""
-        desk, dialect = self._desk, self._dialect
+        """One; or one each answer, where a body has several prompts or wants several answers to each."""
+        dialect = self._dialect
         body = dialect.read(exchange.body)
-        turn = desk.text.settled(dialect.turn(body))
+        bodies = [body] if dialect.prompts is None else dialect.prompts(body)
+        orders = [self._order(request_id, exchange, caller, (body, each)) for each in bodies]
+        if dialect.voices is None or (len(orders) == 1 and body.n in (None, 1)):
+            return orders
+        encoders = dialect.voices(request_id, orders[0].request.model, int(time.time()), body)
+        each = len(encoders) // len(orders)
+        return [_voice(orders[index // each], index, index % each, encoder) for index, encoder in enumerate(encoders)]
+
+    def _order(self, request_id: RequestId, exchange: Exchange, caller: Caller, bodies: tuple[Any, Any]) -> Order:
+        """Of a body as it was sent, and as it would be with one of its prompts alone."""
+        desk, dialect = self._desk, self._dialect
+        body, single = bodies
+        turn = desk.text.settled(dialect.turn(single))
         view = desk.catalogue.seen_by(caller.models).find(turn.model)
         request = features.describe(request_id, exchange, body, turn, model=view.name, tenant=caller.tenant)
-        order = Order(
+        return Order(
             request=request,
             turn=turn,
             text=desk.text,
             identity=Identity(view.root, caller.salt, view.block_tokens),
             context_max=view.context_max,
-            encoder=dialect.encoder(request_id, view.name, int(time.time()), body),
+            encoder=dialect.encoder(request_id, view.name, int(time.time()), single),
             errors=dialect.errors,
             notices=desk.text.notices(turn),
             operation=dialect.operation,
             traceparent=exchange.head.header(b"traceparent") or "",
         )
-        if dialect.voices is None or body.n in (None, 1):
-            return [order]
-        encoders = dialect.voices(request_id, view.name, int(time.time()), body)
-        return [_voice(order, index, encoder) for index, encoder in enumerate(encoders)]
 
 
-def _voice(order: Order, index: int, encoder: Encoder) -> Order:
-    sampling = msgspec.structs.replace(order.turn.sampling, seed=order.turn.sampling.seed + index)
+def _voice(order: Order, index: int, answer: int, encoder: Encoder) -> Order:
+    """One answer of many. Seeds of answers to one prompt follow one another; a prompt's neighbours change nothing."""
+    sampling = msgspec.structs.replace(order.turn.sampling, seed=order.turn.sampling.seed + answer)
     request = replace(order.request, id=RequestId(f"{order.request.id}.{index}"))
     return replace(order, request=request, turn=replace(order.turn, sampling=sampling), encoder=encoder)
 

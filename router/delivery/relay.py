@@ -24,7 +24,7 @@ from router.delivery.order import Order, Services
 from router.delivery.ports import Attempt, Outlet
 from router.errors import ErrorDetail, Headers, RequestError, error_type, retry_headers
 from router.language.text import Prompt, Rendered
-from router.language.turn import Scoring, TokenScore, Usage
+from router.language.turn import Echoing, Scoring, TokenScore, Usage
 from router.telemetry.receipts import Receipt
 from router.workers.link import LinkLost
 
@@ -193,6 +193,9 @@ class Relay:
         if room < 1:
             raise self._too_long(len(prompt.ids))
         self._prompt, order = prompt, self._order
+        if order.turn.has_echo:
+            assert isinstance(order.encoder, Echoing), "only who can tell a prompt is asked to"
+            order.encoder.echo(order.text.read_back(order.turn, prompt))
         self._lost_tokens = order.text.lost_tokens(order.turn, order.identity, prompt, order.request.session)
         wanted = self._order.turn.max_tokens
         self._max_tokens = room if wanted is None else min(wanted, room)  # clamped, never refused: agents ask for 64k

@@ -180,7 +180,7 @@ class ChatEncoder:
 
     def close(self, ending: Ending, usage: Usage) -> bytes:
         finish = (self._chunk, self._take_scores(), _quote(FINISH[ending.reason]))
-        return b'%b{},"logprobs":%b,"finish_reason":%b}]}\n\n' % finish + self._tail.close(usage)
+        return b'%b{},"logprobs":%b,"finish_reason":%b}]}\n\n' % finish + self._tail.close(self._index, usage)
 
     def fail(self, status: int, detail: ErrorDetail) -> bytes:
         del status

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import msgspec
@@ -32,6 +32,7 @@ class Dialect:
     errors: ErrorShape
     operation: str  # gen_ai.operation.name
     voices: Callable[[str, str, int, Any], list[Encoder]] | None = None  # of a body that wants several answers
+    prompts: Callable[[Any], list[Any]] | None = None  # the body once for each of its prompts; raises RequestError 400
 
 
 def _openai_overflow(tokens: int, limit: int) -> str:
@@ -71,36 +72,43 @@ def sampling(body: Common, logprobs: int = -1) -> Sampling:
 class Tail:
     """What ends a response once all of its answers have ended: usage of all, and the end of a stream."""
 
-    def __init__(self, identity: bytes, answers: int = 1, *, wants_usage: bool = False) -> None:
+    def __init__(self, identity: bytes, answers: int = 1, prompts: int = 1, *, wants_usage: bool = False) -> None:
         self._identity = identity  # the JSON of a body or chunk up to its choices
         self._choices = [b""] * answers
         self._left = answers
         self._wants_usage = wants_usage
-        self._usage = Usage(0, 0, 0)
+        self._each = answers // prompts  # answers of one prompt stand side by side
+        self._usages = [Usage(0, 0, 0)] * prompts
 
-    def close(self, usage: Usage) -> bytes:
+    def close(self, index: int, usage: Usage) -> bytes:
         """One answer of a stream ended; empty unless it was the last."""
-        if not self._is_last(usage):
+        if not self._is_last(index, usage):
             return b""
         if not self._wants_usage:
             return DONE
-        return event(self._identity + b',"choices":[],"usage":%b}' % usage_json(self._usage)) + DONE
+        return event(self._identity + b',"choices":[],"usage":%b}' % usage_json(self._usage())) + DONE
 
     def whole(self, index: int, choice: bytes, usage: Usage) -> bytes:
         """One answer of a body ended; empty unless it was the last."""
         self._choices[index] = choice
-        if not self._is_last(usage):
+        if not self._is_last(index, usage):
             return b""
-        return b'%b,"choices":[%b],"usage":%b}' % (self._identity, b",".join(self._choices), usage_json(self._usage))
+        return b'%b,"choices":[%b],"usage":%b}' % (self._identity, b",".join(self._choices), usage_json(self._usage()))
 
-    def _is_last(self, usage: Usage) -> bool:
-        """The prompt counts once; cached is what was there before any of them."""
-        known = self._usage
+    def _is_last(self, index: int, usage: Usage) -> bool:
+        """A prompt counts once; cached is what was there before any of its answers."""
+        which = index // self._each
+        known = self._usages[which]
         cached = min(known.cached, usage.cached) if known.output else usage.cached
         output, reasoning = known.output + usage.output, known.reasoning + usage.reasoning
-        self._usage = Usage(usage.prompt, cached, output, reasoning)
+        self._usages[which] = Usage(usage.prompt, cached, output, reasoning)
         self._left -= 1
         return self._left == 0
+
+    def _usage(self) -> Usage:
+        """Of all answers."""
+        prompt, cached, output, reasoning = zip(*map(astuple, self._usages), strict=True)
+        return Usage(sum(prompt), sum(cached), sum(output), sum(reasoning))
 
 
 def finite(logprob: float) -> float:

@@ -5,6 +5,7 @@ Owns the shapes of this dialect. Never touches sockets, tokens or policy."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from itertools import accumulate
 from typing import Any
 
@@ -23,7 +24,7 @@ from router.dialects.common import (
     stop_strings,
     wants_usage,
 )
-from router.dialects.schema import CompletionRequest, decode, refuse_unsupported, wrong_field
+from router.dialects.schema import ANSWERS_MAX, CompletionRequest, decode, refuse_unsupported, wrong_field
 from router.errors import ErrorDetail
 from router.language.turn import Encoder, Ending, Part, PartStart, TokenScore, Turn, Usage
 
@@ -37,8 +38,8 @@ _quote = msgspec.json.encode
 def read(body: bytes) -> CompletionRequest:
     """The typed body. Raises RequestError 400."""
     request = decode(_decoder, body)
-    if request.echo:
-        raise refuse_unsupported("echo", "the prompt is not sent back")
+    if request.echo and request.logprobs is not None:
+        raise refuse_unsupported("echo", "a prompt's log-probabilities are not told; ask without logprobs")
     if request.suffix:
         raise refuse_unsupported("suffix", "text is only continued")
     if request.best_of not in (None, request.n or 1):
@@ -48,7 +49,7 @@ def read(body: bytes) -> CompletionRequest:
 
 def turn(request: CompletionRequest) -> Turn:
     """The Turn that a body asks for. Raises RequestError 400."""
-    prompt = _single(request.prompt)
+    prompt = _checked(request.prompt)
     return Turn(
         model=request.model,
         sampling=sampling(request, -1 if request.logprobs is None else request.logprobs),
@@ -57,21 +58,34 @@ def turn(request: CompletionRequest) -> Turn:
         is_stream=request.stream,
         text=prompt if isinstance(prompt, str) else None,
         ids=None if isinstance(prompt, str) else prompt,
+        has_echo=request.echo,
     )
 
 
-def _single(prompt: str | list[Any]) -> str | Ids:
-    """A string, a list of ids, or either of them as the only element of a list."""
-    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
-        prompt = prompt[0]
+def prompts(request: CompletionRequest) -> list[CompletionRequest]:
+    """The body once for each prompt: strings or lists of ids in a list are a prompt each."""
+    given = request.prompt
+    if isinstance(given, str) or not given or not all(isinstance(one, (str, list)) for one in given):
+        return [request]
+    if len(given) * (request.n or 1) > ANSWERS_MAX:
+        raise wrong_field("prompt", f"{len(given)} prompts are over {ANSWERS_MAX} answers; ask in several requests")
+    return [_with_prompt(request, one) for one in given]
+
+
+def _with_prompt(request: CompletionRequest, prompt: str | list[Any]) -> CompletionRequest:
+    single = copy(request)
+    single.prompt = prompt
+    return single
+
+
+def _checked(prompt: str | list[Any]) -> str | Ids:
+    """A string or a list of ids."""
     if isinstance(prompt, str):
         return prompt
-    if any(isinstance(element, (str, list)) for element in prompt):
-        raise refuse_unsupported("prompt", "one prompt a request is served")
     if not prompt:
         raise wrong_field("prompt", "it holds no token")
     if not all(type(element) is int and 0 <= element <= ID_MAX for element in prompt):
-        raise wrong_field("prompt", "a list must hold token ids, zero or more")
+        raise wrong_field("prompt", "a list must hold strings, lists of token ids, or token ids, zero or more")
     return np.array(prompt, dtype=np.int32)
 
 
@@ -80,6 +94,7 @@ class CompletionEncoder:
 
     def __init__(self, identity: bytes, body: CompletionRequest, tail: Tail, index: int) -> None:
         self._index = index
+        self._echoed = ""
         self._tail = tail
         usage = b',"usage":null' if wants_usage(body) else b""
         self._before = b'data: %b%b,"choices":[{"index":%d,"text":' % (identity, usage, index)
@@ -87,9 +102,13 @@ class CompletionEncoder:
         self._scores: list[TokenScore] = []
         self._offset = 0  # of the next scored token in the text
 
+    def echo(self, prompt: str) -> None:
+        """The answer's text begins with this."""
+        self._echoed = prompt
+
     def open(self, usage: Usage) -> bytes:
         del usage
-        return b""
+        return self.delta(self._echoed) if self._echoed else b""
 
     def start(self, part: PartStart) -> bytes:
         del part
@@ -125,14 +144,14 @@ class CompletionEncoder:
 
     def close(self, ending: Ending, usage: Usage) -> bytes:
         last = (self._before, self._take_scores(), _quote(ending.reason))
-        return b'%b"","logprobs":%b,"finish_reason":%b}]}\n\n' % last + self._tail.close(usage)
+        return b'%b"","logprobs":%b,"finish_reason":%b}]}\n\n' % last + self._tail.close(self._index, usage)
 
     def fail(self, status: int, detail: ErrorDetail) -> bytes:
         del status
         return failure(detail)
 
     def whole(self, parts: Sequence[Part], ending: Ending, usage: Usage) -> bytes:
-        text = "".join([part.text for part in parts])
+        text = "".join([self._echoed, *(part.text for part in parts)])
         choice = (self._index, _quote(text), self._take_scores(), _quote(ending.reason))
         said = b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b}' % choice
         return self._tail.whole(self._index, said, usage)
@@ -146,8 +165,9 @@ def voices(request_id: str, model: str, created: int, body: CompletionRequest) -
     """An encoder for each answer that a body wants."""
     named = (_quote(f"cmpl-{request_id}"), created, _quote(model))
     identity = b'{"id":%b,"created":%d,"model":%b,"object":"text_completion"' % named
-    count = body.n or 1
-    tail = Tail(identity, count, wants_usage=wants_usage(body))
+    asked = len(prompts(body))
+    count = asked * (body.n or 1)
+    tail = Tail(identity, count, asked, wants_usage=wants_usage(body))
     return [CompletionEncoder(identity, body, tail, index) for index in range(count)]
 
 
@@ -156,4 +176,4 @@ def encoder(request_id: str, model: str, created: int, body: CompletionRequest) 
     return voices(request_id, model, created, body)[0]
 
 
-COMPLETIONS = Dialect(read, turn, encoder, OPENAI_ERRORS, "text_completion", voices)
+COMPLETIONS = Dialect(read, turn, encoder, OPENAI_ERRORS, "text_completion", voices, prompts)

@@ -163,6 +163,12 @@ class Text:
         """What a token adds to a text; a mark adds nothing."""
         return self._vocabulary.token_bytes[token] if token < len(self._vocabulary) else b""
 
+    def read_back(self, turn: Turn, prompt: Prompt) -> str:
+        """The text of a prompt that was given as text or ids."""
+        if turn.text is not None:
+            return turn.text
+        return b"".join(map(self.spell, prompt.ids.tolist())).decode(errors="replace")
+
     # Hot: once per request. Budget 2 us a message when its conversation is known; bench/router.py.
     def render(self, turn: Turn, identity: Identity) -> Rendered:
         """What must be tokenised. Raises RequestError 400 for a prompt that the model cannot have."""

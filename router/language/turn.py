@@ -40,6 +40,7 @@ class Turn:
     is_thinking: bool | None = None  # what the client asked of a model that can do both; None: the model's habit
     has_schema: bool = False  # the answer is to be JSON of a given form
     media: tuple[tuple[str, int], ...] = ()  # what it cannot see and words stand for: how many of each kind
+    has_echo: bool = False  # the answer begins with the prompt's text
     notices: tuple[str, ...] = ()  # what else was left out or changed, for x-headway-notice
 
 
@@ -119,6 +120,14 @@ class Scoring(Protocol):
 
     def scored(self, scores: Sequence[TokenScore]) -> None:
         """Of the tokens that the next text, or the end, is made of."""
+
+
+@runtime_checkable
+class Echoing(Protocol):
+    """An encoder whose dialect can send the prompt back."""
+
+    def echo(self, prompt: str) -> None:
+        """Before anything is opened."""
 
 
 class Encoder(Protocol):

@@ -89,6 +89,68 @@ def test_a_stream_interleaves_the_answers_and_ends_once() -> None:
     run(work())
 
 
+@pytest.mark.parametrize("prompts", [["red", "blue sea"], [ids_of("red"), ids_of("blue sea")]])
+def test_several_prompts_are_answered_in_one_response_each_as_if_it_were_alone(prompts: list[Any]) -> None:
+    async def work() -> None:
+        async with desk() as d:
+            body = {"model": "tiny", "prompt": prompts, "n": 2, "seed": 7, "echo": True}
+            asked = await ask(d, "/v1/completions", body)
+            voices = await attempts(d, 4)
+            for number in (3, 0, 2, 1):
+                serve(voices[number], f" {number}{WORDS[0]}")
+            answer = (await asked).json()
+
+            said = [(choice["index"], choice["text"]) for choice in answer["choices"]]
+            assert said == [(0, "red 0eins"), (1, "red 1eins"), (2, "blue sea 2eins"), (3, "blue sea 3eins")]
+            assert [list(voice.ids) for voice in voices] == [ids_of("red")] * 2 + [ids_of("blue sea")] * 2
+            assert [voice.order.sampling.seed for voice in voices] == [7, 8, 7, 8]
+            assert answer["usage"]["prompt_tokens"] == len(ids_of("red")) + len(ids_of("blue sea"))
+            assert answer["usage"]["completion_tokens"] == 4 * len(ids_of(f" 0{WORDS[0]}"))
+            assert {request.facts.prompt_count for request in d.mind.offered} == {2}
+
+    run(work())
+
+
+def test_a_stream_of_several_prompts_begins_each_with_its_echo() -> None:
+    async def work() -> None:
+        async with desk() as d:
+            body = {"model": "tiny", "prompt": ["red", "blue"], "stream": True, "echo": True}
+            asked = await ask(d, "/v1/completions", body)
+            for voice in await attempts(d, 2):
+                serve(voice, " sky")
+            *chunks, done = events((await asked).text)
+
+            assert done == "[DONE]"
+            for index, prompt in enumerate(("red", "blue")):
+                mine = [chunk["choices"][0]["text"] for chunk in chunks if chunk["choices"][0]["index"] == index]
+                assert mine[0].startswith(prompt)
+                assert "".join(mine) == f"{prompt} sky"
+
+    run(work())
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"prompt": ["a"] * 65, "n": 2}, "prompt"),
+        ({"prompt": ["a", 7]}, "prompt"),
+        ({"prompt": [[1, 2], []]}, "prompt"),
+        ({"prompt": [[1, "b"]]}, "prompt"),
+        ({"echo": True, "logprobs": 1}, "echo"),
+    ],
+)
+def test_prompts_that_cannot_be_served_are_refused_before_anything_runs(change: dict[str, Any], param: str) -> None:
+    async def work() -> None:
+        async with desk() as d:
+            answer = await d.client.post("/v1/completions", json={"model": "tiny", "prompt": "a", **change})
+
+            assert answer.status_code == 400
+            assert answer.json()["error"]["param"] == param
+            assert not d.mind.offered
+
+    run(work())
+
+
 def test_a_stop_string_ends_its_own_answer_alone() -> None:
     async def work() -> None:
         async with desk() as d:
