@@ -5,15 +5,12 @@ Owns the two notations that go to a worker (a JSON schema, lark). Compiles nothi
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
 from router.dialects.schema import ABSENT, Common, ResponseFormat, StructuredOutputs, refuse_unsupported, wrong_field
 
-# Separators of calls as chat templates show them to a model: it need not guess, and no token is spent on white space.
-AS_TEMPLATES_WRITE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 ANY_OBJECT = '{"type":"object"}'
 
 
@@ -25,17 +22,6 @@ class Grammar(NamedTuple):
 
 
 ANY_TEXT = Grammar("", "")
-
-
-class CallFrame(NamedTuple):
-    """What a model writes around the JSON of one tool call."""
-
-    before: str
-    after: str
-    arguments: str = "arguments"  # what its JSON calls them
-
-
-HERMES = CallFrame("<tool_call>\n", "\n</tool_call>")
 
 
 def of_body(body: Common) -> Grammar:
@@ -70,32 +56,6 @@ def _of_extension(wanted: StructuredOutputs | None) -> Grammar:
     if wanted.choice is not None:
         return Grammar("lark", "start: " + " | ".join(_literal(text) for text in wanted.choice))
     return Grammar("regex", wanted.regex) if wanted.regex is not None else Grammar("lark", wanted.grammar or "")
-
-
-def of_tools(tools: Sequence[dict[str, Any]], choice: str | None, frame: CallFrame = HERMES) -> Grammar:
-    """An answer that is nothing but tool calls, at least one: `choice` is a function's name, None any of `tools`.
-
-    Raises RequestError 400 when there is no such function."""
-    functions = [tool["function"] for tool in tools if isinstance(tool.get("function"), dict)]
-    wanted = [function for function in functions if choice is None or function.get("name") == choice]
-    if not wanted:
-        raise wrong_field("tool_choice", "it names none of the tools")
-    call = json.dumps({"anyOf": [_call(function, frame) for function in wanted], "x-guidance": AS_TEMPLATES_WRITE})
-    one = f"{_literal(frame.before)} call {_literal(frame.after)}"
-    more = "" if choice is not None else ' ("\\n" one)*'  # a named function is called once
-    return Grammar("lark", f"start: one{more}\none: {one}\ncall: %json {call}\n")
-
-
-def _call(function: dict[str, Any], frame: CallFrame) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": {
-            "name": {"const": function.get("name")},
-            frame.arguments: function.get("parameters") or {"type": "object"},
-        },
-        "required": ["name", frame.arguments],
-        "additionalProperties": False,
-    }
 
 
 def _text(raw: msgspec.Raw) -> str:

@@ -146,7 +146,9 @@ class Text:
         if turn.media and self._refuses_media:
             raise cannot_see(turn.media)
         messages = canonical(turn.messages, self._rules)
-        return self._voice.settled(turn if messages is turn.messages else replace(turn, messages=messages))
+        if messages is not turn.messages:
+            turn = replace(turn, messages=messages)
+        return self._voice.settled(turn, self._vocabulary.mark_id)
 
     def notices(self, turn: Turn) -> tuple[str, ...]:
         """What a client should know of how its turn was read, for x-headway-notice."""

@@ -47,6 +47,11 @@ class Vocabulary:
             spelt[number], texts[number] = mark.encode(), mark
         return Tables(spelt, texts)
 
+    def mark_id(self, mark: str) -> int | None:
+        """Of a special token, which no text spells; None where there is none of this name."""
+        number = self._marked.token_to_id(mark)
+        return number if number is not None and not self.token_bytes[number] else None
+
     def __len__(self) -> int:
         return len(self.token_bytes)
 

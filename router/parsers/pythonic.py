@@ -15,6 +15,7 @@ from router.language.turn import PART_END, Event, PartKind, PartStart
 from router.parsers.call_object import HELD_CHARS_MAX
 from router.parsers.marks import Prose
 
+JSON_WORDS = {"true": True, "false": False, "null": None}
 DEPTH_MAX = 32  # of brackets in one call
 
 _NAME = re.compile(r"[A-Za-z_][\w.]*\(")
@@ -128,6 +129,18 @@ class PythonicCalls:
         return self._in_text(events) or True
 
 
+class _Constants(ast.NodeTransformer):
+    """JSON's words are Python's here: models mix them up, and forced calls hold JSON."""
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return ast.Constant(JSON_WORDS[node.id]) if node.id in JSON_WORDS else node
+
+
+def _as_python(value: ast.expr) -> ast.expr:
+    seen: ast.expr = _Constants().visit(value)
+    return seen
+
+
 def read_call(source: str) -> tuple[str, str] | None:
     """Name and arguments' JSON of `f(a=1)`; None if it is none."""
     try:
@@ -136,7 +149,7 @@ def read_call(source: str) -> tuple[str, str] | None:
             tree = ast.parse(source, mode="eval").body
         if not isinstance(tree, ast.Call) or tree.args or any(word.arg is None for word in tree.keywords):
             return None
-        arguments = {str(word.arg): ast.literal_eval(word.value) for word in tree.keywords}
+        arguments = {str(word.arg): ast.literal_eval(_as_python(word.value)) for word in tree.keywords}
         return ast.unparse(tree.func), msgspec.json.encode(arguments).decode()
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError, OverflowError):
         return None

@@ -9,8 +9,17 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
-from router.dialects.grammars import HERMES, CallFrame, of_tools
-from router.dialects.schema import refuse_unsupported, wrong_field
+from router.dialects.calls import (
+    ARGUMENTS_MARK,
+    MarkId,
+    Spelling,
+    json_calls,
+    listed_calls,
+    marked_calls,
+    of_tools,
+    python_calls,
+)
+from router.dialects.schema import wrong_field
 from router.language.speech import Parser, PlainText
 from router.language.turn import Turn
 from router.parsers.bare_json import TAG, BareJsonCalls
@@ -27,8 +36,16 @@ CALLS: Mapping[str, Callable[[frozenset[str]], Parser]] = {
     "mistral": lambda _: BracketedCalls(),
     "pythonic": PythonicCalls,
 }
-# What a grammar writes around a forced call. Marks that are special tokens cannot be written by one.
-FRAMES = {"hermes": HERMES, NONE: HERMES, "llama": CallFrame("", "", "parameters")}
+# What a forced call is held to. A model without a form of its own is held to Hermes': it needs no training for that.
+HERMES = json_calls("<tool_call>\n", "\n</tool_call>")
+FORMS = {
+    "hermes": HERMES,
+    NONE: HERMES,
+    "llama": json_calls(arguments="parameters"),
+    "mistral": listed_calls(),
+    "pythonic": python_calls(),
+}
+NAMED = marked_calls()  # of Mistral's templates that mark arguments
 # Words in a template that only one family has; the first that is found decides.
 SIGNS = {
     "<tool_call>": "hermes",
@@ -48,6 +65,7 @@ class Voice:
 
     calls: str = NONE
     thoughts: str = NONE
+    marks_arguments: bool = False  # Mistral's newer form
 
     @classmethod
     def of(cls, template: str, calls: str = AUTO, thoughts: str = AUTO) -> Voice:
@@ -56,21 +74,18 @@ class Voice:
             calls = next((family for sign, family in SIGNS.items() if sign in template), NONE)
         if thoughts == AUTO:
             thoughts = next((name for name, (_, close) in THOUGHTS.items() if close in template), NONE)
-        return cls(calls, thoughts)
+        return cls(calls, thoughts, ARGUMENTS_MARK in template)
 
-    def settled(self, turn: Turn) -> Turn:
+    def settled(self, turn: Turn, mark_id: MarkId = lambda _: None) -> Turn:
         """The turn with a grammar for the call that it must be. Raises RequestError 400.
 
-        A model without a form of its own is held to Hermes': a forced call needs no training. Who is held to a grammar
-        does not think before it."""
+        `mark_id`: of the model's special tokens. Who is held to a grammar does not think before it."""
         sampling = turn.sampling
         if turn.must_call is not None:
-            frame = FRAMES.get(self.calls)
-            if frame is None:
-                raise refuse_unsupported("tool_choice", f"calls in the form of {self.calls} cannot be forced")
             if sampling.grammar_kind:
                 raise wrong_field("tool_choice", "a forced call cannot have another form of answer beside it")
-            grammar = of_tools(turn.tools, turn.must_call or None, frame)
+            form = NAMED if self.calls == "mistral" and self.marks_arguments else FORMS[self.calls]
+            grammar = of_tools(turn.tools, turn.must_call or None, form, Spelling(mark_id))
             sampling = msgspec.structs.replace(sampling, grammar_kind=grammar.kind, grammar=grammar.source)
         if not sampling.grammar_kind:
             return turn

@@ -8,16 +8,12 @@ from typing import Any
 import pytest
 
 from router.dialects import chat, completions
-from router.dialects.grammars import CallFrame, Grammar, of_tools
+from router.dialects.grammars import Grammar
 from router.errors import RequestError
 from tests.router import desk
 from tests.router.desk import run, speak
 
 SCHEMA = '{"type": "object",  "properties": {"a": {"const": 1.50}}}'  # not to be read and written again on the way
-TOOLS = [
-    {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {"q": {}}}}},
-    {"type": "function", "function": {"name": "wait"}},
-]
 
 
 def asked(**fields: Any) -> Grammar:
@@ -78,19 +74,6 @@ def test_sampling_fields_are_carried_or_refused() -> None:
         with pytest.raises(RequestError) as refused:
             completions.read(json.dumps(body | {field: value}).encode())
         assert (refused.value.detail.param or "").startswith(field)
-
-
-def test_calls_are_one_of_the_tools_in_the_models_frame() -> None:
-    kind, source = of_tools(TOOLS, None, CallFrame("[CALL]", "", "parameters"))
-
-    assert kind == "lark"
-    schema = json.loads(source.split("%json ")[1])
-    assert [one["properties"]["name"]["const"] for one in schema["anyOf"]] == ["look", "wait"]
-    assert schema["anyOf"][0]["properties"]["parameters"] == TOOLS[0]["function"]["parameters"]
-    assert '"[CALL]" call ""' in source
-    with pytest.raises(RequestError) as refused:
-        of_tools(TOOLS, "fly")
-    assert refused.value.detail.param == "tool_choice"
 
 
 def test_a_grammar_that_no_worker_takes_is_a_400() -> None:

@@ -10,10 +10,6 @@ import anthropic
 import openai
 import pytest
 
-from engine.wire import Sampling
-from router.errors import RequestError
-from router.language.turn import Message, Turn
-from router.parsers.voice import Voice
 from tests.router.desk import TOOL_TEMPLATE, VOCABULARY, Desk, chat, desk, ids_of, run, speak
 
 SAID = (
@@ -176,24 +172,7 @@ def test_a_forced_call_is_held_to_a_grammar_and_read_back() -> None:
     run(work())
 
 
-def turn(**changes: Any) -> Turn:
-    return Turn("tiny", Sampling(), None, (), False, messages=(Message("user", "x"),), tools=tuple(TOOLS), **changes)
-
-
-def test_what_cannot_be_forced_is_refused_with_its_reason() -> None:
-    for voice, wrong in [
-        (Voice("mistral"), turn(must_call="")),
-        (Voice("hermes"), turn(must_call="nobody")),
-        (Voice("hermes"), Turn("m", Sampling(grammar_kind="regex", grammar="a"), None, (), False, must_call="")),
-    ]:
-        with pytest.raises(RequestError) as refused:
-            voice.settled(wrong)
-        assert refused.value.detail.param == "tool_choice"
-
-
-def test_a_model_without_a_form_of_calls_is_held_to_one_and_else_says_so() -> None:
-    assert Voice().settled(turn(must_call="time")).sampling.grammar.startswith("start: one")
-
+def test_a_model_without_a_form_of_calls_says_so() -> None:
     async def work() -> None:
         async with desk() as d:
             d.fleet.answer = speak("no calls from me")
