@@ -1,4 +1,4 @@
-"""Through a front proxy: docs/examples/nginx.conf as it stands, but for TLS, before a real router's door."""
+"""Through a front proxy: docs/examples as they stand, but for TLS, before a real router's door."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import socket
-from asyncio.subprocess import PIPE, STDOUT
+from asyncio.subprocess import DEVNULL
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -20,9 +20,8 @@ from tests.router.access.test_tenants import tenants_of
 from tests.router.desk import Desk, chat, desk, run, speak
 from tests.wire.test_framing import REFUSED, SMUGGLED
 
-NGINX = shutil.which("nginx")
-EXAMPLE = Path(__file__).resolve().parents[2] / "docs" / "examples" / "nginx.conf"
-FRAME = """
+EXAMPLES = Path(__file__).resolve().parents[2] / "docs" / "examples"
+NGINX_FRAME = """
 daemon off; {user} pid {folder}/pid; error_log {folder}/error.log; worker_processes 1;
 events {{ worker_connections 256; }}
 http {{
@@ -32,39 +31,59 @@ http {{
     {server}
 }}
 """
+CADDY_FRAME = """{{
+    admin off
+    auto_https off
+    grace_period 1s
+    storage file_system {folder}
+}}
+{server}
+"""
+PROXIES = [
+    pytest.param(name, marks=pytest.mark.skipif(shutil.which(name) is None, reason=f"{name} is not installed"))
+    for name in ("nginx", "caddy")
+]
 
-pytestmark = pytest.mark.skipif(NGINX is None, reason="nginx is not installed")
 
-
-def without_tls(text: str, port: int, router: int) -> str:
+def nginx(folder: Path, port: int, router: int) -> tuple[str, ...]:
+    """Its example without TLS, and the command that serves it."""
+    text = (EXAMPLES / "nginx.conf").read_text()
     text = re.sub(r"^\s*(http2|ssl_certificate\w*) .*\n", "", text, flags=re.MULTILINE)
-    return text.replace("listen 443 ssl;", f"listen 127.0.0.1:{port};").replace("127.0.0.1:8080", f"127.0.0.1:{router}")
+    text = text.replace("listen 443 ssl;", f"listen 127.0.0.1:{port};").replace("127.0.0.1:8080", f"127.0.0.1:{router}")
+    user = "user root;" if os.geteuid() == 0 else ""  # its worker writes bodies to the test's folder
+    (folder / "nginx.conf").write_text(NGINX_FRAME.format(user=user, folder=folder, server=text))
+    return ("nginx", "-p", str(folder), "-c", str(folder / "nginx.conf"))
+
+
+def caddy(folder: Path, port: int, router: int) -> tuple[str, ...]:
+    """The same of Caddy's."""
+    text = (EXAMPLES / "Caddyfile").read_text()
+    text = text.replace("models.example {", f"http://models.example:{port} {{\n\tbind 127.0.0.1")
+    text = text.replace("127.0.0.1:8080", f"127.0.0.1:{router}")
+    (folder / "Caddyfile").write_text(CADDY_FRAME.format(folder=folder, server=text))
+    return ("caddy", "run", "--adapter", "caddyfile", "--config", str(folder / "Caddyfile"))
 
 
 @contextlib.asynccontextmanager
-async def behind_nginx(folder: Path) -> AsyncIterator[tuple[Desk, httpx.AsyncClient, tuple[str, int]]]:
+async def behind(proxy: str, folder: Path) -> AsyncIterator[tuple[Desk, httpx.AsyncClient, tuple[str, int]]]:
     path = folder / "keys.json"
     key = keys.add(path, "alice", {}, (), "")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    user = "user root;" if os.geteuid() == 0 else ""  # its worker writes bodies to the test's folder
     async with desk(tenants=tenants_of(path)) as d:
-        (folder / "nginx.conf").write_text(
-            FRAME.format(user=user, folder=folder, server=without_tls(EXAMPLE.read_text(), port, d.address[1]))
-        )
-        assert NGINX is not None
-        command = (NGINX, "-p", str(folder), "-c", str(folder / "nginx.conf"))
-        proxy = await asyncio.create_subprocess_exec(*command, stdout=PIPE, stderr=STDOUT)
-        headers = {"authorization": f"Bearer {key}", "host": "models.example"}
+        command = (nginx if proxy == "nginx" else caddy)(folder, port, d.address[1])
+        env = {**os.environ, "HOME": str(folder), "XDG_DATA_HOME": str(folder), "XDG_CONFIG_HOME": str(folder)}
+        running = await asyncio.create_subprocess_exec(*command, stdout=DEVNULL, stderr=DEVNULL, env=env)
+        headers = {"authorization": f"Bearer {key}", "host": f"models.example:{port}"}
         url = f"http://127.0.0.1:{port}"
         try:
             async with httpx.AsyncClient(base_url=url, headers=headers, timeout=20) as client:
                 await answering(client)
                 yield d, client, ("127.0.0.1", port)
         finally:
-            proxy.terminate()
+            running.terminate()
             async with asyncio.timeout(20):
-                await proxy.wait()
+                await running.wait()
 
 
 async def answering(client: httpx.AsyncClient) -> None:
@@ -76,9 +95,10 @@ async def answering(client: httpx.AsyncClient) -> None:
             await asyncio.sleep(0.02)
 
 
-def test_events_leave_one_by_one_and_a_client_that_leaves_is_seen(tmp_path: Path) -> None:
+@pytest.mark.parametrize("proxy", PROXIES)
+def test_events_leave_one_by_one_and_a_client_that_leaves_is_seen(tmp_path: Path, proxy: str) -> None:
     async def work() -> None:
-        async with behind_nginx(tmp_path) as (d, client, _):
+        async with behind(proxy, tmp_path) as (d, client, _):
             body = chat(stream=True)
             async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
                 pieces = answer.aiter_text()
@@ -103,16 +123,19 @@ def token_of_a() -> int:
     return ids_of("a")[0]
 
 
-def test_bodies_headers_and_refusals_pass(tmp_path: Path) -> None:
+@pytest.mark.parametrize("proxy", PROXIES)
+def test_bodies_headers_and_refusals_pass(tmp_path: Path, proxy: str) -> None:
     async def work() -> None:
-        async with behind_nginx(tmp_path) as (d, client, _):
+        async with behind(proxy, tmp_path) as (d, client, _):
             d.fleet.answer = speak("ok")
             large = chat(metadata={"padding": "x" * 7 * 2**20})
             headers = {"session_id": "a-session-of-codex"}
             assert (await client.post("/v1/chat/completions", json=large, headers=headers)).status_code == 200
             assert d.mind.offered[-1].session == "a-session-of-codex"
             too_large = b"x" * (34 * 2**20)
-            assert (await client.post("/v1/messages", content=too_large)).status_code == 413
+            with contextlib.suppress(httpx.ReadError, httpx.WriteError):  # Caddy cuts who goes on sending
+                assert (await client.post("/v1/messages", content=too_large)).status_code == 413
+            assert len(d.mind.offered) == 1
             anonymous = await client.post("/v1/chat/completions", json=chat(), headers={"authorization": ""})
             assert anonymous.status_code == 401
             refused = await client.post("/v1/chat/completions", content=b"{")
@@ -121,10 +144,11 @@ def test_bodies_headers_and_refusals_pass(tmp_path: Path) -> None:
     run(work())
 
 
+@pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")
 @pytest.mark.parametrize("sent", [vector for vector in REFUSED.values() if SMUGGLED in vector])
 def test_no_doubtful_bytes_become_a_second_request(tmp_path: Path, sent: bytes) -> None:
     async def work() -> None:
-        async with behind_nginx(tmp_path) as (d, client, address):
+        async with behind("nginx", tmp_path) as (d, client, address):
             key = client.headers["authorization"].encode()
             keyed = sent.replace(b"host: localhost\r\n", b"host: localhost\r\nauthorization: " + key + b"\r\n")
             reader, writer = await asyncio.open_connection(*address)
