@@ -19,7 +19,7 @@ import numpy as np
 
 from loadgen import compose, formats
 from loadgen.formats import weka
-from loadgen.judge import Judged, judge_one
+from loadgen.judged import Judged, judge_one
 from loadgen.ranks import quantiles
 from loadgen.records import Record
 from loadgen.sim.profiles import H100_8B

@@ -5,16 +5,13 @@ Owns these tables. Never decides what is met: it is given judged requests."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import msgspec
 
+from loadgen.judged import Judged
 from loadgen.ranks import Quantiles, quantiles
 from loadgen.targets import new_tokens
 from loadgen.traces import CLASSES, ClassName, Gap
-
-if TYPE_CHECKING:
-    from loadgen.judge import Judged
 
 BIN_EDGES = (64, 256, 1024, 4096, 16384, 65536)  # new tokens: powers of four, from a short line to a cold repository
 FLAT_TTFT_S = (0.5, 1.0, 2.0, 5.0)  # what others promise, whatever the prompt
@@ -119,7 +116,7 @@ def _refusals(judged: Sequence[Judged]) -> Refusals:
         came_back=sum(one.record.attempts > 1 and one.record.outcome != "refused" for one in judged),
         met_of_offered=met / len(judged),
         met_of_admitted=met / admitted if admitted else None,
-        wasted_tokens=sum(_output(one) for one in judged if not one.is_met),
+        wasted_tokens=sum(one.output_tokens for one in judged if not one.is_met),
         reasons=dict(sorted(reasons.items(), key=lambda item: -item[1])[:5]),
     )
 
@@ -147,10 +144,6 @@ def _why(one: Judged) -> str:
         if seconds is not None and seconds > limit_s
     ]
     return " and ".join(broken)
-
-
-def _output(one: Judged) -> int:
-    return one.record.completion_tokens or len(one.record.token_s)
 
 
 def _hits(name: ClassName, gap: Gap, judged: Sequence[Judged]) -> Hits | None:
@@ -225,7 +218,7 @@ def _imbalance(judged: Sequence[Judged]) -> float | None:
     for one in judged:
         record = one.record
         if record.worker and record.outcome == "done":
-            computed = max(0, record.input_tokens - (record.cached_tokens or 0)) + _output(one)
+            computed = max(0, record.input_tokens - (record.cached_tokens or 0)) + one.output_tokens
             busy[record.worker] = busy.get(record.worker, 0) + computed
     return max(busy.values()) * len(busy) / sum(busy.values()) if busy and sum(busy.values()) else None
 

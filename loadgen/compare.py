@@ -14,7 +14,8 @@ import msgspec
 import numpy as np
 
 from loadgen import formats, records, shape, targets
-from loadgen.judge import ClassVerdict, Verdict, judge_one, resampled
+from loadgen.judge import ClassVerdict, Verdict, resampled
+from loadgen.judged import judge_one
 from loadgen.report import aligned
 from loadgen.search import Bounds, Edge, Measured, pooled, search
 from loadgen.session import Plan, measure, read_budgets, serving

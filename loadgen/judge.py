@@ -5,22 +5,20 @@ refused, failed, left, abandoned or unfinished."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from loadgen.breakdown import Breakdown, breakdown
+from loadgen.judged import Judged, judge_one
 from loadgen.ranks import Quantiles, quantiles, rank
 from loadgen.records import Outcome, Record, Run, judged_of
-from loadgen.targets import Budgets, Target, new_tokens, target_of
+from loadgen.targets import Budgets, new_tokens, target_of
 from loadgen.traces import CLASSES, ClassName
 
-GAP_MAX_S = 0.2  # the largest pause inside an answer that passes for smooth
 LAG_SHARE = 0.05  # of the tightest TTFT target: a client later than this at p99 has measured itself
 REFUSED_CHAT_MAX = 0.01  # no run counts with more chat refused
 PASS_SHARE: dict[ClassName, float] = {"chatbot+": 0.99, "background-agent": 0.95, "data-processor": 0.99}
@@ -28,21 +26,6 @@ FAIR_OFFERED_MIN = 5  # a user with fewer offered chat requests is not named the
 NO_WORKER = "none"  # in the place of a name
 BOOTSTRAP_ROUNDS, BOOTSTRAP_CELLS = 1000, 500_000
 OUTCOMES: tuple[Outcome, ...] = ("done", "refused", "failed", "left", "abandoned", "unfinished")
-
-
-@dataclass(frozen=True, slots=True)
-class Judged:
-    """One request beside its target. Latencies count from the intended time; None was not seen."""
-
-    record: Record
-    target: Target
-    ttft_s: float | None
-    tpot_s: float | None
-    gap_max_s: float | None
-    e2e_s: float | None
-    is_met: bool
-    is_on_line: bool  # every token came by its due time
-    is_smooth: bool  # no pause over GAP_MAX_S
 
 
 class Cell(msgspec.Struct, frozen=True, kw_only=True):
@@ -149,8 +132,8 @@ def judge(run: Run, records: Sequence[Record], budgets: Budgets) -> Verdict:
         met=len(met),
         warmup_requests=len(records) - len(judged),
         goodput_per_s=len(met) / run.judged_s,
-        good_tokens_per_s=sum(_output(one) for one in met) / run.judged_s,
-        wasted_tokens=sum(_output(one) for one in judged if not one.is_met),
+        good_tokens_per_s=sum(one.output_tokens for one in met) / run.judged_s,
+        wasted_tokens=sum(one.output_tokens for one in judged if not one.is_met),
         classes={name: _class_verdict(name, found) for name in CLASSES if (found := _of_class(judged, name))},
         workers={name: _by_worker(found) for name in CLASSES if (found := _of_class(judged, name))},
         users=users,
@@ -169,51 +152,6 @@ def judge(run: Run, records: Sequence[Record], budgets: Budgets) -> Verdict:
     )
 
 
-def judge_one(record: Record, target: Target) -> Judged:
-    """One record against its target. An answer that did not end well is a miss, however fast it began."""
-    origin = record.intended_s or 0.0
-    stamps = record.token_s
-    is_done = record.outcome == "done" and record.end_s is not None
-    ttft_s = stamps[0] - origin if stamps else None
-    tokens = record.completion_tokens or len(stamps)
-    tpot_s = (stamps[-1] - stamps[0]) / (tokens - 1) if len(stamps) > 1 and tokens > 1 else None
-    gap_s = max((later - earlier for earlier, later in itertools.pairwise(stamps)), default=None)
-    e2e_s = record.end_s - origin if is_done and record.end_s is not None else None
-    # A promise of a first token can only be seen kept on a stream; other answers show their end as their first token.
-    first_s = ttft_s if ttft_s is not None else e2e_s
-    is_met = (
-        is_done
-        and _within(first_s, target.ttft_s)
-        and (tpot_s is None or tpot_s <= target.tpot_s)
-        and _within(e2e_s, target.deadline_s)
-    )
-    return Judged(
-        record=record,
-        target=target,
-        ttft_s=ttft_s,
-        tpot_s=tpot_s,
-        gap_max_s=gap_s,
-        e2e_s=e2e_s,
-        is_met=is_met,
-        is_on_line=is_done and _within(e2e_s, target.deadline_s) and _is_on_line(stamps, tokens, origin, target),
-        is_smooth=is_done and (gap_s is None or gap_s <= GAP_MAX_S),
-    )
-
-
-def _is_on_line(stamps: list[float], tokens: int, origin: float, target: Target) -> bool:
-    """Token n is due at ttft + (n-1) * tpot. Where an event carried several, they are taken as spread evenly."""
-    for event, stamp in enumerate(stamps):
-        token = event * tokens // len(stamps)
-        due_s = target.ttft_s + token * target.tpot_s if token else target.ttft_s
-        if stamp - origin > due_s:
-            return False
-    return True
-
-
-def _within(seconds: float | None, limit_s: float) -> bool:
-    return seconds is not None and seconds <= limit_s
-
-
 def _cell(judged: Sequence[Judged]) -> Cell:
     answered = [one.record for one in judged if one.record.outcome == "done"]
     return Cell(
@@ -229,7 +167,7 @@ def _cell(judged: Sequence[Judged]) -> Cell:
         input_tokens=sum(record.input_tokens for record in answered),
         cached_ideal=sum(min(record.ideal_cached, record.input_tokens) for record in answered),
         cached_real=sum(record.cached_tokens or 0 for record in answered),
-        output_tokens=sum(_output(one) for one in judged),
+        output_tokens=sum(one.output_tokens for one in judged),
     )
 
 
@@ -354,10 +292,6 @@ def _counts(names: Iterable[str]) -> dict[str, int]:
 
 def _of_class(judged: Iterable[Judged], name: ClassName) -> list[Judged]:
     return [one for one in judged if one.record.request_class == name]
-
-
-def _output(one: Judged) -> int:
-    return one.record.completion_tokens or len(one.record.token_s)
 
 
 def _is_other(counted: int | None, wanted: int) -> bool:

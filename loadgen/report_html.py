@@ -9,7 +9,8 @@ from html import escape
 
 from loadgen import report_parts
 from loadgen.charts import Bar, Dot, Event, gauge, scatter, strip, timeline
-from loadgen.judge import FAIR_OFFERED_MIN, NO_WORKER, PASS_SHARE, Cell, Judged, Second, Verdict, points
+from loadgen.judge import FAIR_OFFERED_MIN, NO_WORKER, PASS_SHARE, Cell, Second, Verdict, points
+from loadgen.judged import Judged
 from loadgen.page import document
 from loadgen.records import Record, judged_of
 from loadgen.report import HEADS, columns, honesty, mark_of, misses, worker_name

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadgen.judge import Quantiles, judge, judge_one, quantiles
+from loadgen.judge import Quantiles, judge, quantiles
+from loadgen.judged import judge_one
 from loadgen.records import Outcome, Record, Run
 from loadgen.report import honesty
 from loadgen.targets import Target, target_of
