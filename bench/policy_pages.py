@@ -17,8 +17,11 @@ from loadgen.simulate import LABEL
 from loadgen.traces import CLASSES
 
 COLOURS = ("one", "two", "three", "four")
-STYLE = """<style>td:nth-child(-n+3){text-align:left}th:nth-child(-n+3){text-align:left}
-td{font-variant-numeric:tabular-nums}.said{font-size:13px}</style>"""
+STYLE = (
+    "<style>.said{font-size:13px}"
+    + "".join(f".lead{many} :is(th,td):nth-child(-n+{many}){{text-align:left}}" for many in (1, 2, 3, 4))
+    + "</style>"
+)
 
 
 def markdown(sections: Sequence[Section]) -> str:
@@ -38,12 +41,19 @@ def page(sections: Sequence[Section], said: Sequence[str]) -> str:
     for one in [*goals, *(one for one in sections if one not in goals)]:
         parts.append(f"<h2>{escape(one.title)}</h2>" + (f"<p>{escape(one.note)}</p>" if one.note else ""))
         parts += _figures(one.curves)
-        parts.append(table(one.rows))
+        parts.append(table(one.rows, f"lead{_lead(one.rows)}"))
     return document(f"Policies: {LABEL}", parts)
 
 
+def _lead(rows: Sequence[Sequence[str]]) -> int:
+    """How many columns on the left are words."""
+    body = rows[1:]
+    words = [any(row[at][:1].isalpha() for row in body) for at in range(min(4, len(rows[0])))]
+    return next((at for at, is_word in enumerate(words) if not is_word), len(words)) or 1
+
+
 def _figures(drawn: dict[str, Curve]) -> list[str]:
-    """Attainment over load by class, for as many policies as there are colours."""
+    """Attainment over load by class, for as many policies as there are colours, where anybody fails a class."""
     shown = dict(list(drawn.items())[: len(COLOURS)])
     found = []
     for name in CLASSES:
@@ -51,6 +61,8 @@ def _figures(drawn: dict[str, Curve]) -> list[str]:
             Line(policy, style, [(load, shares(one)[name]) for load, one in curve if name in shares(one)])
             for (policy, curve), style in zip(shown.items(), COLOURS, strict=False)
         ]
+        if all(share >= PASS_SHARE[name] for line in lines for _, share in line.points):
+            continue
         picture = curves(lines, "load", f"{name} met", wanted=PASS_SHARE[name])
         found += [f"<figure>{picture}</figure>"] if picture else []
     named = keys(zip(COLOURS, shown, strict=False))
