@@ -37,7 +37,7 @@ SCALES = {
         Scale(
             "part",
             (
-                Slice("mix", 150.0, 30.0, 1, 8.0),
+                Slice("mix", 150.0, 30.0, 3, 8.0, table_seeds=1),
                 Slice("mooncake", 150.0, 30.0, 1, 1.2, most=11.0),
                 Slice("azure", 150.0, 30.0, 1, 1.7, most=11.0, workers=2),
                 Slice("weka", 120.0, 40.0, 1, 5.0, most=16.0, workers=2),
@@ -87,7 +87,8 @@ def about(lab: Lab) -> list[str]:
 def _size(part: Slice) -> str:
     return (
         f"{TITLES[part.case]}: {part.workers} simulated workers, {part.duration_s:.0f} s offered, the first "
-        f"{part.warmup_s:.0f} s not judged, {part.seeds} seed{'s' if part.seeds > 1 else ''} a point."
+        f"{part.warmup_s:.0f} s not judged, {part.seeds} seed{'s' if part.seeds > 1 else ''} a point"
+        + (f" of curves, {part.table_seeds} of other tables." if part.table_seeds else ".")
     )
 
 

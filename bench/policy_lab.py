@@ -42,6 +42,7 @@ class Slice:
     start: float  # the load where curves begin to look
     most: float = 64.0  # the load that half of a recorded trace suffices for
     workers: int = 4
+    table_seeds: int = 0  # of single points, which decide nothing; 0: as many as curves have
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +120,13 @@ class Lab:
             print(f"{said}: {found.requests} requests, {rate:.0f} a CPU second", file=sys.stderr, flush=True)
         return self._found[key]
 
-    def point(self, case: str, load: float, side: Side, *, is_tuning: bool = False, **options: Any) -> Tallies:
+    def point(
+        self, case: str, load: float, side: Side, *, is_tuning: bool = False, is_curve: bool = False, **options: Any
+    ) -> Tallies:
         """One policy at one load, all seeds."""
         part = self.scale.slice(case)
-        seeds = [TUNING_SEED + 1] if is_tuning else range(TEST_SEED + 1, TEST_SEED + part.seeds + 1)
+        count = part.seeds if is_curve else part.table_seeds or part.seeds
+        seeds = [TUNING_SEED + 1] if is_tuning else range(TEST_SEED + 1, TEST_SEED + count + 1)
         times = {"duration_s": part.duration_s, "warmup_s": part.warmup_s, "workers": part.workers}
         return joined(
             [self.one(Run(case=case, load=round(load, 4), side=side, seed=seed, **(times | options))) for seed in seeds]
@@ -134,7 +138,7 @@ class Lab:
 
         def passes(notch: int) -> bool:
             if notch not in found:
-                found[notch] = self.point(case, NOTCH**notch, side, **options)
+                found[notch] = self.point(case, NOTCH**notch, side, is_curve=True, **options)
             return margin(found[notch]) >= 0.0
 
         top = min(NOTCHES[1], math.floor(math.log(self.scale.slice(case).most, NOTCH)))

@@ -107,12 +107,12 @@ def test_tuning_and_test_runs_see_different_requests() -> None:
 
 def test_the_ladder_finds_the_edge_and_stops_at_what_a_trace_has(monkeypatch: pytest.MonkeyPatch) -> None:
     lab = Lab(replace(TINY, points_max=12, slices=(replace(TINY.slices[0], most=3.0),)), None, Path("unused"))
-    monkeypatch.setattr(Lab, "point", lambda _, __, load, ___: tallies(100 if load < 1.9 else 90, 100))
+    monkeypatch.setattr(Lab, "point", lambda _, __, load, *___, **____: tallies(100 if load < 1.9 else 90, 100))
     curve = lab.curve("mix", Side(), 1.0)
     passing, failing = (max(x for x, f in curve if margin(f) >= 0), min(x for x, f in curve if margin(f) < 0))
     assert failing / passing == pytest.approx(2**0.25)
     assert passing < 1.9 <= failing
-    monkeypatch.setattr(Lab, "point", lambda *_: tallies(100, 100))
+    monkeypatch.setattr(Lab, "point", lambda *_, **__: tallies(100, 100))
     assert max(load for load, _ in lab.curve("mix", Side(), 1.0)) <= 3.0
 
 
@@ -132,3 +132,18 @@ def test_the_command_runs_what_its_words_say(tmp_path: Path, monkeypatch: pytest
         ("quick", 1, None),
         ("part", 5, Path("t")),
     ]
+
+
+def test_curves_may_have_more_seeds_than_other_points_and_tuning_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+
+    def one(_: Lab, run: Run) -> Tallies:
+        seeds.append(run.seed)
+        return tallies(100, 100)
+
+    monkeypatch.setattr(Lab, "one", one)
+    lab = Lab(replace(TINY, slices=(replace(TINY.slices[0], seeds=3, table_seeds=1),)), None, Path("unused"))
+    lab.point("mix", 1.0, Side())
+    lab.point("mix", 1.0, Side(), is_curve=True)
+    lab.point("mix", 1.0, Side(), is_curve=True, is_tuning=True)
+    assert seeds == [51, 51, 52, 53, 101]
