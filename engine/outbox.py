@@ -45,7 +45,7 @@ class Outbox:
         """One step more."""
         with self._lock:
             self._frames.append(frame)
-            self._tokens += len(frame.ids) // 4
+            self._tokens += _size(frame)
             if len(self._frames) >= FRAMES_MAX:
                 self._frames = [merge(run) for run in _runs(self._frames)]
         self._wake()
@@ -66,8 +66,13 @@ class Outbox:
                 return self._told.pop(0)
             frames, *later = _runs(self._frames) or [[]]
             self._frames = [frame for run in later for frame in run]
-            self._tokens = sum(len(frame.ids) // 4 for frame in self._frames)
+            self._tokens = sum(map(_size, self._frames))
         return merge(frames) if frames else None
+
+
+def _size(frame: StepFrame) -> int:
+    """Tokens and log-probabilities."""
+    return len(frame.ids) // 4 + sum(1 + len(score.top_ids) for score in frame.scored)
 
 
 def _runs(frames: list[StepFrame]) -> list[list[StepFrame]]:

@@ -64,6 +64,10 @@ class StepBatch:
     sample_positions: Int32  # [sampled] output index of the wanted token, from 0: with the seed it keys the randomness
     histories: Mapping[int, History] = field(default_factory=dict)  # by sampled row, of those with penalties
     masks: Masks | None = None
+    # Rows of prompts whose next token is known and to be scored, those tokens, and how many likeliest beside each.
+    scored_rows: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
+    scored_ids: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
+    scored_tops: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
     # [sequences] tokens that its blocks can hold, or empty: not said. A runner may compute ahead within them.
     room: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
 
@@ -77,6 +81,7 @@ class StepResult:
     seconds: float
     scores: Mapping[int, Score] = field(default_factory=dict)  # by sampled row, of those that asked
     messages: Mapping[int, str] = field(default_factory=dict)  # why a row is bad, if not for its logits
+    prompt_scores: list[Score] = field(default_factory=list)  # one each scored row
     more: Mapping[int, list[int]] = field(default_factory=dict)  # by sampled row: tokens behind its own, drafted right
 
 

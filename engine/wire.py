@@ -181,6 +181,7 @@ class Sampling(Message, frozen=True):
     logprobs: int = -1  # how many of the likeliest tokens are told beside the chosen one's; -1 tells none
     grammar_kind: str = ""  # json_schema | regex | lark; empty: any text
     grammar: str = ""
+    prompt_logprobs: bool = False  # those of the prompt's tokens from its second on come before the first token's
 
     @property
     def has_penalties(self) -> bool:

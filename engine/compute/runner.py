@@ -5,7 +5,7 @@ Owns weights, KV memory and the device. Never decides what a step holds: rows, b
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,9 @@ from engine.loading import manifest, room, weights
 from engine.models.config import ELSEWHERE, ModelConfig, ModelError, read
 from engine.models.decoder import Decoder
 from engine.models.pages import SPARE_BLOCKS, KVPool
-from engine.step import KVMemory, StepBatch, StepResult
+from engine.step import Int64, KVMemory, Score, StepBatch, StepResult
+
+SCORED_ROWS = 128  # of prompts at a time: 25 MB of logits for a vocabulary of 49,152
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +101,10 @@ class TorchRunner:
         """Compute one step: write KV, sample. Raises only on what is our own fault."""
         started = time.perf_counter()
         with torch.inference_mode():
-            logits = self._logits(batch)
+            hidden, computed_at = self._hidden(batch)
+            scores = list(self._prompt_scores(batch, hidden, computed_at))
             chosen = sampling.choose(
-                logits,
+                self._sampled_logits(batch, hidden, computed_at),
                 batch.sampling,
                 batch.sample_positions,
                 self.model.eos_ids,
@@ -109,21 +112,34 @@ class TorchRunner:
                 masks=batch.masks,
             )
         seconds = time.perf_counter() - started
-        return StepResult(chosen.ids, chosen.is_bad, seconds, chosen.scores, chosen.messages)
+        return StepResult(chosen.ids, chosen.is_bad, seconds, chosen.scores, chosen.messages, scores)
 
     def logits(self, batch: StepBatch) -> Tensor:
         """[sampled, vocab] float32 of one step, for proofs: `run` without the choice."""
         with torch.inference_mode():
-            return self._logits(batch)
+            return self._sampled_logits(batch, *self._hidden(batch))
 
-    def _logits(self, batch: StepBatch) -> Tensor:
+    def _hidden(self, batch: StepBatch) -> tuple[Tensor, Int64]:
+        """Hidden states as computed, and where each row of the batch is among them."""
         pages = self._pool.plan(batch)
         ids = self._tensor(batch.ids[pages.order])
         hidden = self._decoder.forward(ids, self._tensor(batch.positions[pages.order]), pages)
-        if not len(batch.sample_rows):  # a step of chunks none of which ends its prompt
-            return hidden.new_empty((0, self.model.vocab_size), dtype=torch.float32)
         computed_at = np.empty(len(pages.order), np.int64)
         computed_at[pages.order] = np.arange(len(pages.order))
+        return hidden, computed_at
+
+    def _prompt_scores(self, batch: StepBatch, hidden: Tensor, computed_at: Int64) -> Iterator[Score]:
+        """Of prompt tokens; the head runs in pieces, since a row of logits is large."""
+        for start in range(0, len(batch.scored_rows), SCORED_ROWS):
+            piece = slice(start, start + SCORED_ROWS)
+            rows = self._tensor(computed_at[batch.scored_rows[piece]])
+            plain = self._decoder.logits(hidden[rows]).log_softmax(-1)
+            told = zip(plain, batch.scored_ids[piece].tolist(), batch.scored_tops[piece].tolist(), strict=True)
+            yield from (sampling.score(row, token, count) for row, token, count in told)
+
+    def _sampled_logits(self, batch: StepBatch, hidden: Tensor, computed_at: Int64) -> Tensor:
+        if not len(batch.sample_rows):  # a step of chunks none of which ends its prompt
+            return hidden.new_empty((0, self.model.vocab_size), dtype=torch.float32)
         return self._decoder.logits(hidden[self._tensor(computed_at[batch.sample_rows])])
 
     def _tensor(self, numbers: np.typing.NDArray[np.integer]) -> Tensor:

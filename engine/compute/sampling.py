@@ -61,11 +61,12 @@ def choose(
         messages = masked.messages
         logits.masked_fill_(is_bad[:, None], 0.0)
     ids = _ids(logits, sampling, positions)
-    scores = {row: _score(plain[at], int(ids[row]), sampling[row].logprobs) for at, row in enumerate(told)}
+    scores = {row: score(plain[at], int(ids[row]), sampling[row].logprobs) for at, row in enumerate(told)}
     return Choice(ids.to("cpu", torch.int32).numpy(), is_bad.cpu().numpy(), scores, messages)
 
 
-def _score(plain: Tensor, chosen: int, count: int) -> Score:
+def score(plain: Tensor, chosen: int, count: int) -> Score:
+    """Of [vocab] log-probabilities: the chosen one's, and the likeliest."""
     best = plain.topk(count)
     return Score(float(plain[chosen]), tuple(best.indices.tolist()), tuple(best.values.tolist()))
 

@@ -37,6 +37,8 @@ class Holdings:
 
     def adopt(self, sequence: Sequence) -> bool:
         """Take over what another sequence computed meanwhile; False if one computes it in this very step."""
+        if sequence.needs_all_rows:
+            return True
         table, size, row = self._table, self._block_tokens, sequence.row
         context, is_ready = int(table.context[row]), True
         while context % size == 0 and context + size <= sequence.length:

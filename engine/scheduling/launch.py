@@ -4,16 +4,19 @@ Owns the order of rows (decodes first, then chunks). Never reserves a block."""
 
 from __future__ import annotations
 
+from itertools import islice
+
 import numpy as np
 
 from engine.compute.masks import Follower
 from engine.kv.blocks import Block
 from engine.scheduling.sequence import WAITING, Sequence
 from engine.scheduling.table import Table, join
-from engine.step import Int64, StepBatch, StepResult
+from engine.step import Int32, Int64, Score, StepBatch, StepResult
 from policies.costs import StepFeatures
 from policies.step_plan import BatchView, Chunk, StepPlan
 
+NOTHING: Int32 = np.zeros(0, np.int32)
 NOWHERE = -1  # a write slot: the KV is there already
 
 
@@ -120,6 +123,7 @@ class Launch:
         ids = [s.ids[context : context + chunk.tokens] for chunk, s, context, _ in chunks]
         contexts = before + self.tokens
         wants = contexts == table.length[self.rows]
+        scored = self._scored(starts) if any(s.needs_all_rows for _, s, *_ in chunks) else (NOTHING,) * 3
         return StepBatch(
             ids=np.concatenate((table.last_id[decodes], *ids)),
             positions=positions.astype(np.int32),
@@ -132,7 +136,30 @@ class Launch:
             sample_positions=table.emitted[self.sampled_rows].astype(np.int32),
             histories={at: s.history for at, s in enumerate(self.sampled) if s.has_penalties},
             room=(table.blocks[self.rows] * block_tokens).astype(np.int32),
+            scored_rows=scored[0],
+            scored_ids=scored[1],
+            scored_tops=scored[2],
         )
+
+    def _scored(self, starts: Int64) -> tuple[Int32, Int32, Int32]:
+        """Rows of prompts whose next tokens are to be scored, those tokens, and how many likeliest beside each."""
+        rows, ids, tops = [], [], []
+        for at, (chunk, sequence, context, _) in enumerate(self._chunks, start=len(self._decodes)):
+            if sequence.needs_all_rows:
+                count = min(chunk.tokens, sequence.prompt_len - 1 - context)
+                rows.append(np.arange(starts[at], starts[at] + count))
+                ids.append(sequence.ids[context + 1 : context + 1 + count])
+                tops.append(np.full(count, sequence.sampling.logprobs))
+        parts = [np.concatenate(part).astype(np.int32) for part in (rows, ids, tops)]
+        return parts[0], parts[1], parts[2]
+
+    def hear_scores(self, scores: list[Score]) -> None:
+        """Those of the rows that were to be scored, in order. What was told of rows that are computed again goes."""
+        told = iter(scores)
+        for chunk, sequence, context, _ in self._chunks:
+            if sequence.prompt_scores is not None and sequence.needs_all_rows:
+                count = min(chunk.tokens, sequence.prompt_len - 1 - context)
+                sequence.prompt_scores[context:] = islice(told, count)
 
     def hold_back(self, late: frozenset[int], result: StepResult) -> StepResult:
         """Sampled rows whose mask came too late say nothing: they sit out steps until it is there, then compute their
@@ -150,4 +177,5 @@ class Launch:
             result.seconds,
             scores={place[at]: score for at, score in result.scores.items() if at in place},
             messages={place[at]: message for at, message in result.messages.items() if at in place},
+            prompt_scores=result.prompt_scores,
         )

@@ -49,6 +49,8 @@ class Outcome:
 
     def speak(self, sequence: Sequence, at: int, token: int, result: StepResult, now: float) -> str | None:
         """What a sequence got as row `at`, up to the token that ends it; why it ends, None if it goes on."""
+        if sequence.prompt_scores is not None:
+            self.scored += [(sequence.link, told) for told in sequence.take_prompt_scores()]
         if result.scores and at in result.scores:
             self.scored.append((sequence.link, sequence.scored(token, result.scores[at])))
         reason = self.say(sequence, token, now)

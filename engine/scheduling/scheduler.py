@@ -114,9 +114,10 @@ class Scheduler:
         self._serial += 1
         sequence = Sequence(link, order, self._serial, self._facts, now=now, grammar=grammar)
         self._sequences[link, order.handle] = sequence
-        found = self._trie.match(order.ids, order.salt, order.public_blocks)
-        below = self._tiers.find(found, sequence.known, order.salt, order.public_blocks)
-        sequence.uncached_estimate = max(1, sequence.length - (len(found) + len(below)) * self._block_tokens)
+        if not sequence.needs_all_rows:
+            found = self._trie.match(order.ids, order.salt, order.public_blocks)
+            below = self._tiers.find(found, sequence.known, order.salt, order.public_blocks)
+            sequence.uncached_estimate = max(1, sequence.length - (len(found) + len(below)) * self._block_tokens)
         self._waiting.add(sequence)
         return Outcome()
 
@@ -180,6 +181,8 @@ class Scheduler:
         for at in is_bad.nonzero()[0].tolist() if has_bad else ():
             self._tiers.forget(self._trie.forget(step.sampled[at].blocks, now))
         self._commit(step, now)
+        if result.prompt_scores:
+            step.hear_scores(result.prompt_scores)
         outcome = Outcome()
         if has_bad or result.scores or result.more or step.grammars:
             self._hear(step, result, is_bad, outcome, now)
@@ -312,7 +315,8 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence, step: Launch, model: StepModel) -> bool:
         """Give a waiting sequence a row and what the cache has of it; False if there is no room even by preemption."""
-        found = self._trie.match(sequence.known.tobytes(), sequence.salt, sequence.public_blocks)
+        known = b"" if sequence.needs_all_rows else sequence.known.tobytes()
+        found = self._trie.match(known, sequence.salt, sequence.public_blocks)
         if any(block.is_pending for block in found):
             return True  # decision 38: in a step the first sequence leads, those behind it wait for its blocks
         rivals = self._victims(sequence.request_class, step)
@@ -331,6 +335,8 @@ class Scheduler:
 
     def _bring_up(self, sequence: Sequence, step: Launch, model: StepModel) -> None:
         """Have what lower tiers know of it copied to the device. It waits for that; nobody else does."""
+        if sequence.needs_all_rows:
+            return
         found = sequence.blocks
         below = self._tiers.find(found, sequence.known, sequence.salt, sequence.public_blocks)
 

@@ -17,6 +17,7 @@ from engine.step import History, ModelFacts, Score
 from engine.wire import Scored, Submit
 from policies.request import RequestClass
 
+PROMPT_SCORES_MAX = 65_536  # numbers told of one prompt: 1.2 MB of the 16 that a frame may have
 WAITING = -1  # the row of a sequence that holds no KV
 
 
@@ -43,6 +44,7 @@ class Sequence:
         "preemptions",
         "prefill_at",
         "prompt_len",
+        "prompt_scores",
         "public_blocks",
         "request_class",
         "restore",
@@ -92,6 +94,9 @@ class Sequence:
         self.uncached_estimate = self.length
         self.prefill_at = -1.0  # when its first chunk was launched
         self.restore: Restore | None = None  # what it waits for
+        # Of its prompt's tokens from the second on, where asked for and not told by an earlier attempt.
+        is_scored = order.sampling.prompt_logprobs and self.resumed_at == order.prompt_len
+        self.prompt_scores: list[Score] | None = [] if is_scored else None
         self.row = WAITING
         self.preemptions = 0
         self.preempted_at = -math.inf
@@ -112,9 +117,19 @@ class Sequence:
         """All ids so far; valid until the next one."""
         return History(self.ids[: self.length], self.prompt_len)
 
+    @property
+    def needs_all_rows(self) -> bool:
+        """Whether no cache can serve it: each row of its prompt has to be computed."""
+        return self.prompt_scores is not None and len(self.prompt_scores) < self.prompt_len - 1
+
     def scored(self, token: int, score: Score) -> Scored:
         """A token's log-probabilities as the wire carries them."""
         return Scored(self.handle, token, *score)
+
+    def take_prompt_scores(self) -> list[Scored]:
+        """Those of its prompt's tokens, once."""
+        scores, self.prompt_scores = self.prompt_scores or [], None
+        return [self.scored(token, score) for token, score in zip(self.ids[1:].tolist(), scores, strict=False)]
 
     def step_grammar(self, token: int) -> str:
         """Its grammar goes over a token; why it cannot, empty if it can."""
@@ -185,6 +200,11 @@ def fault(order: Submit, facts: ModelFacts) -> str:
     for name, ids in (("logit_bias", [token for token, _ in sampling.logit_bias]), ("stop id", sampling.stop_ids)):
         if any(not 0 <= token < facts.vocab_size for token in ids):
             return f"a {name} names a token outside the vocabulary of {facts.vocab_size}"
+    if sampling.prompt_logprobs:
+        if not facts.device.startswith("cpu"):
+            return "log-probabilities of a prompt are computed by CPU workers alone"
+        if order.prompt_len * (sampling.logprobs + 1) > PROMPT_SCORES_MAX or sampling.logprobs < 0:
+            return f"a prompt may have {PROMPT_SCORES_MAX} log-probabilities, counting the likeliest ones"
     return ""
 
 

@@ -135,7 +135,8 @@ class Relay:
         encoder, spell = self._order.encoder, self._order.text.spell
         assert isinstance(encoder, Scoring), "only who can tell them asks for them"
         for score in scores:
-            if token := spell(score.token):  # what ends a text is no part of it
+            token = spell(score.token)
+            if token or self._order.turn.has_echo:  # what ends a text is no part of it; of a prompt each token is told
                 top = zip(map(spell, score.top_ids), score.top_logprobs, strict=True)
                 encoder.scored([TokenScore(token, score.logprob, tuple(top))])
 
@@ -196,6 +197,8 @@ class Relay:
         if order.turn.has_echo:
             assert isinstance(order.encoder, Echoing), "only who can tell a prompt is asked to"
             order.encoder.echo(order.text.read_back(order.turn, prompt))
+            if order.turn.sampling.prompt_logprobs and isinstance(order.encoder, Scoring):
+                order.encoder.scored([TokenScore(order.text.spell(int(prompt.ids[0])), math.nan, ())])
         self._lost_tokens = order.text.lost_tokens(order.turn, order.identity, prompt, order.request.session)
         wanted = self._order.turn.max_tokens
         self._max_tokens = room if wanted is None else min(wanted, room)  # clamped, never refused: agents ask for 64k

@@ -7,10 +7,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from itertools import accumulate
+from math import isnan
 from typing import Any
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from engine.kv.keys import Ids
 from router.dialects.common import (
@@ -38,8 +40,6 @@ _quote = msgspec.json.encode
 def read(body: bytes) -> CompletionRequest:
     """The typed body. Raises RequestError 400."""
     request = decode(_decoder, body)
-    if request.echo and request.logprobs is not None:
-        raise refuse_unsupported("echo", "a prompt's log-probabilities are not told; ask without logprobs")
     if request.suffix:
         raise refuse_unsupported("suffix", "text is only continued")
     if request.best_of not in (None, request.n or 1):
@@ -50,9 +50,10 @@ def read(body: bytes) -> CompletionRequest:
 def turn(request: CompletionRequest) -> Turn:
     """The Turn that a body asks for. Raises RequestError 400."""
     prompt = _checked(request.prompt)
+    logprobs = -1 if request.logprobs is None else request.logprobs
     return Turn(
         model=request.model,
-        sampling=sampling(request, -1 if request.logprobs is None else request.logprobs),
+        sampling=replace(sampling(request, logprobs), prompt_logprobs=request.echo and logprobs >= 0),
         max_tokens=request.max_tokens or DEFAULT_MAX_TOKENS,
         stop=stop_strings(request.stop),
         is_stream=request.stream,
@@ -132,8 +133,11 @@ class CompletionEncoder:
         tokens = [_spelt(score.token) for score in scores]
         ends = list(accumulate(map(len, tokens), initial=self._offset))
         self._offset = ends.pop()
-        top = [{_spelt(token): finite(logprob) for token, logprob in score.top} for score in scores]
-        logprobs = [finite(score.logprob) for score in scores]
+        top = [
+            None if isnan(score.logprob) else {_spelt(token): finite(logprob) for token, logprob in score.top}
+            for score in scores
+        ]
+        logprobs = [None if isnan(score.logprob) else finite(score.logprob) for score in scores]
         return _quote({"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": top, "text_offset": ends})
 
     def end(self) -> bytes:

@@ -110,7 +110,7 @@ class TokenScore(NamedTuple):
     """How likely a token was, and which were likeliest there: what each adds to the text, and its log-probability."""
 
     token: bytes
-    logprob: float
+    logprob: float  # NaN: a text's first token has none
     top: tuple[tuple[bytes, float], ...]
 
 

@@ -20,7 +20,7 @@ from engine.scheduling.launch import Launch
 from engine.scheduling.outcome import Outcome
 from engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from engine.step import ModelFacts, Runner
-from engine.wire import End, Sampling, Start, Submit
+from engine.wire import End, Sampling, Scored, Start, Submit
 from policies.costs import StepModel
 from policies.request import RequestClass
 from policies.step_plan import PlanLimits
@@ -107,6 +107,7 @@ class Rig:
         self.starts: dict[int, Start] = {}
         self.ends: dict[int, End] = {}
         self.steps: list[Launch] = []
+        self.scored: list[Scored] = []
 
     def _sleep(self, seconds: float) -> None:
         self.now += seconds
@@ -144,5 +145,6 @@ class Rig:
             for handle, each in zip(handles, outcome.ids[link], strict=True):
                 self.tokens.setdefault(handle, []).append(each)
                 self.times.setdefault(handle, []).append(self.now)
+        self.scored += [told for _, told in outcome.scored]
         self.starts |= {start.handle: start for _, start in outcome.starts}
         self.ends |= {end.handle: end for _, end in outcome.ends}

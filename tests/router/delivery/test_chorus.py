@@ -136,7 +136,7 @@ def test_a_stream_of_several_prompts_begins_each_with_its_echo() -> None:
         ({"prompt": ["a", 7]}, "prompt"),
         ({"prompt": [[1, 2], []]}, "prompt"),
         ({"prompt": [[1, "b"]]}, "prompt"),
-        ({"echo": True, "logprobs": 1}, "echo"),
+        ({"suffix": "b"}, "suffix"),
     ],
 )
 def test_prompts_that_cannot_be_served_are_refused_before_anything_runs(change: dict[str, Any], param: str) -> None:
@@ -260,6 +260,36 @@ def test_chat_tells_log_probabilities_of_every_token() -> None:
                     {"token": "A", "logprob": -0.5, "bytes": [65]},
                     {"token": "", "logprob": -9999.0, "bytes": []},
                 ]
+
+    run(work())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("prompt", ["red", ids_of("red")])
+def test_an_echo_tells_the_prompts_log_probabilities_before_the_answers(stream: bool, prompt: Any) -> None:
+    async def work() -> None:
+        async with desk() as d:
+            body = {"model": "tiny", "prompt": prompt, "echo": True, "logprobs": 2, "max_tokens": 1, "stream": stream}
+            asked = await ask(d, "/v1/completions", body)
+            (voice,) = await attempts(d, 1)
+            assert (voice.order.sampling.logprobs, voice.order.sampling.prompt_logprobs) == (2, True)
+            voice.start()
+            voice.sink.scored(scored("ed!"))
+            voice.say(ids_of("!"))
+            voice.end("length")
+            response = await asked
+            parts = (
+                [each["choices"][0] for each in events(response.text) if each != "[DONE]"]
+                if stream
+                else [response.json()["choices"][0]]
+            )
+
+            assert "".join(part["text"] for part in parts) == "red!"
+            (told,) = [part["logprobs"] for part in parts if part["logprobs"]]
+            assert told["tokens"] == ["r", "e", "d", "!"]
+            assert told["token_logprobs"] == [None, -0.5, -1.5, -2.5]
+            assert told["top_logprobs"][:2] == [None, {"e": -0.5, "": -9999.0}]
+            assert told["text_offset"] == [0, 1, 2, 3]
 
     run(work())
 
