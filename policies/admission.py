@@ -24,7 +24,7 @@ def admit(job: Job, forecasts: Sequence[Forecast], flow: Flow, now: float) -> Ve
     if best is not None:
         if best.is_alone:
             return Admit("alone on an idle worker")
-        may_go = flow.is_next or (best.is_feasible and flow.may_pass(job, now))
+        may_go = flow.is_next or (best.is_feasible and flow.may_pass(job, best, now))
         if may_go and (reason := _why_now(job, best, flow.limits)):
             return Admit(reason)
     start_s = flow.predicted_start_s(job, best)
@@ -73,13 +73,15 @@ class QueueFlow(NamedTuple):
         before = self.room.count(model, cls)
         return max(start_s, self._exit_s(job, best) * (1 if self.is_next else before + 1))
 
-    def may_pass(self, job: Job, now: float) -> bool:
-        """A long prompt that fits nowhere yet would else hold short ones back that do."""
+    def may_pass(self, job: Job, best: Forecast, now: float) -> bool:
+        """A long prompt that fits nowhere yet would else hold short ones back that do. Whose tenant had more than its
+        share passes only to a worker that is about to run dry: that time would be lost."""
         model, cls = job.request.model, job.request_class
         if self.room.count(model, cls) > self.room.class_count(model, cls):
             return False
         oldest = self.room.oldest(model, cls)
-        if not self.room.accounts.is_fair(job.request.tenant.id, self.limits.fair_quantum_s):
+        runs_dry = best.ahead_s <= self.limits.stage_s
+        if not runs_dry and not self.room.accounts.is_fair(job.request.tenant.id, self.limits.fair_quantum_s):
             return False
         return oldest is None or now - oldest.request.arrived < self.limits.pass_share * oldest.wait_max_s
 

@@ -137,6 +137,10 @@ class FleetView(Protocol):
     def silence_s(self, now: float) -> Floats | None:
         """How long each busy worker has been silent beyond what its steps explain; None: nobody is."""
 
+    def ahead_of(self, slot: int, latest_start: float, now: float) -> float:
+        """Prefill seconds on `slot` that run before a chat prompt which must start by `latest_start`, as the step
+        planner orders them; `ahead_s` counts longer prompts, too, whose lines are later."""
+
     def hit_tokens(self, chain: Chain, model: str) -> Floats:
         """Prompt tokens that each slot's worker has cached, as far as the router knows."""
 
@@ -169,7 +173,7 @@ class Flow(Protocol):
     def is_next(self) -> bool:
         """Nobody as urgent or more waits before it."""
 
-    def may_pass(self, job: Job, now: float, /) -> bool:
+    def may_pass(self, job: Job, best: Forecast, now: float, /) -> bool:
         """Whether it may go before those who wait: only its own class does, and nobody there has waited for long."""
 
     def predicted_start_s(self, job: Job, best: Forecast | None, /) -> float:

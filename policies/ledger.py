@@ -52,6 +52,8 @@ class Charge(NamedTuple):
     placed_at: float
     predicted_ttft_s: float
     frame: int
+    number: int  # of the ledger's charges
+    latest_start: float
 
 
 class Ledger:
@@ -68,13 +70,17 @@ class Ledger:
         "frame",
         "fresh_tokens",
         "growth",
+        "left",
         "load",
         "model",
         "model_name",
+        "number",
+        "other_s",
         "own_tokens",
         "pace_s",
         "pending_s",
         "previous_tokens",
+        "prompts",
         "q90",
         "reported_at",
         "residual",
@@ -98,6 +104,9 @@ class Ledger:
         self.context, self.pace_s = [0.0, 0.0, 0.0], [math.inf, math.inf, math.inf]
         self.own_tokens = self.fresh_tokens = self.previous_tokens = 0  # uncached prompt tokens not yet computed
         self.growth = self.variance = 0.0
+        self.number = 0
+        self.prompts: dict[int, Charge] = {}  # of chat, not yet computed
+        self.left, self.other_s = 1.0, 0.0  # share of our own prompts that is not computed; others' seconds
 
     def learn(self, model: StepModel) -> None:
         """The worker published its step model."""
@@ -128,7 +137,12 @@ class Ledger:
             placed_at=now,
             predicted_ttft_s=forecast.ttft_s,
             frame=self.frame,
+            number=self.number,
+            latest_start=now + job.first_left_s(now) - forecast.own_s,
         )
+        self.number += 1
+        if number == RequestClass.CHATBOT:
+            self.prompts[charge.number] = charge
         self.pending_s[number] += charge.own_s
         self.streams[number] += 1
         self.context[number] += charge.context
@@ -164,6 +178,7 @@ class Ledger:
 
     def _release_prompt(self, charge: Charge) -> None:
         number = int(charge.request_class)
+        self.prompts.pop(charge.number, None)
         self.pending_s[number] = max(0.0, self.pending_s[number] - charge.own_s)
         self.staged -= charge.request_class is RequestClass.DATA_PROCESSOR
         self.own_tokens -= charge.uncached
@@ -180,6 +195,12 @@ class Ledger:
         self.load, self.reported_at = load, now
         self.frame += 1
         self.previous_tokens, self.fresh_tokens = self.fresh_tokens, 0
+
+    def ahead_of(self, latest_start: float, now: float) -> float:
+        """Prefill seconds that the step planner runs before a chat prompt of this latest start: who must begin sooner
+        and still can be in time."""
+        own_s = sum(charge.own_s for charge in self.prompts.values() if now <= charge.latest_start <= latest_start)
+        return self.other_s + self.left * own_s
 
     def column(self) -> tuple[float, ...]:
         """This worker as placement sees it, in the order of COLUMNS."""
@@ -198,6 +219,7 @@ class Ledger:
         queued += self.fresh_tokens + self.previous_tokens
         # Our own prompts count as far as they are not computed yet: frames tell how many tokens are left.
         left = queued / self.own_tokens if queued < self.own_tokens else 1.0
+        self.left, self.other_s = left, other_s
         pending0, pending1, pending2 = self.pending_s
         ahead0 = other_s + pending0 * left
         ahead1 = ahead0 + pending1 * left

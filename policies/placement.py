@@ -14,12 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from policies.api import Bools, FleetView, Floats, Forecast, Job, Place
-from policies.request import WorkerId
+from policies.request import RequestClass, WorkerId
 
 # Hot: once per decision over all workers. Budget 50 us a decision at 64 workers; bench/dispatcher.py.
 
 Z90 = 1.2816
 MIN_SHARE = 0.15  # of each step is left for prefill however many decode: the step planner sees to it
+PASSING_MAX = 4  # workers that are looked at again, cheapest first, where a prompt would be late behind all others
 FAR = 1e9  # seconds: dearer than any feasible worker
 GOLDEN, ODD = -0x61C8864680B583EB, -0x40A7B892E31B1A47  # multipliers of splitmix64, as signed 64-bit numbers
 
@@ -70,6 +71,7 @@ class Scene(NamedTuple):
     own_s: Floats
     context_s: Floats
     ttft_s: Floats
+    share: Floats
     step_s: Floats
     is_steady: Bools
     has_room: Bools
@@ -96,6 +98,7 @@ class Scene(NamedTuple):
             own_s=own_s,
             context_s=context_s,
             ttft_s=ttft_s,
+            share=share,
             step_s=step_s,
             is_steady=used <= weights.pace_margin,
             has_room=fleet.room_tokens >= tokens + job.output.q80,
@@ -107,16 +110,40 @@ class Scene(NamedTuple):
         sure_s = (
             self.ttft_s * fleet.q90 if weights.sure[number] == 1.0 else self.ttft_s * fleet.q90 ** weights.sure[number]
         )
-        feasible = (sure_s <= job.first_left_s(now)) & self.is_steady & self.has_room & self.serves
-        if np.count_nonzero(feasible):  # a head that is asked again mostly finds nobody: then no cost is needed
+        able = self.is_steady & self.has_room & self.serves
+        feasible = (sure_s <= job.first_left_s(now)) & able
+        # A head that is asked again mostly finds nobody: then no cost is needed.
+        if np.count_nonzero(able if number == RequestClass.CHATBOT else feasible):
             score = self._cost_s(job, fleet, weights)
+            score[~able] = FAR
+            slot = int(score.argmin())
+            if not feasible[slot] and (passing := self._passing(score, feasible, job, fleet, now)):
+                return passing
             score[~feasible] = FAR
             slot = int(score.argmin())
+        if np.count_nonzero(feasible):
             near = (score <= score[slot] * (1.0 + weights.near)).nonzero()[0]
             chosen = slot if len(near) == 1 else _rendezvous(job, fleet.worker[near], near)
             return (self.forecast(chosen, job, fleet, now, is_feasible=True),)
         slot = int(np.where(self.serves, self.ttft_s, np.inf).argmin())
         return (self.forecast(slot, job, fleet, now, is_feasible=False),) if self.serves[slot] else ()
+
+    def _passing(
+        self, score: Floats, feasible: Bools, job: Job, fleet: FleetView, now: float
+    ) -> Sequence[Forecast] | None:
+        """The cheapest worker where a chat prompt is in time, since longer ones there let it go first."""
+        if job.request_class != RequestClass.CHATBOT:
+            return None
+        for slot in score.argsort(kind="stable")[:PASSING_MAX].tolist():
+            if score[slot] >= FAR or feasible[slot]:
+                return None
+            # As if it had just come: what it has waited does not choose who is before it, only whether it is in time.
+            ahead_s = fleet.ahead_of(slot, now + job.promise.budget.ttft_s - float(self.own_s[slot]), now)
+            after_s = float(fleet.ahead_s[RequestClass.CHATBOT, slot]) - ahead_s
+            self.ttft_s[slot] -= fleet.residual[slot] * after_s / self.share[slot]
+            if self.ttft_s[slot] * fleet.q90[slot] <= job.first_left_s(now):
+                return (self.forecast(slot, job, fleet, now, is_feasible=True, ahead_s=ahead_s),)
+        return None
 
     def _cost_s(self, job: Job, fleet: FleetView, weights: Weights) -> Floats:
         """GPU seconds of prompt and answer, what computing again the displaced cache will cost, and mild spreading."""
@@ -130,7 +157,9 @@ class Scene(NamedTuple):
             displaced += spread * (self.ttft_s + output * self.step_s)
         return displaced
 
-    def forecast(self, slot: int, job: Job, fleet: FleetView, now: float, *, is_feasible: bool) -> Forecast:
+    def forecast(
+        self, slot: int, job: Job, fleet: FleetView, now: float, *, is_feasible: bool, ahead_s: float | None = None
+    ) -> Forecast:
         """The figures of one slot, as plain numbers."""
         own_s, ttft_s = float(self.own_s[slot]), float(self.ttft_s[slot])
         answer_s = job.output.mean * float(fleet.sequence_s[slot] + self.context_s[slot])
@@ -138,7 +167,7 @@ class Scene(NamedTuple):
             worker=WorkerId(int(fleet.worker[slot])),
             hit_tokens=int(self.hit[slot]),
             own_s=own_s,
-            ahead_s=float(fleet.ahead_s[int(job.request_class), slot]),
+            ahead_s=float(fleet.ahead_s[int(job.request_class), slot]) if ahead_s is None else ahead_s,
             ttft_s=ttft_s,
             tpot_s=float(self.step_s[slot]),
             cost_s=own_s + answer_s,

@@ -154,7 +154,9 @@ def _may_wait(batch: BatchView, now: float, limits: PlanLimits) -> Bools:
     if not ((batch.request_class == CHAT) & ~batch.is_decoding & ~batch.is_blocked).any():
         return np.zeros(len(batch.due), dtype=np.bool_)
     has_time = now - batch.arrived < limits.yield_share * (batch.deadline - batch.arrived)
-    return has_time & (batch.due - now > limits.step_s_max)
+    is_early = has_time & (batch.due - now > limits.step_s_max)
+    # What has missed its deadline has nothing more to lose; the share that its class is owed keeps it going.
+    return is_early | ((batch.deadline < now) & (batch.request_class > CHAT))
 
 
 def _room_s(batch: BatchView, decodes: Ints, now: float, limits: PlanLimits) -> float:

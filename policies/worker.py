@@ -176,6 +176,10 @@ class Fleet:
         self._silent_from = float(self.silent_after.min())
         return np.maximum(now - self.silent_after, 0.0) if now > self._silent_from else None
 
+    def ahead_of(self, slot: int, latest_start: float, now: float) -> float:
+        ledger = self._slots[slot]
+        return ledger.ahead_of(latest_start, now) if ledger is not None else 0.0
+
     def hit_tokens(self, chain: Chain, model: str) -> Floats:
         return self.index.hit_blocks(chain, len(self._slots)) * self.block_tokens(model)
 

@@ -312,15 +312,18 @@ def test_no_class_passes_a_more_urgent_one() -> None:
     assert dispatched(offer(mind, request(1, arrived=0.1, declared_class=BACKGROUND))) == []
 
 
-def test_a_tenant_that_had_its_share_passes_nobody() -> None:
+def test_a_tenant_that_had_its_share_passes_only_to_a_worker_that_would_run_dry() -> None:
     mind = dispatcher(workers=1)
     for number in range(3):  # a GPU-second
         offer(mind, request(number, tenant=Tenant(id="flood")), tokens=8_000)
         mind.handle(report(load=FREE, finished=((RequestId(f"r{number}"), 9),)), 0.0)
-    mind.handle(report(load=SOME), 0.1)
+    occupied = load(running=4, blocks_free=200, waiting_uncached_tokens=6_000)  # of others: 0.3 s
+    mind.handle(report(load=occupied), 0.1)
     offer(mind, request(8, arrived=0.1, tenant=Tenant(id="guest")), tokens=20_000)
     assert dispatched(offer(mind, request(9, arrived=0.2, tenant=Tenant(id="flood")))) == []
     assert dispatched(offer(mind, request(10, arrived=0.2, tenant=Tenant(id="other"))))
+    mind.handle(report(load=SOME), 0.3)
+    assert dispatched(offer(mind, request(11, arrived=0.3, tenant=Tenant(id="flood"))))
 
 
 def test_who_waits_behind_a_head_that_stays_is_asked_too_but_not_all_and_not_each_time() -> None:

@@ -66,6 +66,43 @@ def test_a_holder_with_a_short_queue_keeps_its_request_while_the_budget_holds() 
     assert best(fleet, job(tokens=6_500, keys=keys)).worker == 0
 
 
+def placed(fleet: Fleet, worker: int, number: int, ttft_s: float) -> None:
+    """A chat prompt of 1.7 s that has not begun."""
+    asked = job(number, tokens=30_000, ttft_s=ttft_s)
+    only = best(fleet_of(STEP_MODEL), asked)._replace(worker=WorkerId(worker))
+    fleet.charge(asked, only, 0.0)
+
+
+def test_a_short_prompt_goes_to_its_holder_before_a_longer_one_whose_line_is_later() -> None:
+    keys = chain("a", 100)
+    for line_s, is_in_time in ((9.0, True), (2.5, False)):
+        fleet = fleet_of(STEP_MODEL)
+        fleet.up(up(0, cached=keys), 0.0)
+        placed(fleet, 0, 1, line_s)
+        forecast = best(fleet, job(tokens=6_500, keys=keys, ttft_s=1.2))
+        assert forecast.is_feasible is is_in_time
+        assert (forecast.ahead_s < 0.1) is is_in_time
+        assert (forecast.ttft_s < 0.2) is is_in_time
+
+
+def test_who_is_late_already_is_not_before_a_short_prompt() -> None:
+    fleet = fleet_of(STEP_MODEL)
+    placed(fleet, 0, 1, 2.5)
+    assert not best(fleet, job(arrived=0.0, ttft_s=1.2)).is_feasible
+    assert best(fleet, job(arrived=1.0, ttft_s=1.2), now=1.0).is_feasible
+
+
+@pytest.mark.parametrize(("tight", "is_found"), [(3, True), (4, False)])
+def test_no_more_workers_are_looked_at_again_than_the_bound(tight: int, *, is_found: bool) -> None:
+    """Holders come first, since they are cheaper; all are behind a prompt that is more urgent."""
+    fleet, keys = fleet_of(*(STEP_MODEL,) * (tight + 1)), chain("a", 100)
+    for worker in range(tight):
+        fleet.up(up(worker, cached=keys), 0.0)
+        placed(fleet, worker, worker, 2.5)
+    placed(fleet, tight, 99, 30.0)
+    assert best(fleet, job(tokens=6_500, keys=keys, ttft_s=1.2)).is_feasible is is_found
+
+
 def test_remaining_budget_counts_not_the_promise() -> None:
     """The same request, later: what was feasible on the loaded holder is not any more."""
     fleet, keys = fleet_of(), chain("a", 100)

@@ -134,6 +134,7 @@ def test_an_answer_with_time_to_spare_makes_way_for_a_chat_prompt() -> None:
     assert paused(chat, agent, job, Row(cls=AGENT, pending=500)) == []  # nor has an agent's prompt a claim to it
     assert paused(chat, Row(cls=AGENT, due=0.2, decoding=True, deadline=100.0), prompt) == []  # its next token is due
     assert paused(chat, replace(agent, due=90.0), prompt, now=42.0) == []  # two fifths of its time are gone: from 1 on
+    assert paused(chat, replace(agent, due=41.0), prompt, now=200.0) == [1]  # it is late: nothing more is lost
     assert paused(chat, agent, prompt, owed=(0.0, 0.1, 0.0)) == []  # starvation has earned it a step
     assert paused(agent, job, prompt) == [1]  # a step without any decode might find no room for the prompt
 
