@@ -12,7 +12,7 @@ from typing import Protocol
 from router.delivery.order import Order, Services
 from router.delivery.ports import Outlet
 from router.errors import JSON, ErrorDetail, Headers
-from router.language.turn import Encoder, Ending, Event, PartStart, Usage, parts_of
+from router.language.turn import Encoder, Ending, Event, PartStart, Usage, Versioned, Weights, parts_of
 
 SSE: Headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 
@@ -41,11 +41,22 @@ class Answer:
         self._unsent: list[Event] = []
         self._unsent_tokens = 0
         self._is_flush_soon = False
+        self._weights = 0
         self._flushed_at = 0.0
         self._has_opened = False  # the encoder's first bytes are out
         self._timer: asyncio.TimerHandle | None = None
         if self._is_stream:
             self._arm(services.limits.commit_after_s)
+
+    def computed_by(self, version: int) -> None:
+        """The version of the weights that make what is said next; 0 is what a worker started with."""
+        if version == self._weights or not isinstance(self._encoder, Versioned):
+            return
+        self._weights = version
+        if self._unsent:  # what others made must leave under their name
+            self._unsent.append(Weights(version))
+        else:
+            self._encoder.computed_by(version)
 
     # Hot: once per token and stream. Budget 12 us with its write for chatbot+, 6 coalesced; bench/router.py.
     def say(self, ids: Sequence[int]) -> None:
@@ -86,6 +97,9 @@ class Answer:
         """The proper end; `speech` has finished, and `last` holds what it said then."""
         self._disarm()
         if not self._is_stream:
+            for event in self._unsent:
+                if isinstance(event, Weights) and isinstance(self._encoder, Versioned):
+                    self._encoder.computed_by(event.version)
             whole = self._encoder.whole(parts_of(self._unsent), ending, usage)
             self._exchange.respond(200, JSON + self._teller.headers(), whole)
             return
@@ -164,7 +178,11 @@ def _encoded(encoder: Encoder, events: Sequence[Event]) -> bytes:
         if texts:
             said.append(encoder.delta("".join(texts)))
             texts.clear()
-        said.append(encoder.start(event) if isinstance(event, PartStart) else encoder.end())
+        if isinstance(event, Weights):
+            assert isinstance(encoder, Versioned), "nobody else is told"
+            encoder.computed_by(event.version)
+        else:
+            said.append(encoder.start(event) if isinstance(event, PartStart) else encoder.end())
     if texts:
         said.append(encoder.delta("".join(texts)))
     return b"".join(said)

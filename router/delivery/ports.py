@@ -74,6 +74,10 @@ class Outlet(Protocol):
 class Attempt(Protocol):
     """One try of a request on one worker."""
 
+    @property
+    def weights_version(self) -> int:
+        """Of the weights that compute it; an attempt ends where they change."""
+
     def abort(self, reason: str) -> None:
         """Forget it; its sink hears nothing more. Idempotent."""
 

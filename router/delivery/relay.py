@@ -93,6 +93,8 @@ class Relay:
             self._attempt = self._services.fleet.submit(action.worker, request.id, self._submit(action), self)
         except LinkLost as lost:
             self._services.mind.failed(request.id, action.worker, str(lost))
+        else:
+            self._answer.computed_by(self._attempt.weights_version)
 
     def reject(self, action: Reject) -> None:
         self._request_class = action.request_class

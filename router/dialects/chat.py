@@ -15,6 +15,7 @@ from router.dialects.common import (
     Dialect,
     Tail,
     failure,
+    fingerprinted,
     finite,
     json_or_none,
     sampling,
@@ -132,6 +133,12 @@ class ChatEncoder:
         self._scores: list[TokenScore] = []
         self._calls = 0
         self._before, self._after = b"", b""  # around a delta of the open part
+
+    def computed_by(self, version: int) -> None:
+        """In `system_fingerprint` from here on."""
+        self._chunk = fingerprinted(self._chunk, [version])
+        self._before = fingerprinted(self._before, [version])
+        self._tail.computed_by(version)
 
     def open(self, usage: Usage) -> bytes:
         del usage

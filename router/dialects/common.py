@@ -4,8 +4,9 @@ Owns what a dialect is, and defaults of the API. Never reads HTTP."""
 
 from __future__ import annotations
 
+import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from router.language.turn import Encoder, ErrorShape, Message, Turn, Usage
 
 LOGPROB_MIN = -9999.0  # JSON has no infinity; OpenAI says it so
 DONE = b"data: [DONE]\n\n"
+_FINGERPRINT = re.compile(rb',"system_fingerprint":"weights-[0-9+a-z-]*"')
 COMMENT = b": the request waits for its first token\n\n"
 
 
@@ -76,9 +78,14 @@ class Tail:
         self._identity = identity  # the JSON of a body or chunk up to its choices
         self._choices = [b""] * answers
         self._left = answers
+        self._versions: dict[int, None] = {}
         self._wants_usage = wants_usage
         self._each = answers // prompts  # answers of one prompt stand side by side
         self._usages = [Usage(0, 0, 0)] * prompts
+
+    def computed_by(self, version: int) -> None:
+        """An answer goes on by these weights."""
+        self._versions[version] = None
 
     def close(self, index: int, usage: Usage) -> bytes:
         """One answer of a stream ended; empty unless it was the last."""
@@ -93,7 +100,8 @@ class Tail:
         self._choices[index] = choice
         if not self._is_last(index, usage):
             return b""
-        return b'%b,"choices":[%b],"usage":%b}' % (self._identity, b",".join(self._choices), usage_json(self._usage()))
+        body = b'%b,"choices":[%b],"usage":%b}' % (self._identity, b",".join(self._choices), usage_json(self._usage()))
+        return fingerprinted(body, self._versions) if self._versions else body
 
     def _is_last(self, index: int, usage: Usage) -> bool:
         """A prompt counts once; cached is what was there before any of its answers."""
@@ -109,6 +117,14 @@ class Tail:
         """Of all answers."""
         prompt, cached, output, reasoning = zip(*map(astuple, self._usages), strict=True)
         return Usage(sum(prompt), sum(cached), sum(output), sum(reasoning))
+
+
+def fingerprinted(shape: bytes, versions: Iterable[int]) -> bytes:
+    """JSON up to its choices or beyond, naming the weights that made them; only who was given others than at its start
+    has a version."""
+    name = "+".join(f"weights-{version}" for version in versions)
+    plain = _FINGERPRINT.sub(b"", shape, 1)
+    return plain.replace(b',"choices":[', b',"system_fingerprint":"%b","choices":[' % name.encode(), 1)
 
 
 def finite(logprob: float) -> float:

@@ -21,6 +21,7 @@ from router.dialects.common import (
     Dialect,
     Tail,
     failure,
+    fingerprinted,
     finite,
     sampling,
     stop_strings,
@@ -106,6 +107,11 @@ class CompletionEncoder:
     def echo(self, prompt: str) -> None:
         """The answer's text begins with this."""
         self._echoed = prompt
+
+    def computed_by(self, version: int) -> None:
+        """In `system_fingerprint` from here on."""
+        self._before = fingerprinted(self._before, [version])
+        self._tail.computed_by(version)
 
     def open(self, usage: Usage) -> bytes:
         del usage

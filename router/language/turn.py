@@ -63,8 +63,14 @@ class PartEnd(NamedTuple):
     """The part is whole. Parts follow one another and never nest."""
 
 
+class Weights(NamedTuple):
+    """From here on the tokens are computed by this version of the weights, as the worker was told it."""
+
+    version: int
+
+
 # An answer in no dialect: a string is more of the part that stands open; a call's strings are its arguments' JSON.
-Event = PartStart | str | PartEnd
+Event = PartStart | str | PartEnd | Weights
 TEXT_START, PART_END = PartStart(PartKind.TEXT), PartEnd()
 
 
@@ -120,6 +126,14 @@ class Scoring(Protocol):
 
     def scored(self, scores: Sequence[TokenScore]) -> None:
         """Of the tokens that the next text, or the end, is made of."""
+
+
+@runtime_checkable
+class Versioned(Protocol):
+    """An encoder whose dialect can tell which weights made an answer."""
+
+    def computed_by(self, version: int) -> None:
+        """What comes next is of these."""
 
 
 @runtime_checkable

@@ -70,6 +70,11 @@ class Attempt:
     def worker(self) -> WorkerId:
         return self.link.worker
 
+    @property
+    def weights_version(self) -> int:
+        """As the worker said it in its hello: a link ends where they change."""
+        return self.link.hello.weights_version if self.link.hello is not None else 0
+
     def abort(self, reason: str) -> None:
         """Its sink hears nothing more. Idempotent, legal after the end."""
         self.link.abort(self.handle, reason)

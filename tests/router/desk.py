@@ -71,6 +71,7 @@ class Attempt:
     def __init__(self, fleet: Fleet, worker: WorkerId, order: Submit, sink: Sink) -> None:
         self.fleet, self.worker, self.order, self.sink = fleet, worker, order, sink
         self.aborted = ""
+        self.weights_version = fleet.weights_version
 
     @property
     def ids(self) -> list[int]:
@@ -99,6 +100,7 @@ class Fleet:
         self.attempts: asyncio.Queue[Attempt] = asyncio.Queue()
         self.answer: Callable[[Attempt], None] | None = None
         self.is_lost = False
+        self.weights_version = 0
         self.views = {"tiny": VIEW}
 
     def submit(self, worker: WorkerId, request_id: RequestId, order: Submit, sink: Sink) -> Attempt:

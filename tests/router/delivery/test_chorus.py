@@ -294,6 +294,38 @@ def test_an_echo_tells_the_prompts_log_probabilities_before_the_answers(stream: 
     run(work())
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_openais_dialects_name_the_weights_of_each_run_of_tokens(path: str, stream: bool) -> None:
+    async def work() -> None:
+        async with desk() as d:
+            body = chat(stream=stream) if "chat" in path else {"model": "tiny", "prompt": "hi", "stream": stream}
+            d.mind.attempts_max = 3
+            asked = await ask(d, path, body)
+            for version, word in ((0, "one "), (3, "two "), (4, "three")):
+                (voice,) = await attempts(d, 1)
+                voice.start()
+                voice.say(ids_of(word))
+                await asyncio.sleep(0.01)
+                if version < 4:
+                    d.fleet.weights_version = 4 if version else 3
+                    voice.sink.lost("other weights")
+            voice.end("stop")
+            response = await asked
+            if not stream:
+                assert response.json()["system_fingerprint"] == "weights-3+weights-4"
+                return
+            said: dict[str | None, str] = {}
+            for event in events(response.text)[:-1]:
+                choice = event["choices"][0]
+                text = choice["delta"].get("content", "") if "chat" in path else choice["text"]
+                mark = event.get("system_fingerprint")
+                said[mark] = said.get(mark, "") + text
+            assert said == {None: "one ", "weights-3": "two ", "weights-4": "three"}
+
+    run(work())
+
+
 def test_completions_tell_log_probabilities_in_columns() -> None:
     async def work() -> None:
         async with desk() as d:
