@@ -16,6 +16,7 @@ BENCHES: dict[str, tuple[str, ...]] = {
     "dispatcher": ("--out", f"{RESULTS}/dispatcher.json"),
     "link": ("--out", f"{RESULTS}/link.json"),
     "router": (),
+    "door": (),
     "judge": ("--out", f"{RESULTS}/judge.json"),
     "policies": ("--quick",),
 }
