@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import gzip
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -180,5 +183,88 @@ def test_a_body_that_says_it_is_packed_is_read_as_it_is() -> None:
                 headers = {"content-encoding": coding}
                 answer = await d.client.post("/v1/chat/completions", content=packed, headers=headers)
                 assert answer.status_code == 400
+
+    run(work())
+
+
+@contextlib.asynccontextmanager
+async def canary() -> AsyncIterator[tuple[str, list[bytes]]]:
+    """A server that nobody should call: its URL, and what it got all the same."""
+    got: list[bytes] = []
+
+    async def hear(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        got.append(await reader.read(100))
+        writer.close()
+
+    server = await asyncio.start_server(hear, "127.0.0.1", 0)
+    async with server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/x.png", got
+
+
+def parts_with(url: str) -> dict[str, dict[str, Any]]:
+    """For each route a body whose parts name this URL wherever one may stand."""
+    chat_parts = [
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "file", "file": {"file_data": url, "file_id": "../../etc/passwd"}},
+        {"type": "input_audio", "input_audio": {"data": url, "format": "wav"}},
+        {"type": "text", "text": "what is it?"},
+    ]
+    blocks = [
+        {"type": "image", "source": {"type": "url", "url": url}},
+        {"type": "document", "source": {"type": "url", "url": url}},
+        {"type": "document", "source": {"type": "file", "file_id": "../../etc/passwd"}},
+    ]
+    items = [{"type": "input_image", "image_url": url}, {"type": "input_file", "file_url": url}]
+    hook = {"webhook": url, "api_base": url, "base_url": url, "metadata": {"url": url}}
+    return {
+        "/v1/chat/completions": hook | {"messages": [{"role": "user", "content": chat_parts}]},
+        "/v1/messages": hook | {"max_tokens": 9, "messages": [{"role": "user", "content": blocks}]},
+        "/v1/responses": hook | {"store": False, "input": [{"type": "message", "role": "user", "content": items}]},
+    }
+
+
+SCHEMES = ("{}", "file:///etc/passwd", "gopher://127.0.0.1:1/", "http://169.254.169.254/latest", "http://[::]:1/")
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_nothing_that_a_client_names_is_fetched_or_opened(path: str, scheme: str) -> None:
+    async def work() -> None:
+        async with canary() as (url, got), desk() as d:
+            d.fleet.answer = speak("ok")
+            answer = await d.client.post(path, json=parts_with(scheme.format(url))[path])
+            assert answer.status_code == 200
+            assert "root:" not in answer.text
+            await asyncio.sleep(0)
+            assert not got
+
+    run(work())
+
+
+def test_an_upstreams_redirect_is_not_followed() -> None:
+    async def work() -> None:
+        async with canary() as (url, got):
+
+            async def script(asked: Asked) -> None:
+                head = b"HTTP/1.1 307 Elsewhere\r\nlocation: %b\r\ncontent-length: 0\r\n\r\n" % url.encode()
+                await asked.say(head)
+
+            async with Scripted(script) as one, upstream_desk(at(one)) as d:
+                answer = await d.client.post("/v1/chat/completions", json=chat() | {"model": "m"})
+                assert answer.status_code >= 400
+                assert "location" not in answer.headers
+                assert not got
+
+    run(work())
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "%2e%2e%2fetc", "a" * 5000, "tiny\x00", "..."])
+def test_a_models_name_is_no_path(name: str) -> None:
+    async def work() -> None:
+        async with desk() as d:
+            answer = await d.client.post("/v1/chat/completions", json=chat() | {"model": name})
+            assert answer.status_code in (400, 404)
+            assert len(answer.content) <= 1024
+            assert "root:" not in answer.text
 
     run(work())
