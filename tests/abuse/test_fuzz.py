@@ -225,7 +225,9 @@ def test_the_listener_answers_any_bytes_with_whole_responses_and_no_fault(rounds
                 answer = await answered(d.address, sent)
                 statuses = [int(part[:3]) for part in answer.split(b"HTTP/1.1 ")[1:] if part[:3].isdigit()]
                 assert all(status < 500 for status in statuses), (sent, answer)
-            assert d.mind.clients.keys() <= set()
+            await d.until(lambda: not d.listener.tasks)
+            assert d.mind.offered
+            assert len(d.receipts) == len(d.mind.offered)  # each ended once
 
     run(work())
 
