@@ -8,14 +8,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+import numpy as np
+
 from bench.policy_runs import Side
 from policies.admission import admit, admit_always
 from policies.api import Classified, EnginePolicy, Flow, Forecast, Job, RouterPolicy, SessionView, Verdict
-from policies.builtin import headway, headway_engine
+from policies.builtin import headway
 from policies.classify import classify
+from policies.costs import StepModel
 from policies.placement import lmetric_place
 from policies.request import Request, RequestClass
-from policies.step_plan import PlanLimits
+from policies.retention import keep
+from policies.step_plan import BatchView, PlanLimits, StepPlan, plan
 
 OURS = "headway + headway"
 SHIPPED = "cache_aware + static-2048, as shipped"
@@ -68,8 +72,8 @@ class _Blocked:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._flow, name)
 
-    def may_pass(self, job: Job, now: float) -> bool:
-        del job, now
+    def may_pass(self, job: Job, best: Forecast, now: float) -> bool:
+        del job, best, now
         return False
 
 
@@ -84,7 +88,12 @@ def no_passing(params: Mapping[str, Any]) -> RouterPolicy:
 
 def no_yielding() -> EnginePolicy:
     """Agents' and jobs' decodes run in every step, whatever chat prompts wait."""
-    return headway_engine(PlanLimits(yield_share=-1.0))
+    limits = PlanLimits(yield_share=-1.0)
+
+    def step(batch: BatchView, model: StepModel, now: float) -> StepPlan:  # nor does who has missed its deadline
+        return plan(batch._replace(deadline=np.full(len(batch.due), np.inf)), model, now, limits)
+
+    return EnginePolicy(step, keep)
 
 
 def lmetric_placement(params: Mapping[str, Any]) -> RouterPolicy:

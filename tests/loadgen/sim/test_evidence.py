@@ -10,12 +10,16 @@ import numpy as np
 import pytest
 from msgspec.structs import replace as changed
 
-from bench import policies, policy_tables
+from bench import policies, policy_sides, policy_tables
 from bench.policies import MAIN, SCALES, run
 from bench.policy_lab import Lab, Scale, Slice, crossings, margin
 from bench.policy_runs import Run, Side, Tallies, joined, measure
 from bench.policy_sides import GRIDS, OURS
 from loadgen.traces import CLASSES
+from policies.builtin import BUILTINS
+from policies.dispatcher import Dispatcher
+from policies.step_plan import BatchView, plan
+from tests.policies.scenes import LIMITS, STEP_MODEL, dispatched, load, offer, report, request, up
 
 TINY = Scale(
     "tiny",
@@ -147,3 +151,32 @@ def test_curves_may_have_more_seeds_than_other_points_and_tuning_has_its_own(mon
     lab.point("mix", 1.0, Side(), is_curve=True)
     lab.point("mix", 1.0, Side(), is_curve=True, is_tuning=True)
     assert seeds == [51, 51, 52, 53, 101]
+
+
+def test_a_term_that_is_left_out_is_left_out() -> None:
+    """Each ablation does what its row says, where the real policy does something else."""
+    long, short = request(0), request(1, arrived=0.1)
+    held = {}
+    for name, policy in (("ours", BUILTINS["headway"]({})), ("no passing", policy_sides.no_passing({}))):
+        mind = Dispatcher(policy, LIMITS, np.random.default_rng(0))
+        mind.handle(up(), 0.0)
+        mind.handle(report(load=load(running=4, blocks_free=60)), 0.0)
+        offer(mind, long, tokens=20_000)
+        held[name] = dispatched(offer(mind, short)) == []
+    assert held == {"ours": False, "no passing": True}
+
+
+def test_without_yielding_agents_decode_beside_chat_prompts() -> None:
+    view = BatchView(
+        request_class=np.array([0, 1, 1, 0]),
+        due=np.array([9.0, 9.0, 9.0, 9.0]),
+        pace_s=np.full(4, 0.04),
+        context=np.full(4, 100),
+        pending=np.array([1, 1, 1, 500]),
+        arrived=np.zeros(4),
+        deadline=np.array([np.inf, 100.0, 0.5, np.inf]),
+        is_decoding=np.array([True, True, True, False]),
+        is_blocked=np.zeros(4, dtype=bool),
+    )
+    assert plan(view, STEP_MODEL, 1.0).paused.tolist() == [1, 2]
+    assert policy_sides.no_yielding().plan(view, STEP_MODEL, 1.0).paused.tolist() == []
