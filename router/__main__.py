@@ -180,6 +180,7 @@ def _build(config: Config, place: Place, stack: contextlib.ExitStack) -> Parts:
     upstreams = Upstreams(config.upstreams, os.environ, mind) if config.upstreams else None
     computing = upstreams or fleet
     readiness = Readiness(computing, policy, reducer.fleet.profile, tenants.local.tenant)
+    hints = KvHints(fleet, tenants.local.salt)
     if upstreams is not None:
         metrics.registry.register(UpstreamMetrics(upstreams))
         forward = ForwardServices(mind, upstreams, observers, RelayLimits(), time.monotonic)
@@ -187,7 +188,7 @@ def _build(config: Config, place: Place, stack: contextlib.ExitStack) -> Parts:
     else:
         assert place.model is not None, "own workers have a model"
         services = Services(mind, fleet, observers, RelayLimits(), time.monotonic)
-        posts = generation(services, _text(config, place.model), tenants)
+        posts = generation(services, _text(config, place.model), tenants, hints)
     house = House(
         models=computing.models,
         model=config.model.served_as if upstreams is not None else served_name(config),
@@ -196,7 +197,6 @@ def _build(config: Config, place: Place, stack: contextlib.ExitStack) -> Parts:
         readiness=readiness.state,
         aliases=config.models.aliases,
     )
-    hints = KvHints(fleet, tenants.local.salt)
     operator = admin.Admin(
         metrics, fleet, receipts, hints, tenants=tenants, readiness=readiness.state, upstreams=upstreams
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 from starlette.requests import Request as HttpRequest
@@ -23,7 +23,7 @@ from router.dialects.common import OPENAI_ERRORS
 from router.dialects.completions import COMPLETIONS
 from router.dialects.messages import ANTHROPIC_ERRORS, MESSAGES
 from router.dialects.responses import RESPONSES
-from router.errors import RequestError
+from router.errors import JSON, RequestError
 from router.language.text import Text
 from router.language.turn import ErrorShape
 from router.listener.asgi import answer, refuse_method
@@ -64,7 +64,32 @@ class House:
     aliases: Mapping[str, str] = field(default_factory=dict)
 
 
-def generation(services: Services, text: Text, tenants: Tenants) -> Posts:
+class Hints(Protocol):
+    """Who carries out hints for KV."""
+
+    async def obey(self, body: bytes, salt: bytes | None = None) -> bytes:
+        """An envelope's answer. Raises RequestError."""
+
+
+class HintPost:
+    """Hints of a tenant: they reach the sessions of its own salt domain alone."""
+
+    def __init__(self, hints: Hints, tenants: Tenants) -> None:
+        self._hints = hints
+        self._tenants = tenants
+
+    async def __call__(self, exchange: Exchange) -> None:
+        try:
+            caller = self._tenants.caller(exchange.head)
+            with self._tenants.visit(caller):
+                done = await self._hints.obey(exchange.body, caller.salt)
+        except RequestError as error:
+            exchange.respond(*OPENAI_ERRORS.refusal(error))
+            return
+        exchange.respond(200, JSON, done)
+
+
+def generation(services: Services, text: Text, tenants: Tenants, hints: Hints) -> Posts:
     """The routes that our own workers answer."""
 
     def posts(catalogue: Catalogue) -> Mapping[str, Post]:
@@ -75,6 +100,7 @@ def generation(services: Services, text: Text, tenants: Tenants) -> Posts:
             "/v1/responses": Generate(desk, RESPONSES),
             "/v1/messages": Generate(desk, MESSAGES),
             "/v1/messages/count_tokens": Count(desk, MESSAGES),
+            "/v1/kv_hints": HintPost(hints, tenants),
         }
 
     return posts

@@ -13,6 +13,7 @@ from router.dialects.messages_schema import MessagesRequest
 from router.dialects.responses_schema import ResponsesRequest
 from router.dialects.schema import ChatRequest, CompletionRequest
 from router.version import code_version
+from router.workers.kv_hints import Envelope
 
 POSTS: dict[str, tuple[type, str]] = {
     "/v1/chat/completions": (ChatRequest, "OpenAI chat completions"),
@@ -20,6 +21,7 @@ POSTS: dict[str, tuple[type, str]] = {
     "/v1/responses": (ResponsesRequest, "OpenAI responses; none is kept"),
     "/v1/messages": (MessagesRequest, "Anthropic messages"),
     "/v1/messages/count_tokens": (MessagesRequest, "How many tokens a prompt of Anthropic's has"),
+    "/v1/kv_hints": (Envelope, "What a client knows of its sessions' KV; answered by what was done"),
 }
 GETS = {
     "/": "Whether anybody is there",
@@ -30,7 +32,7 @@ GETS = {
     "/health": "The same as /readyz",
     "/openapi.json": "This document",
 }
-STREAMS = frozenset(POSTS) - {"/v1/messages/count_tokens"}
+STREAMS = frozenset(POSTS) - {"/v1/messages/count_tokens", "/v1/kv_hints"}
 
 
 @functools.cache

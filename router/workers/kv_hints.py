@@ -53,18 +53,18 @@ class Envelope(Struct, forbid_unknown_fields=True):
 
 
 class KvHints:
-    """Hints from this machine's operator or agent framework, for sessions of one salt domain."""
+    """Hints from an operator, or a tenant's agent framework, each for sessions of its own salt domain."""
 
     def __init__(self, fleet: Fleet, salt: bytes) -> None:
         self._fleet = fleet
         self._salt = salt
         self._serials = itertools.count()
 
-    async def obey(self, body: bytes) -> bytes:
-        """An envelope's answer as JSON. Raises RequestError."""
-        envelope = _read(body)
+    async def obey(self, body: bytes, salt: bytes | None = None) -> bytes:
+        """The answer, as JSON, to an envelope of whoever has this salt; None is the operator. Raises RequestError."""
+        envelope, salt = _read(body), self._salt if salt is None else salt
         actions = [
-            HintAction(action.action_id, action.action_type, self._salt, action.payload.session, action.payload.ttl_s)
+            HintAction(action.action_id, action.action_type, salt, action.payload.session, action.payload.ttl_s)
             for action in envelope.actions
         ]
         heard = await self._ask(actions)

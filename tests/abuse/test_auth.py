@@ -27,6 +27,7 @@ TABLE = {
     "/v1/completions": True,
     "/v1/messages": True,
     "/v1/messages/count_tokens": True,
+    "/v1/kv_hints": True,
 }
 GUARDED = [path.replace("{model:path}", "tiny") for path, is_guarded in TABLE.items() if is_guarded]
 NOWHERE = (
@@ -44,7 +45,14 @@ NOWHERE = (
     "/metrics",
     "/v1/nothing",
 )
-POSTS = {"/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/messages/count_tokens", "/v1/responses"}
+POSTS = {
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/v1/responses",
+    "/v1/kv_hints",
+}
 
 
 def bad_credentials(key: str) -> dict[str, list[bytes]]:
@@ -115,6 +123,28 @@ def test_without_a_good_key_nothing_guarded_answers(tmp_path: Path, case: str) -
                 assert key.encode() not in answer
                 assert len(answer) < 1200
             assert not d.mind.offered
+
+    run(work())
+
+
+def test_hints_reach_the_sessions_of_their_own_tenant_alone(tmp_path: Path) -> None:
+    async def work() -> None:
+        path = tmp_path / "keys.json"
+        alice, bob = keys.add(path, "alice", {}, (), "2026-11-22"), keys.add(path, "bob", {}, (), "2026-11-22")
+        tenants = tenants_of(path)
+        async with desk(tenants=tenants) as d:
+            for key in (alice, bob, alice):
+                answer = await d.client.post(
+                    "/v1/kv_hints", content=b"hint", headers={"authorization": f"Bearer {key}"}
+                )
+                assert (answer.status_code, answer.json()["message_id"]) == (200, "m")
+            assert (await d.client.post("/v1/kv_hints", content=b"hint")).status_code == 401
+            spoilt = {"authorization": f"Bearer {bob}"}
+            assert (await d.client.post("/v1/kv_hints", content=b"{}", headers=spoilt)).status_code == 400
+            assert (await d.client.get("/v1/kv_hints", headers=spoilt)).status_code == 405
+            salts = [salt for _, salt in d.hints.asked]
+            assert salts[0] == salts[2] != salts[1]
+            assert None not in salts
 
     run(work())
 

@@ -25,6 +25,7 @@ from router.access.salts import Salts
 from router.access.tenants import Tenants
 from router.delivery.order import RelayLimits, Services
 from router.delivery.ports import Client, Sink
+from router.errors import RequestError
 from router.language.canonical import Rule
 from router.language.template import ChatTemplate
 from router.language.text import Text, TextLimits
@@ -191,6 +192,7 @@ class Desk:
     listener: Listener
     address: tuple[str, int]
     client: httpx.AsyncClient
+    hints: Hints
     receipts: list[Receipt] = field(default_factory=list)
 
     def ended(self, receipt: Receipt) -> None:
@@ -219,6 +221,19 @@ class Desk:
                 await asyncio.sleep(0)
 
 
+class Hints:
+    """Keeps what it is asked, and whose it is."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[bytes, bytes | None]] = []
+
+    async def obey(self, body: bytes, salt: bytes | None = None) -> bytes:
+        if body == b"{}":
+            raise RequestError(400, "This is no hints envelope.")
+        self.asked.append((body, salt))
+        return b'{"message_id":"m","actions":[]}'
+
+
 def keyless() -> Tenants:
     """Whoever is on this machine."""
     return Tenants(None, Salts(b"s" * 32), Tenant(), Accounts(None, time.monotonic, time.time))
@@ -236,7 +251,7 @@ async def desk(
     refuses_media: bool = False,
 ) -> AsyncIterator[Desk]:
     """A desk that is open."""
-    mind, fleet, sock = Mind(), Fleet(), socket.create_server(("127.0.0.1", 0))
+    mind, fleet, hints, sock = Mind(), Fleet(), Hints(), socket.create_server(("127.0.0.1", 0))
     address = sock.getsockname()[:2]
     client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{address[1]}", timeout=10)
     receipts: list[Receipt] = []
@@ -252,7 +267,7 @@ async def desk(
         House(
             models=lambda: fleet.views,
             model="tiny",
-            posts=generation(services, text, tenants),
+            posts=generation(services, text, tenants, hints),
             tenants=tenants,
             readiness=lambda: (True, {"workers": 1}),
             aliases={"claude-*": "", "gpt-*": "", "other": "no-such-model"},
@@ -261,7 +276,7 @@ async def desk(
     listener = Listener(app.gate, app.handle, listener_limits, shape_of)
     await listener.start(sock)
     try:
-        yield Desk(mind, fleet, listener, (address[0], address[1]), client, receipts)
+        yield Desk(mind, fleet, listener, (address[0], address[1]), client, hints, receipts)
     finally:
         await client.aclose()
         await listener.close()

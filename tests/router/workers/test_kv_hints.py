@@ -38,7 +38,7 @@ def ask(body: bytes, *replies: list[tuple[str, str, int]]) -> tuple[dict[str, An
     async def scene() -> tuple[dict[str, Any], Workers]:
         fleet, _ = fleet_of_two()
         workers = [linked(fleet, 0, hello()), linked(fleet, 1, hello(worker="w1"))]
-        asked = asyncio.create_task(KvHints(fleet, b"salt").obey(body))
+        asked = asyncio.create_task(KvHints(fleet, b"operator").obey(body, b"salt"))
         await asyncio.sleep(0)
         for (link, pipe), acks in zip(workers, replies, strict=False):
             message_id = hint_of(pipe).message_id
