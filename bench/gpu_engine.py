@@ -3,7 +3,9 @@
     python3 bench/gpu_engine.py MODEL_DIR [--engines headway,vllm] [--batches 1,64] [--ttft 2048] [--work ...]
 
 Owns the adapters and the clock, which stands outside the engine. MODEL_DIR holds a config.json; weights are made up.
-Pace is (seconds of 129 tokens - seconds of 1 token) / 128, median of the repeats; no prompt is new twice."""
+Pace is (seconds of 129 tokens - seconds of 1 token) / 128, median of the repeats; no prompt is new twice, and each
+engine gets the same. Every repeat is written as it is measured: where the minutes are up it stops with exit code 3, and
+the same command goes on. The table of all engines is printed last."""
 
 from __future__ import annotations
 
@@ -17,7 +19,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +32,8 @@ from bench.gpu_work import WORKLOADS, Item, alike
 
 START_S = 400.0
 CONTEXT, STEPS = 512, 128
+START_NEEDED_S = 150.0  # vLLM took 116 s: less time left and no engine is started
+GO_ON = 3  # exit code: time was up
 
 
 class Engine(Protocol):
@@ -133,77 +140,119 @@ def seconds(engine: Engine, items: list[Item]) -> float:
     return taken
 
 
-class Measured:
-    """Figures of one engine, written after each: what a limit cuts off is not lost."""
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What one repeat measures: its name, what it does with a seed, and the figures that come of it."""
 
-    def __init__(self, path: Path, head: dict[str, Any]) -> None:
-        self._path, self.figures = path, head
+    name: str
+    measure: Callable[[Engine, int], dict[str, float]]
 
-    def put(self, name: str, values: list[float], digits: int = 2) -> None:
-        """Median and all."""
-        self.figures[name] = {
-            "median": round(statistics.median(values), digits),
-            "all": [round(v, digits) for v in values],
+
+def pace(batch: int) -> Case:
+    """Time of one token and time of each further."""
+
+    def measure(engine: Engine, seed: int) -> dict[str, float]:
+        first = seconds(engine, alike(batch, CONTEXT, 1, seed))
+        whole = seconds(engine, alike(batch, CONTEXT, STEPS + 1, seed + 1))
+        return {
+            f"one token, batch {batch}, ms": round(first * 1e3, 2),
+            f"TPOT batch {batch}, ms": round((whole - first) / STEPS * 1e3, 3),
         }
-        print(f"{self.figures['engine']:8} {name:28} {self.figures[name]}", flush=True)
-        self._path.write_text(json.dumps(self.figures, indent=1))
+
+    return Case(f"batch {batch}", measure)
 
 
-def measure(name: str, options: argparse.Namespace, out: Path) -> dict[str, Any]:
-    """All figures of one engine."""
-    model, seed = Path(options.model), 1000
-    head = {"engine": name, "model": model.name, "device": device(), "commit": options.commit}
-    measured = Measured(out / f"gpu_engine-{model.name}-{name}.json", head)
+def first_token(tokens: int) -> Case:
+    """A prompt nobody has seen, and the same once more."""
+
+    def measure(engine: Engine, seed: int) -> dict[str, float]:
+        items = alike(1, tokens, 1, seed)
+        cold = seconds(engine, items)
+        again = min(seconds(engine, items) for _ in range(2))
+        return {f"TTFT {tokens} cold, ms": round(cold * 1e3, 1), f"TTFT {tokens} again, ms": round(again * 1e3, 1)}
+
+    return Case(f"ttft {tokens}", measure)
+
+
+def whole(work: str) -> Case:
+    """A workload from the first request to the last token."""
+
+    def measure(engine: Engine, seed: int) -> dict[str, float]:
+        items = WORKLOADS[work](seed)
+        taken = seconds(engine, items)
+        return {f"{work}, s": round(taken, 2), f"{work}, tok/s": round(sum(item.out for item in items) / taken)}
+
+    return Case(work, measure)
+
+
+class Record:
+    """Figures of one engine on one card at one commit, written after each repeat; another card or commit is anew."""
+
+    def __init__(self, path: Path, head: dict[str, str]) -> None:
+        self._path, self.engine = path, head["engine"]
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        self._content = kept if all(kept.get(name) == value for name, value in head.items()) else dict(head)
+        self._content.setdefault("done", {})
+
+    def repeats(self, case: str) -> int:
+        """How often that was measured."""
+        return int(self._content["done"].get(case, 0))
+
+    def add(self, case: str, found: dict[str, float]) -> None:
+        """One repeat's figures."""
+        for name, value in found.items():
+            values = [*self._content.get(name, {"all": []})["all"], value]
+            self._content[name] = {"median": statistics.median(values), "all": values}
+            print(f"{self.engine:8} {name:28} {value}", flush=True)
+        self._content["done"][case] = self.repeats(case) + 1
+        self._path.write_text(json.dumps(self._content, indent=1), encoding="utf-8")
+
+    @property
+    def figures(self) -> dict[str, dict[str, Any]]:
+        """By name: the median and all repeats."""
+        return {name: value for name, value in self._content.items() if isinstance(value, dict) and "all" in value}
+
+
+def go_on(record: Record, cases: list[Case], repeats: int, make: Callable[[], Engine], until: float) -> bool:
+    """Measure what is missing until the time is up; whether all is there. The engine runs only while it is measured."""
+    missing = [(case, number) for number in range(repeats) for case in cases if record.repeats(case.name) <= number]
+    if not missing:
+        return True
+    if until - time.monotonic() < START_NEEDED_S:
+        return False
     started = time.perf_counter()
-    engine = ADAPTERS[name](model, out / f"{name}-{model.name}.log")
-    engine.generate(alike(1, CONTEXT, 1, 99))
-    measured.put("start to first token, s", [time.perf_counter() - started], 1)
-    engine.generate(alike(1, CONTEXT, 16, 98))
-    for batch in options.batches:
-        paces, firsts = [], []
-        for _ in range(options.repeats):
-            seed += 2
-            firsts.append(seconds(engine, alike(batch, CONTEXT, 1, seed)))
-            whole = seconds(engine, alike(batch, CONTEXT, STEPS + 1, seed + 1))
-            paces.append((whole - firsts[-1]) / STEPS * 1e3)
-        measured.put(f"one token, batch {batch}, ms", [first * 1e3 for first in firsts])
-        measured.put(f"TPOT batch {batch}, ms", paces, 3)
-    for tokens in options.ttft:
-        cold, again = [], []
-        for _ in range(options.repeats):
-            seed += 1
-            items = alike(1, tokens, 1, seed)
-            cold.append(seconds(engine, items) * 1e3)
-            again.append(min(seconds(engine, items) for _ in range(2)) * 1e3)
-        measured.put(f"TTFT {tokens} cold, ms", cold, 1)
-        measured.put(f"TTFT {tokens} again, ms", again, 1)
-    for work in options.work:
-        taken, items = [], []
-        for _ in range(options.repeats):
-            seed += 1
-            items = WORKLOADS[work](seed)
-            taken.append(seconds(engine, items))
-        measured.put(f"{work}, s", taken)
-        measured.put(f"{work}, tok/s", [sum(item.out for item in items) / one for one in taken], 0)
-    engine.close()
-    return measured.figures
+    engine = make()
+    try:
+        engine.generate(alike(1, CONTEXT, 1, 99))
+        again = "start again" if record.repeats("start to first token") else "start to first token"
+        record.add(again, {f"{again}, s": round(time.perf_counter() - started, 1)})
+        engine.generate(alike(1, CONTEXT, 16, 98))
+        longest: dict[str, float] = {}
+        for case, number in missing:
+            begun = time.monotonic()
+            if begun + longest.get(case.name, 0.0) > until:
+                return False
+            record.add(case.name, case.measure(engine, zlib.crc32(f"{case.name} {number}".encode())))
+            longest[case.name] = time.monotonic() - begun
+    finally:
+        engine.close()
+    return True
 
 
-def device() -> str:
+def card() -> str:
     """The card's name."""
     import torch
 
     return torch.cuda.get_device_name()
 
 
-def table(all_figures: list[dict[str, Any]]) -> str:
-    """One row a figure, one column an engine."""
-    names = [name for name, value in all_figures[0].items() if isinstance(value, dict)]
-    engines = " | ".join(figures["engine"] for figures in all_figures)
-    rows = [f"| {all_figures[0]['model']} | {engines} |"]
+def table(model: str, records: list[Record]) -> str:
+    """One row a figure, one column an engine: median (range)."""
+    names = list(dict.fromkeys(name for record in records for name in record.figures))
+    rows = [f"| {model} | {' | '.join(record.engine for record in records)} |", "| --- " * (len(records) + 1) + "|"]
     for name in names:
-        cells = (figures.get(name, {}) for figures in all_figures)
-        shown = (f"{c['median']} ({min(c['all'])}-{max(c['all'])})" if c else "-" for c in cells)
+        cells = (record.figures.get(name) for record in records)
+        shown = (f"{c['median']} ({min(c['all'])}-{max(c['all'])}, {len(c['all'])}x)" if c else "-" for c in cells)
         rows.append(f"| {name} | {' | '.join(shown)} |")
     return "\n".join(rows)
 
@@ -212,20 +261,40 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",") if part]
 
 
-def main() -> None:
+def names(text: str) -> list[str]:
+    return [part for part in text.split(",") if part]
+
+
+def main(
+    arguments: list[str] | None = None,
+    adapters: Mapping[str, Callable[[Path, Path], Engine]] = ADAPTERS,
+    device: Callable[[], str] = card,
+) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--engines", default="headway")
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--engines", type=names, default=["headway"])
     parser.add_argument("--batches", type=numbers, default=[1, 64, 256])
     parser.add_argument("--ttft", type=numbers, default=[2048])
-    parser.add_argument("--work", type=lambda text: [part for part in text.split(",") if part], default=[])
+    parser.add_argument("--work", type=names, default=[], help=", ".join(WORKLOADS))
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=9.0, help="stop before a repeat that would end later")
     parser.add_argument("--commit", default="unknown", help="the commit measured, where git is not at hand")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    print(table([measure(name, options, options.out) for name in options.engines.split(",")]))
+    until, name = time.monotonic() + 60.0 * options.minutes, options.model.name
+    cases = [*map(pace, options.batches), *map(first_token, options.ttft), *map(whole, options.work)]
+    records, is_done = [], True
+    for engine in options.engines:
+        head = {"engine": engine, "model": name, "device": device(), "commit": options.commit}
+        record = Record(options.out / f"gpu_engine-{name}-{engine}.json", head)
+        make = partial(adapters[engine], options.model, options.out / f"{engine}-{name}.log")
+        is_done &= go_on(record, cases, options.repeats, make, until)
+        records.append(record)
+    print(table(name, records))
+    print("complete" if is_done else "not complete: the same command goes on")
+    return 0 if is_done else GO_ON
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,7 +2,8 @@
 
     python3 bench/step_samples.py MODEL_DIR [--samples 5000] [--out DIR]
 
-Owns the draw of shapes: decodes alone, chunks alone, both; contexts log-uniform. One JSON line a sample."""
+Owns the draw of shapes: decodes alone, chunks alone, both; contexts log-uniform. One JSON line a sample; where the
+seconds were up the same command goes on, on a card of the same name."""
 
 from __future__ import annotations
 
@@ -37,6 +38,15 @@ def draw(random: np.random.Generator) -> Shape:
     return Shape(decodes, chunk, context if decodes or random.integers(2) else 0)
 
 
+def begun(path: Path, head: str) -> int:
+    """Samples kept from before; a file of another card or model, or none, begins anew."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    if lines[:1] == [head] and all(line.endswith("]") for line in lines[1:]):
+        return len(lines) - 1
+    path.write_text(head + "\n", encoding="utf-8")
+    return 0
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -46,12 +56,14 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device("cuda:0")
     runner = gpu_build.load(options.model, device, block_tokens=GPU_BLOCK_TOKENS, kv_bytes=0, sequences_max=256)
-    random, fit = np.random.default_rng(0), StepFit(GPU_PRIOR)
-    until, count, errors = time.monotonic() + options.seconds, 0, []
+    fit = StepFit(GPU_PRIOR)
+    until, errors = time.monotonic() + options.seconds, []
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"step_samples-{options.model.name}.jsonl"
-    with path.open("w") as file:
-        file.write(json.dumps({"device": torch.cuda.get_device_name(), "model": options.model.name}) + "\n")
+    head = json.dumps({"device": torch.cuda.get_device_name(), "model": options.model.name})
+    count = begun(path, head)
+    random = np.random.default_rng(count)
+    with path.open("a", encoding="utf-8") as file:
         while count < options.samples and time.monotonic() < until:
             shape = draw(random)
             if shape.decodes + bool(shape.chunk) > GPU_SEQUENCES_MAX or shape.chunk > GPU_ROWS_MAX:
@@ -67,6 +79,8 @@ def main() -> None:
                 file.write(json.dumps([*features, round(taken, 6)]) + "\n")
                 count += 1
     late = errors[len(errors) // 2 :]
+    if not late:
+        sys.exit(f"{count} samples in {path}: nothing to add")
     print(f"{count} samples in {path}; the learned model errs by {statistics.median(late):.1%} in the median, ")
     print(f"{np.quantile(late, 0.9):.1%} at p90 (second half, each predicted before it was seen)")
 
