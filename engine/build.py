@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+from engine import energy
 from engine.compute.grammar_gate import Compile, no_grammars
 from engine.config import GPU_PRIOR, GPU_ROWS_MAX, PRIOR, EngineConfig
 from engine.control import Control
@@ -82,6 +83,7 @@ def build(
         inbox=inbox,
         clock=clock,
         control=Control(runner, facts, scheduler, lambda: inbox.put(Wake())),
+        energy=energy.opened(config.device, clock),
         speculator=Speculator(config.block_tokens, facts.vocab_size) if can_draft else None,
     )
 

@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from engine.compute.calibrate import GPU_SHAPES, SHAPES, calibrate
 from engine.compute.masks import Grammar, MaskMaker
 from engine.control import Control
+from engine.energy import Energy
 from engine.kv.blocks import BlockTrie
 from engine.kv.keys import KEY_BYTES
 from engine.kv.tiers import Tiers
@@ -119,6 +120,7 @@ class Core:
         clock: Callable[[], float],
         control: Control,
         speculator: Speculator | None = None,
+        energy: Energy | None = None,
     ) -> None:
         self._runner = runner
         self._scheduler = scheduler
@@ -129,6 +131,7 @@ class Core:
         self._inbox = inbox
         self._clock = clock
         self._speculator = speculator
+        self._energy = energy
         self._links: dict[int, Outbox] = {}
         self._steps = 0
         self._step_s = 0.0
@@ -183,6 +186,8 @@ class Core:
         step = self._scheduler.launch(self._fit.model, started, full)
         if step is None:
             return False
+        if self._energy:
+            self._energy.computed(step, self._fit.model)
         masks = self._masks.start(step.grammars) if step.grammars else None
         batch = replaced(step.batch, masks=masks) if masks else step.batch
         drafted = self._speculator.draft(step, batch, self._fit.model) if self._speculator else None
@@ -241,6 +246,8 @@ class Core:
         """One frame a link: its own sequences' tokens and ends, and what all links may know."""
         self._told_at = now
         load = self._scheduler.load(now, self._step_s, self._steps)
+        if self._energy:
+            load = replace(load, joules=self._energy.read(now))
         stored, evicted = self._tiers.take_events()
         for link, outbox in self._links.items():
             handles = [handle for o in news.outcomes for handle in o.handles.get(link, ())]

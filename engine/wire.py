@@ -93,6 +93,7 @@ class Load(Message, frozen=True):
     oldest_running_s: float
     tiers: TierLoad = TierLoad()
     repairs: int = 0  # times that the worker found its block accounts wrong and started its cache over
+    joules: list[float] = []  # since it started, attributed: by class, then idle; empty where nothing counts them
 
 
 class Start(Message, frozen=True):

@@ -161,6 +161,10 @@ class Launch:
                 count = min(chunk.tokens, sequence.prompt_len - 1 - context)
                 sequence.prompt_scores[context:] = islice(told, count)
 
+    def contexts_and_classes(self) -> tuple[Int64, Int64]:
+        """Of each sequence: tokens before this step, and its class. Before collect."""
+        return self._table.context[self.rows], self._table.request_class[self.rows]
+
     def hold_back(self, late: frozenset[int], result: StepResult) -> StepResult:
         """Sampled rows whose mask came too late say nothing: they sit out steps until it is there, then compute their
         newest row again. What is left of the result."""

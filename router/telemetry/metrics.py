@@ -21,6 +21,8 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from engine.wire import Load
+from policies.request import CLASS_LABELS
 from router.telemetry import tier_metrics
 from router.telemetry.receipts import Receipt
 from router.workers.fleet import Fleet, WorkerState
@@ -175,6 +177,17 @@ class _Fleet(Collector):
         yield late
         loads = [(s.name, s.link.load) for s in workers if s.link is not None and s.link.load is not None]
         yield from tier_metrics.collect(loads)
+        yield energy(loads)
+
+
+def energy(loads: Iterable[tuple[str, Load]]) -> Metric:
+    """Joules of each worker's device by class; "idle" are the seconds in which it computed nothing."""
+    told = "Energy drawn by its device, attributed to classes by the step model"
+    family = CounterMetricFamily("headway_worker_energy_joules", told, labels=["worker", "class"])
+    for worker, load in loads:
+        for label, joules in zip((*CLASS_LABELS, "idle"), load.joules, strict=False):  # empty: nothing counts them
+            family.add_metric([worker, label], joules)
+    return family
 
 
 def _is_up(state: WorkerState) -> float:
