@@ -11,6 +11,7 @@ RESULTS = "bench/results"
 BENCHES: dict[str, tuple[str, ...]] = {
     "engine_cpu": (),
     "pacing": ("--real", "--out", f"{RESULTS}/pacing.json"),
+    "fp8_error": (),
     "tiers": ("--out", f"{RESULTS}/tiers.json"),
     "step_host": ("--out", f"{RESULTS}/step_host.json"),
     "dispatcher": ("--out", f"{RESULTS}/dispatcher.json"),
