@@ -64,8 +64,8 @@ WEKA ?= ../shared/traces/weka_requests.csv.zst
 replay-weka: $(VENV)/.serve  ## the same with real Claude Code sessions (WEKA= their request table)
 	@test -e "$(WEKA)" || { echo "no $(WEKA): set WEKA= to the request table of WEKA's kv-cache-tester traces"; exit 1; }
 	@mkdir -p out
-	@$(BIN)/headway-loadgen compose --weka $(WEKA) --sessions 4 --scale-tokens 1/32 --context 8192 -o out/weka.jsonl
-	@$(BIN)/headway-loadgen replay out/weka.jsonl $(REPLAY_ON) --duration 110 --warmup 10 --out out/weka
+	@$(BIN)/headway-loadgen compose --weka $(WEKA) --sessions 4 --scale-tokens 1/32 --context 8192 -o out/sessions.jsonl
+	@$(BIN)/headway-loadgen replay out/sessions.jsonl $(REPLAY_ON) --duration 110 --warmup 10 --out out/weka
 
 TEST_PROCESSES ?= 2
 

@@ -67,6 +67,8 @@ class Plan:
 def carry_out(plan: Plan) -> Verdict:
     """Replay, judge and publish. Raises ValueError for a trace or a target that cannot be used."""
     trace = formats.load(plan.trace, plan.is_strict)
+    if plan.out.with_suffix(".jsonl").resolve() == plan.trace.resolve():
+        raise ValueError(f"--out {plan.out} would write the records over the trace")
     Target.parse(plan.target)
     with serving(shlex.split(plan.serve), plan.target):
         run, found = measure(plan, trace)

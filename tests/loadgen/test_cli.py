@@ -87,6 +87,7 @@ def test_judging_again_gives_the_same_verdict_and_other_budgets_another(
         (["judge", "bad.jsonl"], "bad.jsonl: line 1"),
         (["replay", "good.jsonl", "--target", "http://127.0.0.1:9"], "does not answer"),
         (["replay", "good.jsonl", "--target", "https://host"], "not an http:// address"),
+        (["replay", "good.jsonl", "--out", "good"], "would write the records over the trace"),
         (["compose", "--scale-tokens", "1/3", "--out", "x.jsonl"], "cannot be cut"),
         (["compose", "--scale-tokens", "1", "--context", "100", "--out", "x.jsonl"], "no session fits 100 tokens"),
         (["compose", "--weka", "bad.jsonl", "--out", "x.jsonl"], "is this weka_requests.csv?"),
