@@ -66,6 +66,8 @@ class Follower:
         except GrammarError as error:
             bits[:] = 0
             self.message = f"the grammar could not go on: {error}"
+        if not self.message and not bits.any():
+            self.message = "the grammar could not go on: it leaves no token"
         self.filled_s = time.monotonic() - started
         self.bits = bits  # last: from here on others read
 

@@ -57,8 +57,9 @@ def choose(
     if masks is not None:
         masked = masks.take()
         logit_rules.mask(logits, masked)
+        # Where the model's own numbers were bad, that is what is told: then its KV is void, else it is good.
+        messages = {row: message for row, message in masked.messages.items() if not is_bad[row]}
         is_bad[masked.rows] |= ~logits[masked.rows].amax(-1).isfinite()
-        messages = masked.messages
         logits.masked_fill_(is_bad[:, None], 0.0)
     ids = _ids(logits, sampling, positions)
     scores = {row: score(plain[at], int(ids[row]), sampling[row].logprobs) for at, row in enumerate(told)}

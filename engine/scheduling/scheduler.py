@@ -178,7 +178,7 @@ class Scheduler:
         self._table.emit_more(step.sampled_rows, result.more, now)
         is_bad = result.is_bad | (result.ids < 0) | (result.ids >= self._facts.vocab_size)
         has_bad = bool(np.count_nonzero(is_bad))
-        for at in is_bad.nonzero()[0].tolist() if has_bad else ():
+        for at in sorted(set(is_bad.nonzero()[0].tolist()) - result.messages.keys()) if has_bad else ():
             self._tiers.forget(self._trie.forget(step.sampled[at].blocks, now))
         self._commit(step, now)
         if result.prompt_scores:
@@ -198,15 +198,16 @@ class Scheduler:
         answers = zip(step.sampled, result.ids.tolist(), is_bad.tolist(), strict=True)
         for at, (sequence, token, bad) in enumerate(answers):
             if bad:
-                message = result.messages.get(at, NOT_A_TOKEN)
-                outcome.ends.append(self._end(sequence, "error", now, message))
+                stuck = result.messages.get(at, "")  # in its grammar, which is its client's
+                end = self._end(sequence, "invalid" if stuck else "error", now, stuck or NOT_A_TOKEN)
+                outcome.ends.append(end)
                 continue
             reason = outcome.speak(sequence, at, token, result, now)
             if reason:
                 self._memory.learn(sequence)
                 outcome.ends.append(self._end(sequence, reason, now))
             elif sequence.grammar is not None and (stuck := sequence.step_grammar(token)):
-                outcome.ends.append(self._end(sequence, "error", now, stuck))
+                outcome.ends.append(self._end(sequence, "invalid", now, stuck))
 
     def run_length(self, step: Launch, model: StepModel) -> int:
         """How many equal decode steps `step` begins if no order comes; engine/scheduling/repeat.py."""

@@ -152,6 +152,7 @@ class Relay:
             self._refuse(RequestError(400, f"The request cannot be served: {end.message}.", code="invalid_value"))
         else:
             self._services.mind.gone(self._order.request.id)
+            log.error("request %s on worker %s: %s", self._order.request.id, self._worker_name(), end.message)
             message = "The model failed on this request."
             self._end_with_error(500, ErrorDetail(message, "server_error", None, "engine_error"), "failed", [])
 
@@ -246,7 +247,7 @@ class Relay:
     def _stop_here(self) -> None:
         """A stop string came: the rest is not wanted."""
         self._drop_attempt("stop string")
-        self._services.mind.gone(self._order.request.id)
+        self._services.mind.stopped(self._order.request.id, len(self._emitted))
         self._finish("stop")
 
     def _finish(self, reason: str) -> None:

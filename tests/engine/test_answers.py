@@ -63,6 +63,22 @@ def test_whatever_the_chance_the_answer_fits_its_schema(runner: TorchRunner, see
     assert answer["days"] <= 99
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_grammar_that_cannot_go_on_is_its_clients_fault_and_costs_nobody_the_cache(
+    runner: TorchRunner, seed: int
+) -> None:
+    loop = Loop(runner, FACTS, SIZE)
+    endless = Sampling(seed=seed, max_tokens=20, grammar_kind="json_schema", grammar='{"$ref": "#"}')
+    stuck = loop.ask(PROMPT, endless, grammar=COMPILER.compile(endless.grammar_kind, endless.grammar))
+
+    assert stuck.end is not None
+    assert stuck.end.reason == "invalid"
+    assert "grammar" in stuck.end.message
+    again = loop.ask(PROMPT, Sampling(max_tokens=3))
+    assert again.end is not None
+    assert again.end.cached_tokens == (len(PROMPT) - 1) // SIZE * SIZE
+
+
 def test_neither_ignore_eos_nor_min_tokens_goes_beyond_a_grammars_end(runner: TorchRunner) -> None:
     wanted = Sampling(ignore_eos=True, min_tokens=50, max_tokens=60, grammar_kind="regex", grammar="ab*c")
 
