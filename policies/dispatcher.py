@@ -26,6 +26,7 @@ from policies.events import (
     PolicyFault,
     Reconfigured,
     Started,
+    Stopped,
     Tick,
     WorkerLost,
     WorkerReport,
@@ -59,6 +60,7 @@ TRANSITIONS: dict[tuple[State, type], str] = {
     (State.PLACED, Gone): "_abort",
     (State.STREAMING, Finished): "_finish",
     (State.STREAMING, Failed): "_place_again",
+    (State.STREAMING, Stopped): "_finish",
     (State.STREAMING, Gone): "_abort",
 }
 
@@ -96,6 +98,7 @@ class Dispatcher:
             Offered: self._on_offered,
             Arrived: self._on_request,
             Gone: self._on_request,
+            Stopped: self._on_request,
             Failed: self._on_request,
             WorkerUp: self._on_worker_up,
             WorkerReport: self._on_report,
@@ -153,7 +156,7 @@ class Dispatcher:
         if place is Place.NOW:
             self._tokenise(live, actions)
 
-    def _on_request(self, event: Arrived | Gone | Failed, now: float, actions: list[Action]) -> None:
+    def _on_request(self, event: Arrived | Gone | Stopped | Failed, now: float, actions: list[Action]) -> None:
         live = self._live.get(event.request_id)
         if live is not None:
             self._step(live, event, now, actions)
@@ -256,7 +259,7 @@ class Dispatcher:
         live.cached_tokens = event.cached_tokens
         live.charge.ledger.start(live.charge, now)
 
-    def _finish(self, live: Live, event: Finished, now: float, actions: list[Action]) -> None:
+    def _finish(self, live: Live, event: Finished | Stopped, now: float, actions: list[Action]) -> None:
         del actions
         assert live.job is not None
         assert live.charge is not None

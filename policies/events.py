@@ -50,6 +50,14 @@ class Gone:
 
 
 @dataclass(frozen=True, slots=True)
+class Stopped:
+    """The router ended an answer that is whole: a stop string came. What the worker would have added is not wanted."""
+
+    request_id: RequestId
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """An attempt on a worker failed before the commit point, or the router can resume it: place it again."""
 
@@ -124,6 +132,7 @@ Event = (
     | Offered
     | Arrived
     | Gone
+    | Stopped
     | Failed
     | WorkerUp
     | WorkerReport

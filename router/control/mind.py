@@ -21,6 +21,7 @@ from policies.events import (
     PolicyFault,
     Reconfigured,
     Started,
+    Stopped,
     Tick,
     WorkerLost,
     WorkerReport,
@@ -95,6 +96,11 @@ class Mind:
         """The client left, or the request ended. Legal in every state; its Client hears nothing more."""
         if self._clients.pop(request_id, None) is not None:
             self._handle(Gone(request_id))
+
+    def stopped(self, request_id: RequestId, output_tokens: int) -> None:
+        """Its answer is whole, though the worker would have gone on. Its Client hears nothing more."""
+        if self._clients.pop(request_id, None) is not None:
+            self._handle(Stopped(request_id, output_tokens))
 
     def failed(self, request_id: RequestId, worker: WorkerId, reason: str) -> None:
         """An attempt failed before its first byte reached the client: place it again."""

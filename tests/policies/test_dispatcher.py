@@ -10,7 +10,19 @@ import pytest
 from policies.actions import Action, Cancel, Dispatch, Reject, Tokenise, WakeAt
 from policies.builtin import BUILTINS
 from policies.dispatcher import Dispatcher, State
-from policies.events import Arrived, Event, Failed, Gone, Offered, PolicyFault, Started, Tick, WorkerLost, WorkerReport
+from policies.events import (
+    Arrived,
+    Event,
+    Failed,
+    Gone,
+    Offered,
+    PolicyFault,
+    Started,
+    Stopped,
+    Tick,
+    WorkerLost,
+    WorkerReport,
+)
 from policies.limits import Limits
 from policies.request import RequestClass, RequestId, Tenant, WorkerId
 from tests.policies.scenes import (
@@ -186,6 +198,18 @@ def test_a_client_that_leaves_has_its_attempt_cancelled() -> None:
     assert cancel.worker == 0
     assert mind.handle(Gone(RequestId("r0")), 0.2) == []
     assert mind.fleet.streams[0] == 0
+
+
+def test_an_answer_that_ends_at_a_stop_string_counts_as_one_that_ended_by_itself() -> None:
+    def seen(end: Event) -> tuple[list[Action], int, bool]:
+        mind = dispatcher(workers=1)
+        session = replace(request(), session="s")
+        offer(mind, session)
+        mind.handle(report(first_tokens=((session.id, 0),)), 0.1)
+        return mind.handle(end, 1.0), mind.fleet.streams[0], mind._sessions.is_continuing(session, 1.0)
+
+    assert seen(Stopped(RequestId("r0"), 7)) == ([], 0, True)
+    assert seen(report(finished=((RequestId("r0"), 7),))) == ([], 0, True)
 
 
 def test_a_failed_attempt_goes_elsewhere_with_what_is_left_of_its_budget() -> None:

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from policies.actions import Action, Cancel, Dispatch, Reject, Tokenise, WakeAt
 from policies.builtin import BUILTINS
 from policies.dispatcher import Dispatcher, State
-from policies.events import Arrived, Event, Failed, Gone, Offered, PolicyFault, Tick, WorkerLost
+from policies.events import Arrived, Event, Failed, Gone, Offered, PolicyFault, Stopped, Tick, WorkerLost
 from policies.limits import Limits
 from policies.request import RequestClass, RequestId, Tenant, WorkerId
 from tests.policies.scenes import chain, load, report, request, up
@@ -149,6 +149,16 @@ class World(RuleBasedStateMachine):
         was = self.state.get(request_id)
         self.say(Gone(request_id))
         if was is not None:
+            self.settle(request_id)
+
+    @precondition(lambda self: self.ids)
+    @rule(pick=st.integers(0, 99), tokens=st.integers(0, 9))
+    def stop(self, pick: int, tokens: int) -> None:
+        """At a stop string: only a stream can, elsewhere it is late news."""
+        request_id = self.ids[-1 - pick % len(self.ids)]
+        is_stream = self.mind.state(request_id) is State.STREAMING
+        self.say(Stopped(request_id, tokens))
+        if is_stream:
             self.settle(request_id)
 
     @rule(worker=st.integers(0, 3))

@@ -133,6 +133,7 @@ class Mind:
         self.request_class = RequestClass.CHATBOT
         self.offered: list[Request] = []
         self.gone_ids: list[RequestId] = []
+        self.stops: dict[RequestId, int] = {}
         self.failures: list[str] = []
         self.holds = False
         self.refusal: Reject | None = None
@@ -165,6 +166,10 @@ class Mind:
 
     def gone(self, request_id: RequestId) -> None:
         self.gone_ids.append(request_id)
+        self.clients.pop(request_id, None)
+
+    def stopped(self, request_id: RequestId, output_tokens: int) -> None:
+        self.stops[request_id] = output_tokens
         self.clients.pop(request_id, None)
 
     def failed(self, request_id: RequestId, worker: WorkerId, reason: str) -> None:

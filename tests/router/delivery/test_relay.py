@@ -88,7 +88,9 @@ def test_a_stop_string_spelt_over_tokens_cuts_the_answer_and_frees_the_worker() 
             assert content(answer.text) == "one "
             assert events(answer.text)[-1] == "[DONE]"
             assert (await d.fleet.next()).aborted == "stop string"
-            assert d.mind.gone_ids
+            (request,) = d.mind.offered
+            assert d.mind.stops[request.id] > 0
+            assert d.mind.gone_ids == []
 
     run(work())
 
