@@ -4,6 +4,7 @@ Owns the counts and the file in which a month's survive a restart. Never knows a
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import math
 import os
@@ -30,8 +31,10 @@ IDLE_ACCOUNTS_MAX = 20_000  # accounts of tenants that are no more go once there
 class Account:
     """One tenant's counts."""
 
-    tokens: float = 0.0  # of this month
+    tokens: float = 0.0  # of this month, by all routers that share the file, as of the last `save`
     gpu_s: float = 0.0
+    new_tokens: float = 0.0  # of them, not in the file yet
+    new_gpu_s: float = 0.0
     live: int = 0
     refused: int = 0
     request_s: float = BUSY_RETRY_S  # how long its requests take, smoothed
@@ -79,29 +82,44 @@ class Accounts:
         self._month = _month(self.wall())
         if self.path is None:
             return
-        try:
-            month = msgspec.json.decode(self.path.read_bytes(), type=Month)
-        except FileNotFoundError:
-            return
-        except (OSError, msgspec.DecodeError) as error:
-            log.error("%s cannot be read, this month's use counts from zero: %s", self.path, error)
-            return
-        if month.month == self._month:
-            for tenant, used in month.tenants.items():
-                self._accounts[tenant] = Account(used.tokens, used.gpu_s)
+        for tenant, used in self._read(self.path).items():
+            self._accounts[tenant] = Account(used.tokens, used.gpu_s)
 
     def save(self) -> None:
-        """Write the month, if anything was taken since. A full disk costs the file, never a request."""
+        """Add what was taken since to the file, and hear what other routers added. A full disk costs the file, never a
+        request."""
         if self.path is None or not self._is_dirty:
             return
-        used = {name: Used(account.tokens, account.gpu_s) for name, account in self._accounts.items()}
-        made = self.path.with_name(f"{self.path.name}.{os.getpid()}")
         try:
-            made.write_bytes(msgspec.json.encode(Month(self._month, used)))
-            made.replace(self.path)
+            with self.path.with_name(f"{self.path.name}.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                self._add_to(self.path)
         except OSError as error:
             log.error("this month's use cannot be kept in %s: %s", self.path, error)
         self._is_dirty = False
+
+    def _read(self, path: Path) -> dict[str, Used]:
+        try:
+            month = msgspec.json.decode(path.read_bytes(), type=Month)
+        except FileNotFoundError:
+            return {}
+        except (OSError, msgspec.DecodeError) as error:
+            log.error("%s cannot be read, this month's use counts from zero: %s", path, error)
+            return {}
+        return month.tenants if month.month == self._month else {}
+
+    def _add_to(self, path: Path) -> None:
+        """Under the lock: two routers of one state folder would else write over each other's counts."""
+        used = self._read(path)
+        for name, account in self._accounts.items():
+            before = used.get(name, Used(0.0, 0.0))
+            used[name] = Used(before.tokens + account.new_tokens, before.gpu_s + account.new_gpu_s)
+        made = path.with_name(f"{path.name}.{os.getpid()}")
+        made.write_bytes(msgspec.json.encode(Month(self._month, used)))
+        made.replace(path)
+        for name, account in self._accounts.items():
+            account.tokens, account.gpu_s = used[name].tokens, used[name].gpu_s
+            account.new_tokens = account.new_gpu_s = 0.0
 
     def of(self, tenant: str) -> Account:
         """A tenant's account, as of this month."""
@@ -162,8 +180,11 @@ class Accounts:
     def ended(self, receipt: Receipt) -> None:
         """router.delivery.ports.Observer: what a request took, whoever ended it, is charged."""
         account = self.of(receipt.tenant)
-        account.tokens += receipt.prompt_tokens + receipt.output_tokens if receipt.attempts else 0
+        tokens = receipt.prompt_tokens + receipt.output_tokens if receipt.attempts else 0
+        account.tokens += tokens
+        account.new_tokens += tokens
         account.gpu_s += receipt.gpu_s
+        account.new_gpu_s += receipt.gpu_s
         self._is_dirty = True
 
     def _turn_the_month(self) -> None:
@@ -172,10 +193,11 @@ class Accounts:
             return
         self._month, self._is_dirty = month, True
         for account in self._accounts.values():
-            account.tokens = account.gpu_s = 0.0
+            account.tokens = account.gpu_s = account.new_tokens = account.new_gpu_s = 0.0
 
     def _make_room(self) -> None:
         if len(self._accounts) >= IDLE_ACCOUNTS_MAX:
+            self.save()
             self._accounts = {name: account for name, account in self._accounts.items() if account.live}
 
 

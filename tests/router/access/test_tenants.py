@@ -320,6 +320,17 @@ def test_what_was_taken_survives_a_restart_within_its_month(tmp_path: Path) -> N
     assert tenants_of(path, clock).accounts.of("alice").tokens == 0
 
 
+def test_routers_of_one_state_folder_add_up(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    first, second = tenants_of(path).accounts, tenants_of(path).accounts
+    for accounts, tokens in ((first, 10), (second, 3), (first, 1)):
+        accounts.ended(receipt(tenant="alice", attempts=1, prompt_tokens=tokens, output_tokens=0, gpu_s=0.5))
+        accounts.save()
+
+    assert (first.of("alice").tokens, second.of("alice").tokens) == (14, 13)
+    assert tenants_of(path).accounts.of("alice").gpu_s == 1.5
+
+
 def test_a_request_that_reached_no_worker_costs_no_tokens(tmp_path: Path) -> None:
     accounts = tenants_of(tmp_path / "keys.json").accounts
 
@@ -393,7 +404,7 @@ def test_who_can_be_reached_by_others_needs_keys_to_start(
     monkeypatch.chdir(tmp_path)
     words = f"server.host: 0.0.0.0 can be reached by others, and there are no keys in {path}: make one with"
 
-    assert (main(["check-config"]), main(["serve"])) == (1, 1)
+    assert (main(["check-config"]), main(["serve"])) == (1, 2)
     assert capsys.readouterr().err.count(words) == 2
     key = made(path)
     assert main(["check-config"]) == 0
