@@ -45,8 +45,11 @@ class CallForm:
     end: str = ""
 
 
-def of_tools(tools: Sequence[dict[str, Any]], choice: str | None, form: CallForm, spell: Spelling) -> Grammar:
-    """An answer that is nothing but tool calls, at least one: `choice` is a function's name, None any of `tools`.
+def of_tools(
+    tools: Sequence[dict[str, Any]], choice: str | None, form: CallForm, spell: Spelling, *, is_one: bool = False
+) -> Grammar:
+    """An answer that is nothing but tool calls: at least one, exactly one where `is_one`. `choice`: a function's name,
+    None any of `tools`.
 
     Raises RequestError 400 when there is no such function, or none that can be written so."""
     functions = [tool["function"] for tool in tools if isinstance(tool.get("function"), dict)]
@@ -54,7 +57,7 @@ def of_tools(tools: Sequence[dict[str, Any]], choice: str | None, form: CallForm
     if not wanted:
         raise wrong_field("tool_choice", "it names none of the tools")
     begin = " ".join(map(spell, form.begin))
-    more = "" if choice is not None else f" ({spell(form.between)} call)*"  # a named function is called once
+    more = "" if choice is not None or is_one else f" ({spell(form.between)} call)*"  # a named function is called once
     try:
         return Grammar("lark", f"start: {begin} call{more} {spell(form.end)}\n{form.rules(wanted, spell)}\n")
     except RecursionError:

@@ -66,6 +66,7 @@ def turn(request: ChatRequest) -> Turn:
         tools=tools,
         may_call=bool(tools),
         must_call=_must_call(request.tool_choice),
+        is_one_call=request.parallel_tool_calls is False,
         is_thinking=_is_thinking(request),
         has_schema=request.response_format is not None and request.response_format.type != "text",
         media=media.counts(),

@@ -66,11 +66,19 @@ def turn(request: MessagesRequest) -> Turn:
         tools=tuple(tools),
         may_call=bool(tools),
         must_call=_must_call(request.tool_choice or {}),
+        is_one_call=bool((request.tool_choice or {}).get("disable_parallel_tool_use")),
         is_thinking=None if request.thinking is None else request.thinking.type != "disabled",
         has_schema=grammar is not ANY_TEXT,
         media=media.counts(),
-        notices=(f"server tools not run here: {left}",) if left else (),
+        notices=tuple(_notices(request, left)),
     )
+
+
+def _notices(request: MessagesRequest, server_tools: int) -> Iterator[str]:
+    if server_tools:
+        yield f"server tools not run here: {server_tools}"
+    if request.messages and request.messages[-1].role == "assistant":
+        yield "the last message is not continued: a new answer follows it"
 
 
 def _must_call(choice: dict[str, Any]) -> str | None:

@@ -68,6 +68,7 @@ def turn(request: ResponsesRequest) -> Turn:
         tools=tools,
         may_call=bool(tools),
         must_call=_must_call(request.tool_choice),
+        is_one_call=request.parallel_tool_calls is False,
         is_thinking=None if request.reasoning is None or request.reasoning.effort != "none" else False,
         has_schema=grammar is not ANY_TEXT,
         media=media.counts(),

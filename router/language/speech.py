@@ -4,7 +4,7 @@ Owns detokeniser, stop strings and parser of one answer, in this order. Knows no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from router.language.stops import StopScanner
@@ -45,6 +45,10 @@ class Speech:
     __slots__ = (
         "_detokeniser",
         "_has_begun",
+        "_has_called",
+        "_is_forced",
+        "_is_one_call",
+        "_kind",
         "_parser",
         "_stops",
         "calls",
@@ -53,18 +57,32 @@ class Speech:
         "reasoning_tokens",
     )
 
-    def __init__(self, detokeniser: Detokeniser, stops: Sequence[str], parser: Parser | None = None) -> None:
+    def __init__(
+        self,
+        detokeniser: Detokeniser,
+        stops: Sequence[str],
+        parser: Parser | None = None,
+        *,
+        is_forced: bool = False,
+        is_one_call: bool = False,
+    ) -> None:
         self._detokeniser = detokeniser
+        self._is_forced = is_forced  # calls and nothing else: what looks like text is the mark of one that was cut
+        self._is_one_call = is_one_call
+        self._has_called = False  # the only call that there may be has ended
+        self._kind = PartKind.TEXT  # of the part that stands open, or ended last
         self._stops = StopScanner(stops) if stops else None
         self._parser = parser  # None: all of it is text
         self._has_begun = False
-        self.has_stopped = False  # a stop string came: nothing more is said
+        self.has_stopped = False  # a stop string came, or the only call has ended: nothing more is said
         self.calls = self.reasoning_tokens = 0
         self.is_reasoning = False
 
     # Hot: once per token and stream; bench/router.py.
     def feed(self, ids: Sequence[int]) -> Sequence[Event]:
         """The events that `ids` complete."""
+        if self._has_called:
+            return ()
         text = self._detokeniser.feed(ids)
         if self._stops is not None:
             text = self._stops.feed(text)
@@ -83,6 +101,8 @@ class Speech:
 
     def finish(self) -> Sequence[Event]:
         """What was held back; every part is whole then."""
+        if self._has_called:
+            return ()
         text = self._detokeniser.flush()
         if self._stops is not None:
             text = self._stops.feed(text) + self._stops.flush()
@@ -99,8 +119,23 @@ class Speech:
         return Ending("calls" if reason == "stop" and self.calls and stop_string is None else reason, stop_string)
 
     def _noted(self, events: Sequence[Event]) -> Sequence[Event]:
+        if self._is_forced or self._is_one_call:
+            events = list(self._bounded(events))
         for event in events:
             if type(event) is PartStart:
                 self.is_reasoning = event.kind is PartKind.REASONING
                 self.calls += event.kind is PartKind.CALL
         return events
+
+    def _bounded(self, events: Sequence[Event]) -> Iterator[Event]:
+        """What an answer that was told how to call may say."""
+        for event in events:
+            if self._has_called:
+                return
+            if type(event) is PartStart:
+                self._kind = event.kind
+            if self._is_forced and self._kind is PartKind.TEXT:
+                continue
+            yield event
+            if self._is_one_call and self._kind is PartKind.CALL and event is PART_END:
+                self._has_called = self.has_stopped = True

@@ -139,7 +139,8 @@ class Text:
         """For the answer to one turn."""
         if (parser := self._parser(turn)) is None:
             return Speech(Detokeniser(self._vocabulary.tables), turn.stop)
-        return Speech(Detokeniser(self._shown), turn.stop, parser)
+        bounds = {"is_forced": turn.must_call is not None, "is_one_call": turn.is_one_call}
+        return Speech(Detokeniser(self._shown), turn.stop, parser, **bounds)
 
     def settled(self, turn: Turn) -> Turn:
         """The turn without what is volatile, and with what the model's own form decides. Raises RequestError 400."""

@@ -37,6 +37,7 @@ class Turn:
     ids: Ids | None = None
     may_call: bool = False  # tools are offered, so calls in the answer are read as such
     must_call: str | None = None  # the function that the answer must call; empty: any of the tools
+    is_one_call: bool = False  # the answer ends with its first call
     is_thinking: bool | None = None  # what the client asked of a model that can do both; None: the model's habit
     has_schema: bool = False  # the answer is to be JSON of a given form
     media: tuple[tuple[str, int], ...] = ()  # what it cannot see and words stand for: how many of each kind

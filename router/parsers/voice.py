@@ -85,7 +85,7 @@ class Voice:
             if sampling.grammar_kind:
                 raise wrong_field("tool_choice", "a forced call cannot have another form of answer beside it")
             form = NAMED if self.calls == "mistral" and self.marks_arguments else FORMS[self.calls]
-            grammar = of_tools(turn.tools, turn.must_call or None, form, Spelling(mark_id))
+            grammar = of_tools(turn.tools, turn.must_call or None, form, Spelling(mark_id), is_one=turn.is_one_call)
             sampling = msgspec.structs.replace(sampling, grammar_kind=grammar.kind, grammar=grammar.source)
         if not sampling.grammar_kind:
             return turn

@@ -70,6 +70,54 @@ def test_openais_sdk_gets_calls_streamed() -> None:
 
 
 @pytest.mark.parametrize("is_stream", [True, False])
+def test_who_wants_one_call_gets_the_first_and_the_worker_is_stopped_behind_it(is_stream: bool) -> None:
+    async def work() -> None:
+        async with desk(template=TOOL_TEMPLATE) as d, openai_sdk(d) as client:
+            d.fleet.answer = speak(SAID)
+            asked: Any = {"model": "tiny", "messages": MESSAGES, "tools": TOOLS, "parallel_tool_calls": False}
+            if is_stream:
+                async with client.chat.completions.stream(**asked) as stream:
+                    choice = (await stream.get_final_completion()).choices[0]
+            else:
+                choice = (await client.chat.completions.create(**asked)).choices[0]
+            assert choice.finish_reason == "tool_calls"
+            assert [call.function.name for call in choice.message.tool_calls] == ["weather"]
+            assert choice.message.content == "Let me look."
+            assert (await d.fleet.next()).aborted == "stop string"
+
+    run(work())
+
+
+@pytest.mark.parametrize("cut", range(1, 60, 7))
+def test_a_forced_call_that_is_cut_says_nothing_of_its_marks(cut: int) -> None:
+    async def work() -> None:
+        async with desk(template=TOOL_TEMPLATE) as d, openai_sdk(d) as client:
+            call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>\n'
+            d.fleet.answer = speak((call + call)[: len(call) + cut], reason="length")
+            answer = await client.chat.completions.create(
+                model="tiny", messages=MESSAGES, tools=TOOLS, tool_choice="required"
+            )
+            (choice,) = answer.choices
+            assert choice.finish_reason == "length"
+            assert not choice.message.content
+            assert choice.message.tool_calls[0].function.name == "weather"
+
+    run(work())
+
+
+def test_a_prefilled_answer_is_not_continued_and_that_is_said() -> None:
+    async def work() -> None:
+        async with desk(template=TOOL_TEMPLATE) as d:
+            d.fleet.answer = speak("Well.")
+            begun = [*MESSAGES, {"role": "assistant", "content": "It is"}]
+            answer = await d.client.post("/v1/messages", json={"model": "tiny", "max_tokens": 9, "messages": begun})
+            assert answer.status_code == 200
+            assert "not continued" in answer.headers["x-headway-notice"]
+
+    run(work())
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
 def test_anthropics_sdk_gets_thinking_text_and_tool_use(is_stream: bool) -> None:
     async def work() -> None:
         async with desk(template=TOOL_TEMPLATE) as d, anthropic_sdk(d) as client:
