@@ -233,7 +233,7 @@ class Hints:
         self.asked: list[tuple[bytes, bytes | None]] = []
 
     async def obey(self, body: bytes, salt: bytes | None = None) -> bytes:
-        if body == b"{}":
+        if body in (b"{}", b"{"):
             raise RequestError(400, "This is no hints envelope.")
         self.asked.append((body, salt))
         return b'{"message_id":"m","actions":[]}'
