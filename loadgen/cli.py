@@ -1,6 +1,6 @@
 """The command line: `headway-loadgen compose`, `describe`, `convert`, `replay`, `simulate`, `plan`, `judge`, `faults`.
 
-Owns the entry and the exit codes: 0 done, 1 the run is invalid or failed, 2 misused."""
+Owns the entry and the exit codes: 0 done, 1 the run is invalid or failed, 2 misused, 3 `--gate` found a miss."""
 
 from __future__ import annotations
 

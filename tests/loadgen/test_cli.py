@@ -65,6 +65,18 @@ def test_a_replay_prints_the_verdict_and_leaves_three_files(
     assert "</html>" in out.with_suffix(".html").read_text()
 
 
+@pytest.mark.parametrize(("deadline_s", "code"), [(60.0, 0), (1e-9, 3)])
+def test_a_gate_fails_where_a_class_does(url: str, tmp_path: Path, deadline_s: float, code: int) -> None:
+    trace, budgets = tmp_path / "t.jsonl", tmp_path / "b.json"
+    row = {"timestamp": 5, "input_length": 30, "output_length": 3, "class": "data-processor", "user": "u"}
+    trace.write_text(json.dumps(row) + "\n")
+    budgets.write_text(json.dumps({"budgets": to_plain(BUDGETS) | {"data-processor": {"deadline_s": deadline_s}}}))
+    asked = ["replay", str(trace), "--target", url, "--duration", "0.2", "--budgets", str(budgets)]
+
+    assert main([*asked, "--gate", "--out", str(tmp_path / "a")]) == code
+    assert main([*asked, "--out", str(tmp_path / "b")]) == 0
+
+
 def test_judging_again_gives_the_same_verdict_and_other_budgets_another(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
