@@ -71,6 +71,7 @@ def facts(head: Head, body: Common, turn: Turn, *, has_session: bool) -> Facts:
         declared_class=_declared_class(head),
         service_tier=(body.service_tier or "").lower(),
         background=body.background,
+        completion_window=body.completion_window or "",
         user_agent=(head.header(b"user-agent") or "").lower(),
         originator=(head.header(b"originator") or "").lower(),
         turn_trigger=str(codex.get("turn_trigger", "")),

@@ -97,6 +97,7 @@ class Common(Struct, kw_only=True):
     service_tier: Annotated[str, Meta(max_length=32)] | None = None
     prompt_cache_key: Annotated[str, Meta(max_length=256)] | None = None
     background: bool = False
+    completion_window: Annotated[str, Meta(pattern="^[1-9][0-9]{0,4}[mh]$")] | None = None  # the batch API's: 24h
     metadata: dict[str, Any] | None = None
     # Beyond OpenAI, named as in vLLM and SGLang.
     structured_outputs: StructuredOutputs | None = None

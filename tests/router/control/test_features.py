@@ -64,6 +64,19 @@ def test_codex_says_who_waits() -> None:
     assert offered({"x-codex-turn-metadata": title}, chat()).facts.is_side_call
 
 
+def test_a_completion_window_is_a_batch_job_with_so_much_time() -> None:
+    assert offered({}, chat(completion_window="24h")).facts.completion_window == "24h"
+
+    async def work() -> None:
+        async with desk() as d:
+            for wrong in ("0h", "soon", "24"):
+                answer = await d.client.post("/v1/chat/completions", json=chat(completion_window=wrong))
+                assert answer.status_code == 400
+                assert answer.json()["error"]["param"] == "completion_window"
+
+    run(work())
+
+
 @pytest.mark.parametrize("metadata", ["{", "[]", '"x"', "{" * 5000])
 def test_broken_metadata_says_nothing(metadata: str) -> None:
     assert offered({"x-codex-turn-metadata": metadata}, chat()).facts.turn_trigger == ""
