@@ -41,6 +41,9 @@ class SessionView:
     human_gap_s: float | None = None  # median time that a person took to answer
     burst: int = 0  # single-turn siblings of this template and tenant within 10 s, this one included
     siblings: int = 0  # such siblings in a row of which none was continued
+    human_messages: int = 0  # of this session so far; a repeated request, a side call or a subagent's adds none
+    template_lone: int = 0  # sessions of this template and tenant that worked long on their one human message ...
+    template_attended: int = 0  # ... and those that got a second one
 
 
 @dataclass(frozen=True, slots=True)

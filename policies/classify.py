@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from policies.api import Classified, SessionView
 from policies.request import Facts, Request, RequestClass
-from policies.sessions import BURST_COUNT, is_inner
+from policies.sessions import BURST_COUNT, HUMAN_GAP_S, LONE_STEPS, is_inner
 
 CHATBOT, BACKGROUND, BATCH = RequestClass
 
@@ -18,7 +18,7 @@ DEMOTIONS_NEEDED = 3  # agreeing requests before a session loses urgency; gainin
 SIBLINGS = 20
 UNATTENDED_S = 1800.0
 UNATTENDED_STEPS = 50
-HUMAN_GAP_S = (5.0, 300.0)  # shorter is a program, longer says nothing (TraceLab: median human wait 84 s)
+ATTENDED_RATIO = 4  # a template is people's unless its long sessions without a second message are so many times more
 SHORT_ANSWER = 1024
 
 HEADLESS_AGENTS = ("codex_exec", "sdk-cli", "sdk-py", "agent-sdk", "openhands", "devin")
@@ -97,6 +97,17 @@ def _is_answered_by_people(seen: Evidence) -> bool:
     return gap_s is not None and HUMAN_GAP_S[0] <= gap_s <= HUMAN_GAP_S[1]
 
 
+def _is_lone_loop(seen: Evidence) -> bool:
+    """One human message and tool steps ever since. How many it takes is told by sessions that began alike: none where
+    nobody came back to them, LONE_STEPS where nothing is known; where people do come back they never suffice."""
+    session = seen.session
+    if seen.facts.last_role == "user" or session.human_messages > 1:
+        return False
+    if session.template_attended * ATTENDED_RATIO > session.template_lone:
+        return False
+    return session.tool_steps >= (0 if session.template_lone else LONE_STEPS)
+
+
 def _is_one_shot_job(seen: Evidence) -> bool:
     facts = seen.facts
     if facts.has_session or facts.tool_count or facts.stream:
@@ -127,6 +138,7 @@ ROWS = (
     Row("interactive-agent", _is_interactive, CHATBOT, is_sticky=False),
     Row("unattended", _is_unattended, BACKGROUND, is_sticky=True),
     Row("human-pace", _is_answered_by_people, CHATBOT, is_sticky=False),
+    Row("lone-loop", _is_lone_loop, BACKGROUND, is_sticky=True),
     Row("one-shot-job", _is_one_shot_job, BATCH, is_sticky=True),
     Row("tool-loop", _is_tool_loop, BACKGROUND, is_sticky=True),
     Row("default", _always, CHATBOT, is_sticky=False),

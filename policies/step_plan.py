@@ -239,8 +239,10 @@ class _Step:
         return (context + tokens) // self.limits.quantum_tokens * self.limits.quantum_tokens - context
 
     def _progress(self, context: int, pending: int) -> int:
-        """The smallest chunk worth a step of its own."""
+        """The smallest chunk worth a step. To its block's end only where that is cheap: 16 tokens behind 2,000
+        take a CPU 55 ms, which made each step of the residents a third longer than promised."""
         marginal_s = self.model.bias * (self.model.row_s + self.model.chunk_context_s * context)
-        tokens = min(self.limits.progress_tokens, int(self.limits.progress_s / max(marginal_s, 1e-12)))
-        up = -(-(context + max(tokens, 1)) // self.limits.quantum_tokens) * self.limits.quantum_tokens
-        return min(pending, up - context)
+        within = int(self.limits.progress_s / max(marginal_s, 1e-12))
+        tokens = max(1, min(self.limits.progress_tokens, within))
+        up = -(-(context + tokens) // self.limits.quantum_tokens) * self.limits.quantum_tokens - context
+        return min(pending, up if up <= within else tokens)

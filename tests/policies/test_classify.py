@@ -10,7 +10,7 @@ import pytest
 from policies.api import SessionView
 from policies.classify import ROWS, classify
 from policies.request import RequestClass, Tenant
-from policies.sessions import Sessions
+from policies.sessions import LONE_STEPS, Sessions
 from tests.policies.scenes import request
 
 CHATBOT, BACKGROUND, BATCH = RequestClass
@@ -118,13 +118,51 @@ def test_disagreeing_requests_demote_nobody() -> None:
 
 
 def test_a_session_left_alone_becomes_a_background_agent() -> None:
-    """Fifty tool steps without a person; the agent's client says nothing of itself."""
+    """Fifty tool steps without a person who was there before; the agent's client says nothing of itself."""
     sessions = Sessions(16, 16)
     serve(sessions, 0.0, **OPENCODE)
-    said = [serve(sessions, 1.0 + step, last_role="tool", **OPENCODE) for step in range(54)]
+    serve(sessions, 600.0, **OPENCODE | {"message_count": 3})
+    said = [serve(sessions, 601.0 + step, last_role="tool", **OPENCODE | {"message_count": 5}) for step in range(54)]
     assert said[50] == (CHATBOT, "default")
     assert said[51] == (CHATBOT, "unattended, not yet")
     assert said[53] == (BACKGROUND, "unattended")
+
+
+def agent(
+    sessions: Sessions, name: str, begin_s: float, steps: int, second_at: int = 0
+) -> list[tuple[RequestClass, str]]:
+    """A session that says nothing of itself: one human message, then tool steps; perhaps another message among them."""
+    said = []
+    for step in range(steps + 1):
+        role = "user" if step in (0, second_at) else "tool"
+        at_s = begin_s + 60.0 * step
+        facts = {"session": name, "template_hash": 7, "tool_count": 5, "message_count": 1 + 2 * step, "last_role": role}
+        said.append(serve(sessions, at_s, **facts))
+    return said
+
+
+def test_a_session_that_works_long_on_its_one_message_is_a_background_agent_and_so_are_those_that_begin_alike() -> None:
+    sessions = Sessions(16, 16)
+    first = agent(sessions, "one", 0.0, LONE_STEPS + 5)
+    assert set(first[: LONE_STEPS + 1]) == {(CHATBOT, "default")}
+    assert first[-1] == (BACKGROUND, "lone-loop")
+    second = agent(sessions, "two", 1000.0, 4)
+    assert second[0] == (CHATBOT, "default")
+    assert [cls for cls, _ in second[1:]] == [CHATBOT, CHATBOT, BACKGROUND, BACKGROUND]
+
+
+def test_where_people_come_back_nobody_is_taken_for_an_agent() -> None:
+    sessions = Sessions(16, 16)
+    agent(sessions, "one", 0.0, 4, second_at=3)
+    assert set(agent(sessions, "two", 600.0, LONE_STEPS + 9)) == {(CHATBOT, "default")}
+
+
+def test_a_second_message_wins_the_urgency_back() -> None:
+    sessions = Sessions(16, 16)
+    said = agent(sessions, "one", 0.0, LONE_STEPS + 8, second_at=LONE_STEPS + 6)
+    assert said[LONE_STEPS + 5] == (BACKGROUND, "lone-loop")
+    assert said[LONE_STEPS + 6][0] is CHATBOT
+    assert said[-1][0] is CHATBOT
 
 
 def test_somebody_who_answers_at_human_pace_is_a_person() -> None:
@@ -140,8 +178,8 @@ def test_a_burst_is_batch_work_whatever_the_user_agent_says() -> None:
     sessions = Sessions(16, 64)
     forged = {**CLAUDE_TUI, "session": "", "stream": False, "template_hash": 7, "message_count": 2}
     said = [serve(sessions, 0.1 * number, number, **forged) for number in range(10)]
-    assert said[6] == (CHATBOT, "interactive-agent")
-    assert said[7:] == [(BATCH, "burst")] * 3
+    assert said[4] == (CHATBOT, "interactive-agent")
+    assert said[5:] == [(BATCH, "burst")] * 5
 
 
 def test_a_slow_drip_of_siblings_is_found_by_the_twentieth() -> None:

@@ -87,9 +87,9 @@ def test_chunks_end_where_blocks_end() -> None:
 def test_a_chat_prompt_gets_a_small_chunk_even_where_residents_leave_no_time() -> None:
     tight = Row(due=0.019, pace_s=0.019, decoding=True, context=100)
 
-    assert chunks(batch(tight, Row(pending=500))) == [(1, 32)]  # 25 ms of progress, in whole blocks
+    assert chunks(batch(tight, Row(pending=500))) == [(1, 20)]  # 20 ms of progress; a second block would take 32
     assert chunks(batch(tight, Row(cls=AGENT, pending=500))) == []
-    assert chunks(batch(tight, Row(cls=AGENT, pending=500), owed=(0.0, 0.01, 0.0))) == [(1, 32)]
+    assert chunks(batch(tight, Row(cls=AGENT, pending=500), owed=(0.0, 0.01, 0.0))) == [(1, 20)]
 
 
 def test_what_can_still_be_in_time_goes_before_what_is_late() -> None:
