@@ -20,6 +20,7 @@ PACE_HEADROOM = 2.5
 TIMEOUT_MARGIN = 0.05  # of a declared timeout: the answer must still travel
 FLEX_S = 900.0
 WINDOW_UNIT_S = {"m": 60.0, "h": 3600.0}
+WINDOW_CHARS_MAX = 6  # 99999h
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ def patience(request: Request, cap_s: float) -> float:
 def _window_s(request: Request) -> float | None:
     """A declared completion window, such as `24h`, in seconds."""
     window = request.facts.completion_window
-    if len(window) > 1 and window[:-1].isdecimal() and window[-1] in WINDOW_UNIT_S:
+    if 1 < len(window) <= WINDOW_CHARS_MAX and window[:-1].isdecimal() and window[-1] in WINDOW_UNIT_S:
         return int(window[:-1]) * WINDOW_UNIT_S[window[-1]]
     return None
 

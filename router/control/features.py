@@ -5,12 +5,12 @@ Owns the names that clients use. Never decides: every one of these can be forged
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Protocol
 
 import xxhash
 
 from policies.request import CLASS_LABELS, CLASS_NAMES, Facts, Request, RequestClass, RequestId, Tenant
-from router.dialects.schema import Common, CompletionRequest
+from router.dialects.schema import CompletionRequest
 from router.errors import RequestError
 from router.language.turn import Turn
 from router.listener.exchange import Exchange, Head
@@ -34,8 +34,25 @@ SIDE_SOURCES = ("thread_title",)
 SIDE_KINDS = ("compaction",)
 
 
+class Declared(Protocol):
+    """What a body may say of its work: a dialect's whole schema, or the few fields read of one that is passed on."""
+
+    @property
+    def service_tier(self) -> str | None: ...
+    @property
+    def background(self) -> bool: ...
+    @property
+    def completion_window(self) -> str | None: ...
+    @property
+    def metadata(self) -> dict[str, Any] | None: ...
+    @property
+    def prompt_cache_key(self) -> str | None: ...
+    @property
+    def user(self) -> str | None: ...
+
+
 def describe(
-    request_id: RequestId, exchange: Exchange, body: Common, turn: Turn, *, model: str, tenant: Tenant
+    request_id: RequestId, exchange: Exchange, body: Declared, turn: Turn, *, model: str, tenant: Tenant
 ) -> Request:
     """The request as the mind sees it. Raises RequestError 400 for a class that does not exist."""
     head = exchange.head
@@ -61,7 +78,7 @@ def _estimate(exchange: Exchange, turn: Turn) -> int:
     return max(1, (len(exchange.body) if turn.text is None else len(turn.text)) // CHARS_A_TOKEN)
 
 
-def facts(head: Head, body: Common, turn: Turn, *, has_session: bool) -> Facts:
+def facts(head: Head, body: Declared, turn: Turn, *, has_session: bool) -> Facts:
     """Declared facts of headers and body."""
     codex = _json_object(head.header(b"x-codex-turn-metadata") or "")
     side = codex.get("thread_source") in SIDE_SOURCES or codex.get("request_kind") in SIDE_KINDS
@@ -89,7 +106,7 @@ def facts(head: Head, body: Common, turn: Turn, *, has_session: bool) -> Facts:
     )
 
 
-def session_key(head: Head, body: Common) -> str:
+def session_key(head: Head, body: Declared) -> str:
     """The client's own name for its session; empty if it has none."""
     for name in SESSION_HEADERS:
         if value := head.header(name):
@@ -132,7 +149,7 @@ def _json_object(text: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _prompt_count(body: Common) -> int:
+def _prompt_count(body: Declared) -> int:
     if not (isinstance(body, CompletionRequest) and isinstance(body.prompt, list)):
         return 1
     return max(1, sum(isinstance(part, (str, list)) for part in body.prompt))

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -17,7 +17,7 @@ from engine.kv.keys import ChainKey
 from engine.wire import Sampling
 from policies.request import Request, RequestId, Tenant
 from router.control import features
-from router.dialects.schema import Common, decode
+from router.dialects.schema import decode
 from router.errors import RequestError
 from router.language.turn import Message, Turn
 from router.listener.exchange import Exchange
@@ -55,6 +55,7 @@ class Peek(Struct):
     service_tier: str | None = None
     prompt_cache_key: str | None = None
     background: bool = False
+    completion_window: str | None = None
     metadata: dict[str, Any] | None = None
     n: int | None = None
 
@@ -126,4 +127,4 @@ def describe(request_id: RequestId, exchange: Exchange, seen: Seen, model: str, 
         tools=tuple(peek.tools or ()),
         has_schema=isinstance(form, dict) and form.get("type") == "json_schema",
     )
-    return features.describe(request_id, exchange, cast(Common, peek), turn, model=model, tenant=tenant)
+    return features.describe(request_id, exchange, peek, turn, model=model, tenant=tenant)

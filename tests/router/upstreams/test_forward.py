@@ -84,6 +84,17 @@ def test_the_upstream_gets_the_body_as_it_came_but_for_the_models_name_and_a_pri
     run(work())
 
 
+@pytest.mark.parametrize(("window", "label"), [("24h", "data-processor"), ("9" * 5000 + "h", "background-agent")])
+def test_a_declared_window_classes_a_passed_request_and_travels_as_it_came(window: str, label: str) -> None:
+    async def work() -> None:
+        async with Scripted() as one, upstream_desk(at(one)) as d:
+            reply = await d.client.post("/v1/chat/completions", json=chat(completion_window=window))
+            assert (reply.status_code, reply.headers["x-headway-class"]) == (200, label)
+            assert one.asked[0].json()["completion_window"] == window
+
+    run(work())
+
+
 @pytest.mark.parametrize("step", [1, 3, 7])
 def test_events_that_come_in_pieces_are_passed_on_whole(step: int) -> None:
     whole = delta("ä") + b": comment\n\n" + delta("\n\n[DONE]") + delta('"error"', "stop") + DONE
