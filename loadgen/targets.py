@@ -19,11 +19,12 @@ READY_TIMEOUT_S = 5.0
 
 
 class BudgetLine(msgspec.Struct, frozen=True, omit_defaults=False):
-    """A class's promise as straight lines over new and output tokens; null promises nothing."""
+    """A class's promise as straight lines over new, prompt and output tokens; null promises nothing."""
 
     ttft_s: float | None = None
     ttft_s_per_new_token: float | None = None
     tpot_s: float | None = None
+    tpot_s_per_prompt_token: float | None = None
     deadline_s: float | None = None
     deadline_s_per_new_token: float | None = None
     deadline_s_per_output_token: float | None = None
@@ -77,7 +78,7 @@ def target_of(record: Record, budgets: Budgets) -> Target:
     new, output = new_tokens(record), record.output_tokens
     is_chat = record.request_class == "chatbot+"
     ttft_s = _at(line.ttft_s, (line.ttft_s_per_new_token, new)) if is_chat else math.inf
-    tpot_s = _at(line.tpot_s) if is_chat else math.inf
+    tpot_s = _at(line.tpot_s, (line.tpot_s_per_prompt_token, record.input_tokens)) if is_chat else math.inf
     per_new, per_output = (line.deadline_s_per_new_token, new), (line.deadline_s_per_output_token, output)
     deadline_s = _at(line.deadline_s, per_new, per_output)
     if record.slo is None:

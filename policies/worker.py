@@ -50,7 +50,7 @@ class Fleet:
         self._limits = limits
         self._ledgers: dict[WorkerId, Ledger] = {}
         self._slots: list[Ledger | None] = []
-        self._profiles: dict[str, StepModel] = {}  # the fastest worker's of each model, also while all are away
+        self._profiles: dict[str, StepModel] = {}  # as measured by the fastest worker of each model when it came up
         self._blocks: dict[str, int] = {}
         self._serving: dict[str, Bools] = {}
         self._table: Floats = np.zeros((0, HEIGHT))  # a row a slot, so that publishing packs one row
@@ -96,6 +96,7 @@ class Fleet:
         self.index.add(slot, sample(event.cached, self._limits.index_every_block).sampled())
         self._publish(ledger)
         self._survey()
+        self._measure(event.model, event.step_model)
         return True
 
     def lost(self, worker: WorkerId) -> None:
@@ -114,6 +115,8 @@ class Fleet:
         if model is not None:
             ledger.learn(model)
             self._survey()
+            if not self._profiles[ledger.model_name].version:
+                self._measure(ledger.model_name, model)
 
     def publish(self, worker: WorkerId) -> None:
         """Make a worker's ledger visible to placement."""
@@ -144,7 +147,8 @@ class Fleet:
         self.index.remove(self._ledgers[worker].slot, keys)
 
     def profile(self, model: str) -> StepModel | None:
-        """The step model of the fastest worker of `model`: what the hardware can do."""
+        """What the hardware of `model`'s fastest worker can do, as measured at a start. Promises are made from it, so
+        it does not follow a worker that its load makes slow: a promise would loosen itself."""
         return self._profiles.get(model)
 
     def count(self, model: str) -> int:
@@ -201,6 +205,13 @@ class Fleet:
             self._blocks[ledger.model_name] = ledger.block_tokens
             longest = self._context_limits.get(ledger.model_name, 0)
             self._context_limits[ledger.model_name] = max(longest, ledger.context_max)
-        for name in self._serving:
-            models = [ledger.model for ledger in alive if ledger.model_name == name]
-            self._profiles[name] = min(models, key=lambda model: model.unloaded_ttft_s(1024))
+
+    def _measure(self, name: str, model: StepModel) -> None:
+        """Keep the faster one; any that was measured before one that was not."""
+        held = self._profiles.get(name)
+        if held is None or _speed(model) > _speed(held):
+            self._profiles[name] = model
+
+
+def _speed(model: StepModel) -> tuple[bool, float]:
+    return model.version > 0, -model.unloaded_ttft_s(1024)

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 READY_TIMEOUT_S = 0.5  # the listening socket is the keeper's: it accepts before anyone is there to answer
-TERMS = (  # title, key of /readyz, key of what each prompt token adds
-    ("first token", "ttft_s", "ttft_s_per_new_token"),
-    ("per output token", "tpot_s", ""),
-    ("whole answer", "deadline_s", "deadline_s_per_new_token"),
+TERMS = (  # title, key of /readyz, key of what each token adds, and of what tokens
+    ("first token", "ttft_s", "ttft_s_per_new_token", "new prompt token"),
+    ("per output token", "tpot_s", "tpot_s_per_prompt_token", "prompt token"),
+    ("whole answer", "deadline_s", "deadline_s_per_new_token", "new prompt token"),
 )
 
 
@@ -43,11 +43,11 @@ def _budget(budget: Mapping[str, float | None]) -> str:
     return ", ".join(filter(None, (_term(budget, *term) for term in TERMS))) or "no promise"
 
 
-def _term(budget: Mapping[str, float | None], title: str, key: str, slope_key: str) -> str:
+def _term(budget: Mapping[str, float | None], title: str, key: str, slope_key: str, unit: str) -> str:
     if not (value_s := budget.get(key)):
         return ""
     slope_s = budget.get(slope_key) or 0.0
-    return f"{title} {_time(value_s)}" + (f" + {_time(slope_s)} per new prompt token" if slope_s >= 5e-6 else "")
+    return f"{title} {_time(value_s)}" + (f" + {_time(slope_s)} per {unit}" if slope_s >= 5e-6 else "")
 
 
 def _time(seconds: float) -> str:

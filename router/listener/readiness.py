@@ -64,6 +64,7 @@ class Readiness:
             "ttft_s": _finite(least.budget.ttft_s),
             "ttft_s_per_new_token": _slope(least.budget.ttft_s, longer.budget.ttft_s),
             "tpot_s": _finite(least.budget.tpot_s),
+            "tpot_s_per_prompt_token": _slope(least.budget.tpot_s, longer.budget.tpot_s),
             "deadline_s": _finite(least.budget.deadline_s),
             "deadline_s_per_new_token": _slope(least.budget.deadline_s, longer.budget.deadline_s),
             "deadline_s_per_output_token": _slope(least.budget.deadline_s, wordier.budget.deadline_s),

@@ -23,6 +23,12 @@ def test_chat_is_promised_a_first_token_by_new_tokens_and_a_pace() -> None:
     assert (target.tpot_s, target.deadline_s) == (0.04, math.inf)
 
 
+def test_a_pace_may_grow_with_the_prompt() -> None:
+    line = msgspec.structs.replace(BUDGETS["chatbot+"], tpot_s_per_prompt_token=1e-5)
+    target = target_of(CHAT, {**BUDGETS, "chatbot+": line})
+    assert target.tpot_s == pytest.approx(0.04 + 1e-5 * CHAT.input_tokens)
+
+
 def test_agents_and_jobs_are_promised_their_end() -> None:
     assert target_of(AGENT, BUDGETS).deadline_s == pytest.approx(17.0)
     assert target_of(AGENT, BUDGETS).ttft_s == math.inf

@@ -153,6 +153,15 @@ def test_workers_beyond_the_bound_are_not_taken() -> None:
     assert WorkerId(2) not in fleet
 
 
+def test_promises_do_not_follow_a_worker_that_its_load_makes_slow() -> None:
+    fleet = Fleet(Limits())
+    fleet.up(up(0, step_model=replace(STEP_MODEL, version=0, row_s=9.0)), 0.0)
+    fleet.report(W0, load(), STEP_MODEL, 1.0)  # a prior that nobody measured gives way to the first measurement
+    assert fleet.profile("m") == STEP_MODEL
+    fleet.report(W0, load(), replace(STEP_MODEL, row_s=1.0, version=2), 2.0)
+    assert fleet.profile("m") == STEP_MODEL
+
+
 def test_the_fastest_worker_is_the_profile_also_while_it_is_away() -> None:
     fleet, slow = fleet_of(1), replace(STEP_MODEL, row_s=1.0)
     fleet.up(up(1, step_model=slow), 0.0)
