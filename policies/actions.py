@@ -29,6 +29,7 @@ class Dispatch:
     predicted_ttft_s: float
     predicted_hit_tokens: int
     reason: str
+    saved_s: float = 0.0  # of the budget: what the task's earlier turns did not need
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,6 +78,7 @@ class Promise:
 
     budget: Budget
     patience_s: float
+    saved_s: float = 0.0  # of the budget: what the task's earlier turns did not need
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,7 @@ from policies.pump import Pump
 from policies.request import Request, RequestClass, RequestId
 from policies.retry import RetryBudget
 from policies.sessions import Sessions
+from policies.tasks import Tasks
 from policies.trust import Trust
 from policies.worker import Fleet
 
@@ -85,6 +86,7 @@ class Dispatcher:
         self._room = WaitingRoom(self._order_key, limits)
         self._retries = RetryBudget(limits.retry_ratio, limits.retry_burst)
         self._sessions = Sessions(limits.sessions_max, limits.templates_max)
+        self._tasks = Tasks(limits.sessions_max, limits.task_slack_max_s)
         self._lengths = Lengths(limits.lengths_max)
         self._seen = SeenIndex(limits.seen_keys_max)
         self.fleet = Fleet(limits)
@@ -143,12 +145,12 @@ class Dispatcher:
         cls = classified.request_class
         live = Live(request, classified, State.QUEUED, leaves_at=math.inf)
         if refusal := self._refusal_at_door(live, now):
-            self._reject(live, refusal, actions)
+            self._reject(live, refusal, now, actions)
             return
         place = self._intake.offer(request, cls)
         if place is Place.NONE:
             message = "Too many requests of this class wait to be tokenised."
-            self._reject(live, Refuse(429, "tokenise-queue-full", message, 1.0), actions)
+            self._reject(live, Refuse(429, "tokenise-queue-full", message, 1.0), now, actions)
             return
         live.leaves_at = request.arrived + self._patience_s(request, cls, now)
         self._live[request.id] = live
@@ -220,22 +222,23 @@ class Dispatcher:
         self._free_intake(live, actions)
         limit = self.fleet.context_limit(request.model)
         if 0 < limit < event.tokens:
-            self._reject(live, too_long(event.tokens, limit), actions)
+            self._reject(live, too_long(event.tokens, limit), now, actions)
             return
         chain = sample(event.chain, self._limits.index_every_block)
         seen_tokens = self._seen.blocks_seen(chain, now) * self.fleet.block_tokens(request.model)
         # At least one token is new: computing it makes the first logits.
         prompt = Prompt(event.tokens, max(1, event.tokens - seen_tokens), chain)
         output = self._lengths.expect(request, cls)
+        promise = self._trust.policy("promise", now).promise(
+            request, cls, prompt, output, self.fleet.profile(request.model)
+        )
         live.job = Job(
             request=request,
             request_class=cls,
             reason=live.classified.reason,
             prompt=prompt,
             output=output,
-            promise=self._trust.policy("promise", now).promise(
-                request, cls, prompt, output, self.fleet.profile(request.model)
-            ),
+            promise=self._tasks.loosen(request, cls, promise, now),
             is_continuing=self._sessions.is_continuing(request, now),
         )
         self._decide(live, live.job, now, actions)
@@ -244,13 +247,13 @@ class Dispatcher:
         del event
         self._stop_waiting(live, actions)
         self._sessions.left_early(live.request, now)
-        self._forget(live)
+        self._give_up(live, now)
 
     def _refuse_impatient(self, live: Live, event: OutOfPatience, now: float, actions: list[Action]) -> None:
-        del event, now
+        del event
         self._stop_waiting(live, actions)
         message = "No worker could start this request before its client leaves."
-        self._reject(live, Refuse(503, "patience", message, self._drain_s(live)), actions)
+        self._reject(live, Refuse(503, "patience", message, self._drain_s(live)), now, actions)
 
     def _begin(self, live: Live, event: FirstToken, now: float, actions: list[Action]) -> None:
         del actions
@@ -265,6 +268,7 @@ class Dispatcher:
         assert live.charge is not None
         self._lengths.learn(live.request, live.classified.request_class, event.output_tokens, now)
         self._sessions.answered(live.request, now)
+        self._tasks.ended(live.request, live.classified.request_class, live.job.promise, now)
         paid_s = live.charge.ledger.cost_s(live.job.prompt.tokens, live.cached_tokens, event.output_tokens)
         self._room.given(live.job, paid_s - live.booked_s)
         self._release(live)
@@ -283,7 +287,7 @@ class Dispatcher:
         self._release(live)
         if job.attempt >= self._limits.attempts_max or not self._retries.spend():
             message = f"The request failed on {job.attempt} workers."
-            self._reject(live, Refuse(503, "attempts", message, 1.0), actions)
+            self._reject(live, Refuse(503, "attempts", message, 1.0), now, actions)
             return
         live.job = replace(job, attempt=job.attempt + 1, avoid=event.worker)
         live.state = State.HELD  # nobody's, until it is decided
@@ -297,7 +301,7 @@ class Dispatcher:
             self._sessions.left_early(live.request, now)
         actions.append(Cancel(live.request.id, live.charge.ledger.worker, "client left"))
         self._release(live)
-        self._forget(live)
+        self._give_up(live, now)
 
     # Deciding ---------------------------------------------------------------------------------------------------------
 
@@ -307,7 +311,7 @@ class Dispatcher:
         if isinstance(verdict, Admit) and forecast is not None:
             self._dispatch(live, forecast, verdict.reason, now, actions)
         elif isinstance(verdict, Refuse):
-            self._reject(live, verdict, actions)
+            self._reject(live, verdict, now, actions)
         else:
             live.state = State.HELD
             self._room.push(job, forecast.cost_s if forecast is not None else 0.0, now)
@@ -348,6 +352,7 @@ class Dispatcher:
                 predicted_ttft_s=forecast.ttft_s,
                 predicted_hit_tokens=forecast.hit_tokens,
                 reason=reason,
+                saved_s=job.promise.saved_s,
             )
         )
 
@@ -361,7 +366,7 @@ class Dispatcher:
             return room_is_full(flow.drain_s(model, cls))
         return None
 
-    def _reject(self, live: Live, refusal: Refuse, actions: list[Action]) -> None:
+    def _reject(self, live: Live, refusal: Refuse, now: float, actions: list[Action]) -> None:
         start_s = refusal.start_s
         after_s = None if start_s is None else retry_after_s(start_s, float(self._rng.random()), self._limits)
         # Flex without room is the tenant's own bargain; its clients expect 429.
@@ -376,7 +381,7 @@ class Dispatcher:
                 retry_after_s=after_s,
             )
         )
-        self._forget(live)
+        self._give_up(live, now)
 
     # Bookkeeping ------------------------------------------------------------------------------------------------------
 
@@ -412,6 +417,12 @@ class Dispatcher:
         assert live.charge is not None
         self.fleet.release(live.charge, has_started=live.state is State.STREAMING)
         live.charge = None
+
+    def _give_up(self, live: Live, now: float) -> None:
+        """It has no answer, or not all of it."""
+        if live.job is not None:
+            self._tasks.given_up(live.request, live.job.promise, now)
+        self._forget(live)
 
     def _forget(self, live: Live) -> None:
         self._live.pop(live.request.id, None)

@@ -49,4 +49,5 @@ class Limits:
     seen_keys_max: int = 65_536  # a generation of 15 minutes; five are kept, about 40 MB when full
     sessions_max: int = 16_384
     templates_max: int = 4_096
+    task_slack_max_s: float = 60.0  # that a background agent's turns may hand on: four turns' first tokens; 0: nothing
     lengths_max: int = 1_024  # output histograms, 32 floats each

@@ -327,6 +327,7 @@ class Relay:
             budget_ttft_s=_finite(placed.budget.ttft_s) if placed is not None else None,
             budget_tpot_s=_finite(placed.budget.tpot_s) if placed is not None else None,
             budget_deadline_s=_finite(placed.budget.deadline_s) if placed is not None else None,
+            budget_saved_s=placed.saved_s if placed is not None else 0.0,
             predicted_ttft_s=placed.predicted_ttft_s if placed is not None else None,
             predicted_cached_tokens=placed.predicted_hit_tokens if placed is not None else 0,
             traceparent=order.traceparent,

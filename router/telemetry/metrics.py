@@ -38,6 +38,7 @@ class _Row:
     """One class's own metrics, looked up once."""
 
     attempts: Counter
+    saved: Counter
     cached: Counter
     in_time: Counter
     late: Counter
@@ -59,6 +60,7 @@ class Metrics:
         PlatformCollector(registry=self.registry)
         self._requests = self._counter("headway_requests", "Requests that ended", "worker", "outcome")
         self._attempts = self._counter("headway_attempts", "Placements on workers")
+        self._saved = self._counter("headway_task_slack_seconds", "Budget that earlier turns of a task had left")
         self._cached = self._counter("headway_prompt_tokens_cached", "Prompt tokens that were cached")
         self._first_tokens = self._counter("headway_first_tokens", "First tokens, by the budget", "outcome")
         self._queue = self._histogram("headway_queue_seconds", "Arrival until sent to a worker", SECONDS)
@@ -76,6 +78,8 @@ class Metrics:
         row = self._rows.get(receipt.request_class) or self._row(receipt.request_class)
         self._requests.labels(receipt.request_class, receipt.worker, receipt.outcome).inc()
         row.attempts.inc(receipt.attempts)
+        if receipt.budget_saved_s:
+            row.saved.inc(receipt.budget_saved_s)
         row.duration.observe(receipt.duration_s)
         if receipt.queue_s is not None:
             row.queue.observe(receipt.queue_s)
@@ -95,6 +99,7 @@ class Metrics:
     def _row(self, cls: str) -> _Row:
         row = self._rows[cls] = _Row(
             attempts=self._attempts.labels(cls),
+            saved=self._saved.labels(cls),
             cached=self._cached.labels(cls),
             in_time=self._first_tokens.labels(cls, "in_time"),
             late=self._first_tokens.labels(cls, "late"),

@@ -378,6 +378,7 @@ class ForwardRelay:
             budget_ttft_s=_finite(placed.budget.ttft_s) if placed is not None else None,
             budget_tpot_s=_finite(placed.budget.tpot_s) if placed is not None else None,
             budget_deadline_s=_finite(placed.budget.deadline_s) if placed is not None else None,
+            budget_saved_s=placed.saved_s if placed is not None else 0.0,
             traceparent=self._order.traceparent,
         )
 

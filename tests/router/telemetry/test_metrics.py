@@ -66,6 +66,15 @@ def test_a_finished_request_is_counted_by_class_worker_and_outcome() -> None:
     assert seen["gen_ai_client_token_usage_sum", "chatbot+", "input"] == 200
 
 
+def test_slack_that_a_task_handed_on_is_counted_in_seconds() -> None:
+    metrics = Metrics()
+
+    metrics.ended(receipt(budget_saved_s=12.5))
+    metrics.ended(receipt())
+
+    assert samples(metrics)["headway_task_slack_seconds_total", "chatbot+"] == 12.5
+
+
 def test_a_refused_request_has_an_end_and_no_first_token() -> None:
     metrics = Metrics()
 
