@@ -23,7 +23,7 @@ from router.delivery.answer import Answer
 from router.delivery.order import Order, Services
 from router.delivery.ports import Attempt, Outlet
 from router.errors import ErrorDetail, Headers, RequestError, error_type, retry_headers
-from router.language.text import Prompt, Rendered
+from router.language.text import Prompt, Rendered, lineage_of
 from router.language.turn import Echoing, Scoring, TokenScore, Usage
 from router.telemetry.receipts import Receipt
 from router.workers.link import LinkLost
@@ -52,6 +52,7 @@ class Relay:
         self._emitted = array("i")
         self._answer = Answer(order, exchange, services, self)
         self._cached_tokens = 0
+        self._lineage = b""  # the conversation's name, once there is a prompt
         self._lost_tokens: int | None = None
         self._queue_s: float | None = None
         self._prefill_s: float | None = None
@@ -202,7 +203,8 @@ class Relay:
             order.encoder.echo(order.text.read_back(order.turn, prompt))
             if order.turn.sampling.prompt_logprobs and isinstance(order.encoder, Scoring):
                 order.encoder.scored([TokenScore(order.text.spell(int(prompt.ids[0])), math.nan, ())])
-        self._lost_tokens = order.text.lost_tokens(order.turn, order.identity, prompt, order.request.session)
+        self._lineage = lineage_of(order.turn, order.identity, order.request.session)
+        self._lost_tokens = order.text.lost_tokens(self._lineage, prompt)
         wanted = self._order.turn.max_tokens
         self._max_tokens = room if wanted is None else min(wanted, room)  # clamped, never refused: agents ask for 64k
         self._services.mind.arrived(self._order.request.id, len(prompt.ids), prompt.chain)
@@ -261,7 +263,7 @@ class Relay:
         """The answer has left: its ids serve when the client sends it back."""
         order, stopped = self._order, self._answer.speech.has_stopped
         if self._prompt is not None and not stopped:
-            order.text.heard(order.turn, order.identity, self._prompt, self._emitted, order.request.session)
+            order.text.heard(order.turn, order.identity, self._prompt, self._emitted, self._lineage)
 
     def _refuse(self, error: RequestError) -> None:
         """The client's fault, found before anything was placed."""

@@ -233,13 +233,13 @@ class Text:
         history = Prompt(prompt.ids[:tokens], prompt.chain[: KEY_BYTES * blocks])
         self._prefixes.put(rendered.rest[last - 1].upto, history)
 
-    def heard(self, turn: Turn, identity: Identity, prompt: Prompt, emitted: Sequence[int], session: str) -> None:
+    def heard(self, turn: Turn, identity: Identity, prompt: Prompt, emitted: Sequence[int], lineage: bytes) -> None:
         """An answer is whole: when the client sends it back, its ids are known. One cut at a stop string is none."""
         ids = np.array(emitted, dtype=np.int32)
         while len(ids) and not self.spell(int(ids[-1])):
             ids = ids[:-1]  # what ended it
-        if (name := _lineage(turn, identity, session)) is not None:
-            self._lineages.keep(name, np.concatenate((prompt.ids, ids)))
+        if lineage:
+            self._lineages.keep(lineage, np.concatenate((prompt.ids, ids)))
         if self._template is None or not turn.messages or not len(ids):
             return
         parser, numbers = self._parser(turn), ids.tolist()
@@ -250,10 +250,9 @@ class Text:
         lead_ids = np.array(self._vocabulary.encode_marked(lead), dtype=np.int32)
         self._echoes.keep(identity.salt, parts, text, ids, (lead, lead_ids))
 
-    def lost_tokens(self, turn: Turn, identity: Identity, prompt: Prompt, session: str) -> int | None:
+    def lost_tokens(self, lineage: bytes, prompt: Prompt) -> int | None:
         """How many tokens of this conversation's last turn stand behind the first that differs now."""
-        name = _lineage(turn, identity, session)
-        return None if name is None else self._lineages.lost_tokens(name, prompt.ids)
+        return self._lineages.lost_tokens(lineage, prompt.ids) if lineage else None
 
     def _ids(self, segment: Segment, fresh: Mapping[bytes, Ids]) -> Ids:
         if segment.piece.echo is not None:
@@ -331,10 +330,10 @@ def _extended_chain(rendered: Rendered, ids: Ids) -> bytes:
     return known.chain + keys.chain(ChainKey(known.chain[-KEY_BYTES:]), behind, identity.block_tokens)
 
 
-def _lineage(turn: Turn, identity: Identity, session: str) -> bytes | None:
-    """A name for a conversation: side calls of one session begin otherwise than its main one."""
+def lineage_of(turn: Turn, identity: Identity, session: str) -> bytes:
+    """A name for a conversation: side calls of one session begin otherwise than its main one. Empty: it is none."""
     if not session or not turn.messages:
-        return None
+        return b""
     spoke = next((at for at, message in enumerate(turn.messages[:OPENING_MESSAGES]) if message.role == "user"), 0)
     opening = [message.content[:OPENING_CHARS] for message in turn.messages[: spoke + 1]]
     return xxhash.xxh3_128_digest(identity.salt + chr(0).join([session, *opening]).encode())

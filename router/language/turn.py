@@ -96,8 +96,7 @@ def parts_of(events: Iterable[Event]) -> list[Part]:
     return [Part(start.kind, "".join(text), start.name) for start, text in zip(starts, texts, strict=True)]
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(NamedTuple):
     """Tokens of one answer. `cached` is part of `prompt`, `reasoning` of `output`."""
 
     prompt: int
