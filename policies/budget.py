@@ -11,6 +11,7 @@ from typing import Any
 
 from policies.api import Output, Promise, Prompt
 from policies.costs import StepModel
+from policies.params import number, table
 from policies.request import CLASS_NAMES, Budget, Request, RequestClass
 
 HEADROOM = 1.5  # never tighter than this multiple of what an idle worker needs
@@ -95,25 +96,21 @@ def from_params(params: Mapping[str, Any]) -> Promises:
     """Promises from a PolicySpec: `{"promises": {"chatbot+": {"tpot_s": 0.06}}, "tenants": {"id": {...}}}`.
 
     Raises ValueError on a name that does not exist, so that a typo in a config never passes."""
-    rows = _rows(DEFAULTS, params.get("promises", {}))
-    tenants = {tenant: _rows(rows, changes) for tenant, changes in params.get("tenants", {}).items()}
-    return Promises(rows, tenants)
+    rows = _rows(DEFAULTS, table(params, "promises"))
+    tenants = table(params, "tenants")
+    return Promises(rows, {tenant: _rows(rows, table(tenants, tenant)) for tenant in tenants})
 
 
-def refuse_unknown(params: Mapping[str, Any], *known: str) -> None:
-    """Raises ValueError on a parameter that a policy does not read: a typo would be a default in disguise."""
-    if unknown := sorted(set(params) - set(known)):
-        raise ValueError(f"there is no {unknown[0]!r}; there are {', '.join(known)}")
-
-
-def _rows(base: Rows, changes: Mapping[str, Mapping[str, float]]) -> Rows:
+def _rows(base: Rows, changes: Mapping[str, Any]) -> Rows:
     rows = list(base)
-    for name, fields in changes.items():
+    for name in changes:
         if name not in CLASS_NAMES:
             raise ValueError(f"no class is called {name!r}")
+        fields = table(changes, name)
         if unknown := sorted(set(fields) - set(ClassPromise.__dataclass_fields__)):
             raise ValueError(f"a promise has no {unknown[0]!r}")
-        if any(not value >= 0 for value in fields.values()):
+        seconds = {field_name: number(fields, field_name, 0.0) for field_name in fields}
+        if any(value < 0 for value in seconds.values()):
             raise ValueError(f"promises to {name!r} must be seconds, zero or more")
-        rows[CLASS_NAMES[name]] = replace(rows[CLASS_NAMES[name]], **fields)
+        rows[CLASS_NAMES[name]] = replace(rows[CLASS_NAMES[name]], **seconds)
     return rows[0], rows[1], rows[2]

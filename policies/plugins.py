@@ -17,13 +17,17 @@ class PolicyError(ValueError):
     """The spec names nothing that makes a RouterPolicy. The message is for whoever wrote the config."""
 
 
+class ParamsError(PolicyError):
+    """The policy is there, but does not take these parameters."""
+
+
 def load(spec: PolicySpec) -> RouterPolicy:
     """The policy that `spec` names. Raises PolicyError, with what there is to choose from."""
     factory = BUILTINS.get(spec.ref) or _find(spec.ref)
     try:
         policy = factory(spec.params)
     except (TypeError, ValueError) as error:
-        raise PolicyError(f"policy {spec.ref!r} does not take these parameters: {error}") from error
+        raise ParamsError(f"policy {spec.ref!r} does not take these parameters: {error}") from error
     if not isinstance(policy, RouterPolicy):
         raise PolicyError(f"policy {spec.ref!r} made a {type(policy).__name__}, not a RouterPolicy")
     return policy

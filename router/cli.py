@@ -23,7 +23,8 @@ TEACH = """\
 examples:
   headway serve                                   two CPU workers on the embedded model, http://127.0.0.1:8080
   headway serve --port 9000 --workers 4
-  headway serve --model ./model.gguf              a GGUF file, or a directory with safetensors
+  headway serve --model ./model.gguf              a GGUF file, or a folder with safetensors
+  headway serve --model Qwen/Qwen3-8B             a name on the Hugging Face hub; downloaded at the first start
   headway serve --record run.jsonl                record every decision; then: headway replay-events run.jsonl
   headway serve --upstream http://gpu1:8000 --upstream http://gpu2:8000    in front of vLLM or SGLang
   headway keys add alice                          a key; with the first one, all callers need theirs
@@ -108,7 +109,11 @@ def _add_serve(commands: Any) -> None:
     serve.add_argument("--port", type=int, help="where clients connect; 0 takes a free one [server.port]")
     serve.add_argument("--admin-port", type=int, help="dashboard and metrics; 0 takes a free one [server.admin_port]")
     serve.add_argument("--workers", type=int, metavar="N", help="engine processes [workers.count]")
-    serve.add_argument("--model", metavar="MODEL", help="smollm2, a GGUF file or a directory [model.name]")
+    serve.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="smollm2, a GGUF file, a folder, or org/name on the hub [model.name]",
+    )
     serve.add_argument("--device", metavar="DEVICE", help="auto, cpu, cuda, or fake: made-up tokens [workers.device]")
     serve.add_argument("--policy", metavar="REF", help="a built-in, an entry point or module:factory [policy.ref]")
     serve.add_argument(
@@ -163,13 +168,15 @@ def checked(path: Path | None, flags: Mapping[str, tuple[str, Any]], env: Mappin
     return config
 
 
-def _policy_faults(config: Config) -> Iterator[tuple[str, str]]:
-    from policies.plugins import PolicyError, load_engine
+def _policy_faults(config: Config) -> Iterator[tuple[str, ...]]:
+    from policies.plugins import ParamsError, PolicyError, load_engine
     from policies.plugins import load as load_policy
     from router.control.reducer import policy_spec
 
     try:
         load_policy(policy_spec(config))
+    except ParamsError as error:
+        yield "policy.params", "policy.ref", str(error)
     except PolicyError as error:
         yield "policy.ref", str(error)
     try:

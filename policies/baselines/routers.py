@@ -13,10 +13,11 @@ import numpy as np
 
 from policies.admission import admit_always
 from policies.api import FleetView, Floats, Forecast, Job, Place, RouterPolicy, ignore
-from policies.budget import from_params, refuse_unknown
+from policies.budget import from_params
 from policies.classify import classify
 from policies.events import Event, WorkerReport
 from policies.ordering import least_laxity
+from policies.params import number, refuse_unknown
 from policies.placement import Scene, Weights, choose, lmetric_place
 
 Score = Callable[[Scene, Job, FleetView], Floats]
@@ -53,8 +54,8 @@ def cache_aware(params: Mapping[str, Any]) -> RouterPolicy:
     """SGLang's: to the longest prefix if it covers enough of the prompt, else to the fewest requests; to the fewest
     whenever the fleet is out of balance. Parameters as published: `cache_threshold` 0.5, `balance_abs` 32,
     `balance_rel` 1.1 (1.0001 in some releases). The original breaks cold ties by the smallest tree, here by load."""
-    threshold = float(params.get("cache_threshold", 0.5))
-    absolute, relative = float(params.get("balance_abs", 32)), float(params.get("balance_rel", 1.1))
+    threshold = number(params, "cache_threshold", 0.5)
+    absolute, relative = number(params, "balance_abs", 32.0), number(params, "balance_rel", 1.1)
 
     def score(scene: Scene, job: Job, fleet: FleetView) -> Floats:
         most, least = _extremes(fleet.streams[scene.serves])
@@ -70,7 +71,7 @@ def cache_aware(params: Mapping[str, Any]) -> RouterPolicy:
 def dynamo(params: Mapping[str, Any]) -> RouterPolicy:
     """NVIDIA Dynamo's KV router: `overlap` x prefill blocks to compute + blocks that decode, the smallest. Parameter:
     `overlap` 1. The original can draw by softmax at a temperature; its default, 0, is this."""
-    overlap = float(params.get("overlap", 1.0))
+    overlap = number(params, "overlap", 1.0)
     decoding = _Decoding()
 
     def score(scene: Scene, job: Job, fleet: FleetView) -> Floats:

@@ -199,6 +199,8 @@ def contradictions(config: Config) -> list[tuple[str, ...]]:
     found: list[tuple[str, ...]] = []
     if config.server.port and config.server.port == config.server.admin_port:
         found.append(("server.admin_port", "server.port", "must differ from server.port"))
+    if (endpoint := config.telemetry.otlp_endpoint) and not is_web_url(endpoint):
+        found.append(("telemetry.otlp_endpoint", f"{endpoint!r:.80} must be http://HOST:PORT/PATH or https://..."))
     found += [("upstreams", why) for upstream in config.upstreams if (why := _unusable(upstream))]
     if len(config.upstreams) > UPSTREAMS_MAX:
         found.append(("upstreams", f"must be {UPSTREAMS_MAX} at most"))
@@ -222,15 +224,22 @@ def _unusable(upstream: Upstream) -> str:
     return ""
 
 
-def _is_base_url(url: str) -> bool:
+def is_web_url(url: str) -> bool:
+    """http or https, a host, and a port that can be one."""
     try:
         parts = urlsplit(url)
         has_port = parts.port is None or parts.port > 0
     except ValueError:  # brackets without an address in them, a port beyond 65535
         return False
     is_plain = url.isascii() and url.isprintable() and " " not in url
-    is_web = parts.scheme in ("http", "https") and bool(parts.hostname)
-    return is_plain and has_port and is_web and not (parts.username or parts.query or parts.fragment)
+    return is_plain and has_port and parts.scheme in ("http", "https") and bool(parts.hostname)
+
+
+def _is_base_url(url: str) -> bool:
+    if not is_web_url(url):
+        return False
+    parts = urlsplit(url)
+    return not (parts.username or parts.query or parts.fragment)
 
 
 def is_loopback(host: str) -> bool:

@@ -22,6 +22,8 @@ ENV_PREFIX = "HEADWAY_"
 FILE_VERSION = 1  # what `version` in a file may say; another one is not half understood
 # Keys that had another name: old to new, as TOML writes them, kept for a major version. None was renamed yet.
 RENAMED: Mapping[str, str] = {}
+EMBEDDED_MODEL = "smollm2"
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")  # as engine/loading/hub.py takes it; a test says so
 FILE_MAX_BYTES = 1024 * 1024  # a configuration is a page; anything larger is the wrong file
 
 Key = tuple[str, ...]  # ("server", "port")
@@ -88,13 +90,27 @@ def _where(values: Mapping[Key, _Value], keys: Sequence[str]) -> str:
 
 def absent(config: Config) -> Iterator[tuple[str, str]]:
     """What the configuration names on this machine and is not there: (key, why)."""
-    name = config.model.name
-    is_path = name.endswith(".gguf") or name.startswith(("/", "./", "../", "~"))
-    if is_path and not Path(name).expanduser().exists():
-        yield "model.name", f"{name} is not there"
+    if not config.upstreams and (why := _unservable(config.model.name)):
+        yield "model.name", why
     for key, path in (("record.path", config.record.path), ("receipts.path", config.receipts.path)):
         if path and not os.access(Path(path).expanduser().absolute().parent, os.W_OK):
             yield key, f"no file can be made at {path}"
+
+
+def _unservable(model: str) -> str:
+    """Why no worker could load it, as far as its name tells: what it holds is looked at when it is converted."""
+    if model == EMBEDDED_MODEL:
+        return ""
+    path = Path(model).expanduser()
+    if model and path.is_dir():
+        return "" if (path / "config.json").is_file() else f"{model} is a folder without config.json"
+    if model and path.exists():
+        return "" if path.suffix == ".gguf" else f"{model} is neither a .gguf file nor a folder"
+    if path.suffix == ".gguf" or model.startswith(("/", "./", "../", "~")):
+        return f"{model} is not there"
+    if HUB_NAME.fullmatch(model):
+        return ""
+    return f"{model!r} is no model; name {EMBEDDED_MODEL}, a .gguf file, a folder, or org/name on the Hugging Face hub"
 
 
 # Schema: the tree of structs as flat keys -----------------------------------------------------------------------------
@@ -215,7 +231,9 @@ def _parts(dotted: str) -> Key:
 
 
 def _line(lines: Mapping[Key, int], key: Key) -> int:
-    """The key's own line, else that of the closest table around it (inline tables)."""
+    """The key's own line, else its first part's, else that of the closest table around it (inline tables)."""
+    if key not in lines and (parts := [line for name, line in lines.items() if name[: len(key)] == key]):
+        return min(parts)
     while key and key not in lines:
         key = key[:-1]
     return lines.get(key, 1)

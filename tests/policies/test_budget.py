@@ -99,7 +99,7 @@ def test_a_tenant_may_have_its_own_row() -> None:
         ({"chatty": {}}, "no class is called 'chatty'"),
         ({"chat": {"ttft": 1.0}}, "a promise has no 'ttft'"),
         ({"chat": {"ttft_s": -1.0}}, "zero or more"),
-        ({"chat": {"ttft_s": math.nan}}, "zero or more"),
+        ({"chat": {"ttft_s": math.nan}}, "ttft_s must be a number, got nan"),
     ],
 )
 def test_a_typo_in_the_promises_is_named(promises: dict[str, dict[str, float]], complaint: str) -> None:

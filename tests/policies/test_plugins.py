@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 
 from policies.api import PolicySpec, RouterPolicy
 from policies.baselines.routers import lmetric
-from policies.builtin import BUILTINS
-from policies.plugins import PolicyError, load
+from policies.builtin import BUILTINS, _weights
+from policies.placement import Weights
+from policies.plugins import ParamsError, PolicyError, load
 
 
 def mine(params: Mapping[str, Any]) -> RouterPolicy:
@@ -50,3 +52,28 @@ def test_a_spec_survives_json_and_its_digest_names_it() -> None:
     assert PolicySpec.from_json(spec.to_json()) == spec
     assert PolicySpec.from_json(spec.to_json()).digest == spec.digest
     assert spec.digest != PolicySpec("headway").digest
+
+
+@pytest.mark.parametrize(
+    ("params", "why"),
+    [
+        ({"wieghts": {}}, "there is no 'wieghts'; there are promises, tenants, weights"),
+        ({"weights": [1]}, "weights must be a table"),
+        ({"weights": {"raise": 1}}, "there is no 'raise'; there are spread,"),
+        ({"weights": {"near": "0.1"}}, "near must be a number, got '0.1'"),
+        ({"weights": {"spread": [0.1, 0.2]}}, "spread must be 3 numbers, one for each class"),
+        ({"promises": ["chat"]}, "promises must be a table"),
+        ({"promises": {"chat": 1}}, "chat must be a table"),
+        ({"promises": {"chat": {"tpot_s": True}}}, "tpot_s must be a number, got True"),
+        ({"tenants": {"acme": 3}}, "acme must be a table"),
+    ],
+)
+def test_parameters_that_cannot_be_used_are_named(params: dict[str, Any], why: str) -> None:
+    with pytest.raises(ParamsError, match=re.escape(why)):
+        load(PolicySpec("headway", params))
+
+
+def test_factors_of_placement_are_parameters() -> None:
+    given = {"spread": [0.3, 0, 0.0], "near": 0.1}
+
+    assert _weights(given) == Weights(spread=(0.3, 0.0, 0.0), near=0.1)

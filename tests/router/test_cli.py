@@ -56,6 +56,21 @@ def test_a_policy_that_is_not_there_is_found_by_the_check(tmp_path: Path, capsys
     assert "headway, " in error
 
 
+def test_parameters_that_a_policy_does_not_take_are_found_where_they_stand(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "headway.toml"
+    path.write_text('[policy]\nref = "headway"\n\n[policy.params.weights]\nspred = 1\n')
+
+    codes = (main(["check-config", str(path)]), main(["serve", "--config", str(path)]))
+
+    assert codes == (1, 2)
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[0] == errors[1]
+    assert errors[0].startswith(f"{path}:4: policy.params: policy 'headway' does not take these parameters: ")
+    assert "there is no 'spred'; there are spread, " in errors[0]
+
+
 def test_the_file_here_is_found_without_being_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

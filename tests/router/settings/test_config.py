@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.loading import convert, hub
 from router.settings import config_load
 from router.settings.config import Config
 from router.settings.config_load import FILE_MAX_BYTES, ConfigError, load
@@ -137,6 +138,50 @@ def test_what_is_not_there_is_said_before_anything_starts(tmp_path: Path, monkey
     assert problems(path) == [
         f"{path}:2: model.name: ./none.gguf is not there",
         f"{path}:4: record.path: no file can be made at /none/run.jsonl",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        ("smolm2", "'smolm2' is no model; name smollm2, a .gguf file, a folder, or org/name on the Hugging Face hub"),
+        ("", "'' is no model; name smollm2"),
+        ("a/b/c", "'a/b/c' is no model; name smollm2"),
+        ("model.gguf", "model.gguf is not there"),
+        ("./here", "./here is a folder without config.json"),
+        ("notes.txt", "notes.txt is neither a .gguf file nor a folder"),
+    ],
+)
+def test_a_name_that_no_model_can_have_is_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, why: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "notes.txt").touch()
+
+    (problem,) = problems(None, {"HEADWAY_MODEL_NAME": model})
+
+    assert problem.startswith(f"HEADWAY_MODEL_NAME: model.name: {why}")
+
+
+@pytest.mark.parametrize("model", ["Qwen/Qwen3-8B", "org/name@main", "org/na me", "org", "/org/name", "a/b/c", "-a/.b"])
+def test_a_name_on_the_hub_is_one_for_the_check_and_for_the_engine(model: str) -> None:
+    assert (config_load.HUB_NAME.fullmatch(model) is not None) == hub.is_name(model)
+    assert convert.EMBEDDED_NAME == config_load.EMBEDDED_MODEL == Config().model.name
+
+
+def test_what_stands_in_front_of_upstreams_needs_no_model() -> None:
+    env = {"HEADWAY_MODEL_NAME": "none", "HEADWAY_UPSTREAMS": '[{"url": "http://gpu1:8000"}]'}
+
+    assert load(None, env, {}).model.name == "none"
+
+
+@pytest.mark.parametrize("endpoint", ["127.0.0.1:4318", "grpc://collector:4317", "http://", "http://c:99999/v1/traces"])
+def test_an_endpoint_for_traces_is_a_url(tmp_path: Path, endpoint: str) -> None:
+    path = written(tmp_path, f'[telemetry]\notlp_endpoint = "{endpoint}"\n')
+
+    assert problems(path) == [
+        f"{path}:2: telemetry.otlp_endpoint: {endpoint!r} must be http://HOST:PORT/PATH or https://..."
     ]
 
 
