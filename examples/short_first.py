@@ -12,14 +12,15 @@ from typing import Any
 
 from policies.api import Job, Key, RouterPolicy
 from policies.builtin import headway
+from policies.params import number
 
 
 def short_first(params: Mapping[str, Any]) -> RouterPolicy:
     """Parameter: `aging` 0.05, seconds of work that a second of waiting is worth; all others are Headway's."""
-    aging = float(params.get("aging", 0.05))
+    aging = number(params, "aging", 0.05)
     if not aging > 0.0:
         raise ValueError("aging must be more than 0, or long requests never run")
-    ours = headway({name: params[name] for name in ("promises", "tenants", "weights") if name in params})
+    ours = headway({name: value for name, value in params.items() if name != "aging"})
 
     def order(job: Job, work_s: float, now: float) -> tuple[Key, float]:
         del now

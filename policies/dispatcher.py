@@ -200,6 +200,7 @@ class Dispatcher:
     def _on_reconfigured(self, event: Reconfigured, now: float, actions: list[Action]) -> None:
         assert self._load is not None, "who sends this says how policies are loaded"
         self._trust.change(self._load(event.policy))
+        self._trust.learn(event)  # the new one, too
         self._pump.run(now, actions)
 
     def _on_nothing(self, event: Event, now: float, actions: list[Action]) -> None:

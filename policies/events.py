@@ -10,12 +10,13 @@ from policies.request import Request, RequestId, WorkerId
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """Opens every recording: with these four the rest of it replays byte for byte."""
+    """Opens every recording: with these the rest of it replays byte for byte."""
 
     config_digest: str
     code_version: str
     seed: int
     policy: str  # the policy snapshot, as PolicySpec JSON
+    clock_zero_s: float = 0.0  # Unix time at which `now` was 0, for policies by the hour; only a live router has one
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,7 @@ class Reconfigured:
 
     config_digest: str
     policy: str  # as PolicySpec JSON
+    clock_zero_s: float = 0.0  # as in Started: the new policy has not seen that
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ from router.access.accounts import Accounts
 from router.access.keys import KeysError, check_reach, keys_path
 from router.access.salts import Salts
 from router.access.tenants import Tenants
-from router.control.mind import Mind
+from router.control.mind import Mind, clock_zero_s
 from router.control.record import FORMAT, Header, Recorder, set_aside
 from router.control.reducer import build, load_policy, loader, policy_spec
 from router.delivery.order import RelayLimits, Services
@@ -170,7 +170,7 @@ def _build(config: Config, place: Place, stack: contextlib.ExitStack) -> Parts:
     mind = Mind(reducer, faults, recorder)
     stack.callback(mind.close)
     spec = policy_spec(config).to_json()
-    mind.begin(Started(config.digest, code_version(), seed, spec))
+    mind.begin(Started(config.digest, code_version(), seed, spec, clock_zero_s()))
     fleet = Fleet(place.workers, mind, spec, engine=PolicySpec(config.policy.engine), restart=place.restart)
     tenants = _tenants(config)
     metrics, receipts = Metrics(), _receipts(config, stack)

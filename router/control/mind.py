@@ -45,6 +45,11 @@ class Recorder(Protocol):
     def write(self, now: float, event: Event, actions: Sequence[Action]) -> None: ...
 
 
+def clock_zero_s() -> float:
+    """What a policy by the hour needs beside `now`, which is no time of day."""
+    return time.time() - time.monotonic()
+
+
 class Mind:
     """The reducer in real time. Every call returns when its decision, and all that follow from it, are carried out."""
 

@@ -15,7 +15,7 @@ import msgspec
 from policies.events import Reconfigured
 from policies.plugins import PolicyError
 from router.access.tenants import Tenants
-from router.control.mind import Mind
+from router.control.mind import Mind, clock_zero_s
 from router.control.reducer import load_policy, policy_spec
 from router.listener.readiness import Readiness
 from router.settings.config import Config
@@ -49,7 +49,8 @@ class Reconfigurer:
                 classes=wanted.classes,
                 policy=msgspec.structs.replace(self.config.policy, ref=wanted.policy.ref, params=wanted.policy.params),
             )
-            self._mind.reconfigured(Reconfigured(self.config.digest, policy_spec(self.config).to_json()))
+            spec = policy_spec(self.config).to_json()
+            self._mind.reconfigured(Reconfigured(self.config.digest, spec, clock_zero_s()))
             self._readiness.policy = policy
         log.info("the configuration was read again; changed: %s", ", ".join(changed) or "nothing")
         if cold:
