@@ -23,8 +23,7 @@ TEACH = """\
 examples:
   headway serve                                   two CPU workers on the embedded model, http://127.0.0.1:8080
   headway serve --port 9000 --workers 4
-  headway serve --model ./model.gguf              a GGUF file, or a folder with safetensors
-  headway serve --model Qwen/Qwen3-8B             a name on the Hugging Face hub; downloaded at the first start
+  headway serve --model ./model.gguf              a GGUF file, a folder with safetensors, or org/name on the hub
   headway serve --record run.jsonl                record every decision; then: headway replay-events run.jsonl
   headway serve --upstream http://gpu1:8000 --upstream http://gpu2:8000    in front of vLLM or SGLang
   headway keys add alice                          a key; with the first one, all callers need theirs
