@@ -6,22 +6,25 @@ validated, and what does not pay here is not built in."""
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
-from dataclasses import replace
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from bench.policy_runs import GRACE_S, PROFILE, Run, Side, offered
 from loadgen.judged import Judged, judge_one
 from loadgen.ranks import quantiles
-from loadgen.records import Record
-from loadgen.sim.world import Setting
-from loadgen.simulate import LABEL, judged, simulate
+from loadgen.sim.world import Setting, World
+from loadgen.simulate import LABEL, judged
 from loadgen.targets import PUBLISHED, target_of
+from policies.actions import Action, Dispatch, Reject
 from policies.builtin import headway
+from policies.events import Event, Offered
 from policies.limits import Limits
 
 SEEDS = (61, 62, 63)
-DURATION_S, WARMUP_S, WORKERS = 240.0, 40.0, 4
+WARMUP_S, WORKERS = 40.0, 4
 SLACKS_S = (0.0, 15.0, 60.0, 240.0)
 
 
@@ -31,6 +34,7 @@ class Case(NamedTuple):
     agents: float
     chat: float
     jobs: float
+    duration_s: float = 240.0
 
     def run(self, seed: int) -> Run:
         """The requests of one seed."""
@@ -41,14 +45,17 @@ class Case(NamedTuple):
             jobs_load=self.jobs,
             side=Side(),
             seed=seed,
-            duration_s=DURATION_S,
+            duration_s=self.duration_s,
         )
 
 
+CROWDS = (Case(20.0, 20.0, 20.0, 120.0), Case(30.0, 30.0, 30.0, 120.0))
+SHARES = (0.0, 0.05)
+SMALL_ROOM_S = (3.0, 10.0, 20.0)  # a tenth and less of the real ones, where clients lose patience before they are full
 CASES = (Case(8.0, 8.0, 8.0), Case(11.3, 11.3, 11.3), Case(24.0, 6.0, 6.0), Case(36.0, 5.0, 5.0))
 
 
-def setting(seed: int, limits: Limits) -> Setting:
+def setting(seed: int, duration_s: float, limits: Limits) -> Setting:
     """Headway with these bounds; classes are declared, so that nothing else differs."""
     return Setting(
         router=headway({}),
@@ -56,59 +63,108 @@ def setting(seed: int, limits: Limits) -> Setting:
         profiles=(PROFILE,) * WORKERS,
         limits=limits,
         seed=seed,
-        duration_s=DURATION_S,
+        duration_s=duration_s,
         grace_s=GRACE_S,
         is_oracle=True,
     )
 
 
-def found(case: Case, limits: Limits) -> list[Judged]:
-    """All requests of all seeds, judged."""
-    records: list[Record] = []
+@dataclass(slots=True)
+class Found:
+    """All requests of all seeds, judged, and what became of those that came back from a refusal."""
+
+    judged: list[Judged] = field(default_factory=list)
+    returns: int = 0
+    admitted: int = 0  # of the returns
+    made: int = 0  # reservations
+    kept: int = 0  # that their clients came to, and were placed by
+
+    def write(self, now: float, event: Event, actions: Sequence[Action]) -> None:
+        """Recorder of a world: its clients obey, so every return is in time."""
+        del now
+        self.returns += isinstance(event, Offered) and _is_return(event.request.id)
+        for action in actions:
+            if isinstance(action, Dispatch):
+                self.admitted += _is_return(action.request_id)
+                self.kept += action.is_reserved
+            elif isinstance(action, Reject):
+                self.made += action.is_reserved
+
+
+def _is_return(request_id: str) -> bool:
+    return not request_id.endswith(".1")
+
+
+def found(case: Case, limits: Limits) -> Found:
+    """One policy with these bounds."""
+    seen = Found()
     for seed in SEEDS:
         trace, _ = offered(case.run(seed), None)
-        records += judged(simulate(trace, setting(seed, limits)).records, WARMUP_S)
-    return [judge_one(one, target_of(one, PUBLISHED)) for one in records]
+        records = judged(World(trace, setting(seed, case.duration_s, limits), seen).run(), WARMUP_S)
+        seen.judged += [judge_one(one, target_of(one, PUBLISHED)) for one in records]
+    return seen
 
 
-def tasks_met(all_found: Iterable[Judged]) -> list[bool]:
+def tasks_met(turns: Iterable[Judged]) -> list[bool]:
     """By session: whether all its turns were answered, and took no longer together than their deadlines together."""
     left_s: dict[str, float] = {}
-    for one in all_found:
-        if one.record.request_class == "background-agent":
-            spent_s = one.target.deadline_s - one.e2e_s if one.e2e_s is not None else float("-inf")
-            left_s[one.record.session] = left_s.get(one.record.session, 0.0) + spent_s
+    for one in turns:
+        spared_s = one.target.deadline_s - one.e2e_s if one.e2e_s is not None else -math.inf
+        left_s[one.record.session] = left_s.get(one.record.session, 0.0) + spared_s
     return [seconds >= 0.0 for seconds in left_s.values()]
-
-
-def row(name: str, all_found: list[Judged]) -> str:
-    """One line of a table."""
-    chat, agents = (
-        [one for one in all_found if one.record.request_class == label] for label in ("chatbot+", "background-agent")
-    )
-    tasks = tasks_met(all_found)
-    ttft = quantiles(one.ttft_s for one in chat)
-    figures = (_share(one.is_met for one in chat), _share(one.is_met for one in agents), _share(tasks))
-    return f"| {name} | {' | '.join(figures)} | {ttft.p99 or 0.0:.2f} | {len(chat)} | {len(agents)} | {len(tasks)} |"
-
-
-HEAD = "| {} | chat % | agents' turns % | tasks % | chat TTFT p99 s | chats | turns | tasks |\n" + 8 * "|---" + "|"
-
-
-def _share(met: Iterable[bool]) -> str:
-    seen = list(met)
-    return f"{100 * sum(seen) / max(1, len(seen)):.1f}"
 
 
 def tasks() -> None:
     """Slack that a task's turns hand on, by its bound; 0: each turn is by itself."""
     for case in CASES:
-        print(f"\nAgents x{case.agents:g}, chat x{case.chat:g}, jobs x{case.jobs:g}\n\n{HEAD.format('at most, s')}")
+        _head(case, "at most, s", "chat %", "turns %", "tasks %", "chat TTFT p99 s", "chats", "turns", "tasks")
         for slack_s in SLACKS_S:
-            print(row(f"{slack_s:g}", found(case, replace(Limits(), task_slack_max_s=slack_s))), flush=True)
+            seen = found(case, replace(Limits(), task_slack_max_s=slack_s))
+            chat, agents = _of(seen, "chatbot+"), _of(seen, "background-agent")
+            met, p99_s = tasks_met(agents), quantiles(one.ttft_s for one in chat).p99 or 0.0
+            _row(
+                f"{slack_s:g}", _met(chat), _met(agents), _share(met), f"{p99_s:.2f}", len(chat), len(agents), len(met)
+            )
 
 
-PARTS = {"tasks": tasks}
+def reservations() -> None:
+    """Room kept by a refusal, by a tenant's share of the waiting room; 0: who comes back is a newcomer."""
+    for case in CROWDS:
+        _head(case, "share", "chat %", "returns", "admitted %", "made", "kept", "refused", "abandoned", "attempts")
+        for share in SHARES:
+            seen = found(case, replace(Limits(), room_s=SMALL_ROOM_S, reservation_share=share))
+            chat = _of(seen, "chatbot+")
+            ends = Counter(one.record.outcome for one in chat)
+            tries = [one.record.attempts for one in chat if one.record.attempts]
+            back = f"{100 * seen.admitted / max(1, seen.returns):.1f}"
+            told = (seen.made, seen.kept, ends["refused"], ends["abandoned"], f"{sum(tries) / len(tries):.3f}")
+            _row(f"{share:g}", _met(chat), seen.returns, back, *told)
+
+
+PARTS = {"tasks": tasks, "reservations": reservations}
+
+
+def _of(seen: Found, name: str) -> list[Judged]:
+    return [one for one in seen.judged if one.record.request_class == name]
+
+
+def _met(some: Iterable[Judged]) -> str:
+    return _share(one.is_met for one in some)
+
+
+def _head(case: Case, *columns: str) -> None:
+    print(f"\nAgents x{case.agents:g}, chat x{case.chat:g}, jobs x{case.jobs:g}, {case.duration_s:g} s\n")
+    _row(*columns)
+    _row(*("---" for _ in columns))
+
+
+def _row(*cells: object) -> None:
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def _share(met: Iterable[bool]) -> str:
+    seen = list(met)
+    return f"{100 * sum(seen) / max(1, len(seen)):.1f}"
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ class Dispatch:
     predicted_hit_tokens: int
     reason: str
     saved_s: float = 0.0  # of the budget: what the task's earlier turns did not need
+    is_reserved: bool = False  # by an earlier refusal of the same session or body
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ class Reject:
     reason: str
     message: str
     retry_after_s: float | None
+    is_reserved: bool = False  # room is kept from then on for some seconds
 
 
 @dataclass(frozen=True, slots=True)

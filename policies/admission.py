@@ -96,14 +96,18 @@ class QueueFlow(NamedTuple):
         return life_s / residents if residents else 0.0
 
     def has_space(self, job: Job, cost_s: float) -> bool:
+        if job.is_reserved:
+            return True
         is_known = job.is_continuing or job.attempt > 1
         return self.has_space_for(job.request.model, job.request_class, cost_s, is_known=is_known)
 
     def has_space_for(self, model: str, request_class: RequestClass, cost_s: float, *, is_known: bool) -> bool:
-        """A room is as large as the fleet. New sessions see a part of it: a turn in mid-session still finds a place."""
+        """A room is as large as the fleet, less what is kept for those who were told to come back now. New sessions see
+        a part of it: a turn in mid-session still finds a place."""
         room_s = self.limits.room_s[request_class] * max(1, self.fleet.count(model))
         share = 1.0 if is_known else self.limits.room_new_share
-        return self.room.class_work_s(model, request_class) + cost_s <= room_s * share
+        kept_s = self.room.reservations.open_s((model, request_class))
+        return self.room.class_work_s(model, request_class) + kept_s + cost_s <= room_s * share
 
 
 def retry_after_s(start_s: float, jitter: float, limits: Limits) -> float:

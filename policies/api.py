@@ -94,6 +94,7 @@ class Job:
     is_continuing: bool = False  # its session has had an answer already
     attempt: int = 1
     avoid: WorkerId | None = None  # where the last attempt failed
+    is_reserved: bool = False  # it was refused, and came back when it was told to: it goes before newcomers
 
     def first_left_s(self, now: float) -> float:
         """Seconds until the first token is due; negative when late."""

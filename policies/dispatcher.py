@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from policies.actions import Action, Cancel, Dispatch, Reject, Tokenise, WakeAt
-from policies.admission import QueueFlow, retry_after_s, room_is_full, too_long
+from policies.actions import Action, Cancel, Dispatch, Tokenise, WakeAt
+from policies.admission import QueueFlow, too_long
 from policies.api import Admit, Forecast, Job, Key, Output, Prompt, Refuse, RouterPolicy, Verdict
 from policies.chain import NO_CHAIN, sample
 from policies.events import (
@@ -39,7 +39,9 @@ from policies.lives import Finished, FirstToken, Live, OutOfPatience, Patience, 
 from policies.ordering import Waiting, WaitingRoom
 from policies.prefix_index import SeenIndex
 from policies.pump import Pump
+from policies.refusals import Refusals
 from policies.request import Request, RequestClass, RequestId
+from policies.reservations import Counts
 from policies.retry import RetryBudget
 from policies.sessions import Sessions
 from policies.tasks import Tasks
@@ -90,6 +92,7 @@ class Dispatcher:
         self._lengths = Lengths(limits.lengths_max)
         self._seen = SeenIndex(limits.seen_keys_max)
         self.fleet = Fleet(limits)
+        self._refusals = Refusals(limits, self._room, self.fleet, rng)
         self._patience = Patience(self._live)
         self._wake_at = math.inf
         self._pump = Pump(
@@ -121,6 +124,11 @@ class Dispatcher:
         """Requests that are not settled, in whatever state."""
         return len(self._live)
 
+    @property
+    def reservations(self) -> Counts:
+        """Rooms kept for refused clients so far, and how that ended."""
+        return self._room.reservations.counts
+
     def state(self, request_id: RequestId) -> State | None:
         """Where a request is; None when it is settled or was never offered."""
         live = self._live.get(request_id)
@@ -130,6 +138,7 @@ class Dispatcher:
         """What to do because of `event`. `now` never goes back."""
         actions: list[Action] = []
         self._trust.learn(event)
+        self._room.reservations.advance(now)
         self._handlers[type(event)](event, now, actions)
         self._expire(now, actions)
         self._schedule(actions)
@@ -144,7 +153,9 @@ class Dispatcher:
         self._sessions.note(request, classified, now)
         cls = classified.request_class
         live = Live(request, classified, State.QUEUED, leaves_at=math.inf)
-        if refusal := self._refusal_at_door(live, now):
+        live.is_reserved = self._room.reservations.claim(request, cls, now)
+        is_continuing = self._sessions.is_continuing(request, now)
+        if refusal := self._refusals.at_door(live, len(self._live), is_continuing=is_continuing):
             self._reject(live, refusal, now, actions)
             return
         place = self._intake.offer(request, cls)
@@ -241,6 +252,7 @@ class Dispatcher:
             output=output,
             promise=self._tasks.loosen(request, cls, promise, now),
             is_continuing=self._sessions.is_continuing(request, now),
+            is_reserved=live.is_reserved,
         )
         self._decide(live, live.job, now, actions)
 
@@ -254,7 +266,7 @@ class Dispatcher:
         del event
         self._stop_waiting(live, actions)
         message = "No worker could start this request before its client leaves."
-        self._reject(live, Refuse(503, "patience", message, self._drain_s(live)), now, actions)
+        self._reject(live, Refuse(503, "patience", message, self._refusals.drain_s(live)), now, actions)
 
     def _begin(self, live: Live, event: FirstToken, now: float, actions: list[Action]) -> None:
         del actions
@@ -307,7 +319,7 @@ class Dispatcher:
     # Deciding ---------------------------------------------------------------------------------------------------------
 
     def _decide(self, live: Live, job: Job, now: float, actions: list[Action]) -> None:
-        is_next = not self._room.is_anyone_before(job.request.model, job.request_class)
+        is_next = not self._room.is_anyone_before(job.request.model, job.request_class, is_reserved=job.is_reserved)
         verdict, forecast = self._ask(job, now, is_next=is_next)
         if isinstance(verdict, Admit) and forecast is not None:
             self._dispatch(live, forecast, verdict.reason, now, actions)
@@ -339,6 +351,7 @@ class Dispatcher:
         live.charge = self.fleet.charge(job, forecast, now)
         live.booked_s = forecast.cost_s
         self._room.given(job, forecast.cost_s)
+        self._room.reservations.served(job.request)
         if job.attempt == 1:
             self._retries.earn()
         budget = job.promise.budget
@@ -354,34 +367,12 @@ class Dispatcher:
                 predicted_hit_tokens=forecast.hit_tokens,
                 reason=reason,
                 saved_s=job.promise.saved_s,
+                is_reserved=job.is_reserved,
             )
         )
-
-    def _refusal_at_door(self, live: Live, now: float) -> Refuse | None:
-        """No, before anything costly is done."""
-        if len(self._live) >= self._limits.requests_max:
-            return Refuse(503, "too-many-requests", "The server holds as many requests as it can.", 1.0)
-        model, cls = live.request.model, live.classified.request_class
-        flow = QueueFlow(self._limits, self._room, self.fleet, is_next=False)
-        if not flow.has_space_for(model, cls, 0.0, is_known=self._sessions.is_continuing(live.request, now)):
-            return room_is_full(flow.drain_s(model, cls))
-        return None
 
     def _reject(self, live: Live, refusal: Refuse, now: float, actions: list[Action]) -> None:
-        start_s = refusal.start_s
-        after_s = None if start_s is None else retry_after_s(start_s, float(self._rng.random()), self._limits)
-        # Flex without room is the tenant's own bargain; its clients expect 429.
-        is_flex = refusal.status == 503 and live.request.facts.service_tier == "flex"
-        actions.append(
-            Reject(
-                request_id=live.request.id,
-                request_class=live.classified.request_class,
-                status=429 if is_flex else refusal.status,
-                reason=refusal.reason,
-                message=refusal.message,
-                retry_after_s=after_s,
-            )
-        )
+        actions.append(self._refusals.answer(live, refusal, now))
         self._give_up(live, now)
 
     # Bookkeeping ------------------------------------------------------------------------------------------------------
@@ -409,10 +400,6 @@ class Dispatcher:
             self._room.remove(live.request.id)
         else:
             self._free_intake(live, actions)
-
-    def _drain_s(self, live: Live) -> float:
-        flow = QueueFlow(self._limits, self._room, self.fleet, is_next=False)
-        return flow.drain_s(live.request.model, live.classified.request_class)
 
     def _release(self, live: Live) -> None:
         assert live.charge is not None

@@ -43,6 +43,11 @@ class Limits:
     retry_after_max_s: float = 60.0  # interactive clients give up on more
     retry_after_jitter: float = 0.2  # spreads the returns of one refused burst
 
+    # Coming back after a refusal.
+    reservation_s: float = 10.0  # room is kept so long from the time that the client was told
+    reservation_share: float = 0.05  # of a class's waiting room, for all that one tenant was told
+    reservations_max: int = 4_096
+
     # What is remembered.
     index_every_block: int = 4  # one chain key in so many is indexed; 1 in the embedded profile
     index_nodes_per_worker: int = 65_536  # 16M tokens of 64-token blocks; about 15 MB a worker when full

@@ -55,6 +55,7 @@ class Live:
     classified: Classified
     state: State
     leaves_at: float
+    is_reserved: bool = False  # it came back from a refusal when it was told to
     job: Job | None = None  # from Arrived on
     charge: Charge | None = None  # while on a worker
     booked_s: float = 0.0  # GPU-seconds that fairness counts

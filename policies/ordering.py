@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from policies.api import Job, Key, Order
 from policies.limits import Limits
 from policies.request import RequestClass, RequestId
+from policies.reservations import Reservations
 
 # Hot: once per examined head; 10,000 may wait. bench/dispatcher.py.
 
 CLASSES = tuple(RequestClass)
-ON_TIME, LATE = 0, 1  # tiers: who can still make it goes before who cannot
+RESERVED, ON_TIME, LATE = -1, 0, 1  # tiers: who was told to come back, who can still make it, who cannot
 AGING = 4.0  # a late request yields to one that is shorter by x seconds only if it is older by less than 4x
 
 
@@ -56,6 +57,7 @@ class Lane:
     heaps: dict[str, list[Slot]] = field(default_factory=dict)
     by_age: deque[Waiting] = field(default_factory=deque)
     count: int = 0
+    reserved: int = 0  # of whom so many were told to come back
     work_s: float = 0.0
     stale: int = 0  # entries in heaps that do not wait any more
 
@@ -101,6 +103,7 @@ class WaitingRoom:
         self._pushed = 0
         self._class_s = [0.0, 0.0, 0.0]  # given to each class, fading: for the reserve
         self.accounts = Accounts(limits.tenants_max)
+        self.reservations = Reservations(limits)
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -114,13 +117,14 @@ class WaitingRoom:
 
     def push(self, job: Job, work_s: float, now: float) -> None:
         """Hold a request."""
-        key, valid_until = self._order(job, work_s, now)
+        key, valid_until = self._key(job, work_s, now)
         entry = Waiting(job, work_s, key, valid_until)
         lane = self._lanes.setdefault((job.request.model, job.request_class), Lane())
         heapq.heappush(lane.heaps.setdefault(job.request.tenant.id, []), (key, self._number(), entry))
         self._by_id[job.request.id] = entry
         lane.by_age.append(entry)
         lane.count += 1
+        lane.reserved += job.is_reserved
         lane.work_s += work_s
 
     def remove(self, request_id: RequestId) -> Waiting:
@@ -129,6 +133,7 @@ class WaitingRoom:
         entry.is_waiting = False
         lane = self._lanes[entry.job.request.model, entry.job.request_class]
         lane.count -= 1
+        lane.reserved -= entry.job.is_reserved
         lane.work_s = lane.work_s - entry.work_s if lane.count else 0.0
         lane.stale += 1
         if lane.stale > lane.count + 64:
@@ -160,23 +165,29 @@ class WaitingRoom:
         return lane.by_age[0].job
 
     def _fair_heads(self, lane: Lane, now: float) -> list[tuple[list[Slot], Slot]]:
-        """Heap and head of each tenant that had little enough to be next."""
+        """Heap and head of each tenant that had little enough to be next, or is owed a place that was kept."""
         heads = [(tenant, slot) for tenant, heap in lane.heaps.items() if (slot := self._top(lane, heap, now))]
         if len(heads) < len(lane.heaps):
             lane.heaps = {tenant: lane.heaps[tenant] for tenant, _ in heads}
         least_s = min(self.accounts.given_s(tenant) for tenant, _ in heads)
         self.accounts.raise_floor(least_s)
         near_s = least_s + self._limits.fair_quantum_s
-        return [(lane.heaps[tenant], slot) for tenant, slot in heads if self.accounts.given_s(tenant) <= near_s]
+        return [
+            (lane.heaps[tenant], slot)
+            for tenant, slot in heads
+            if slot[0][0] == RESERVED or self.accounts.given_s(tenant) <= near_s
+        ]
 
-    def is_anyone_before(self, model: str, request_class: RequestClass) -> bool:
+    def is_anyone_before(self, model: str, request_class: RequestClass, *, is_reserved: bool = False) -> bool:
         """Whether somebody of this class waits for `model`, or somebody more urgent while the class's own reserve is
-        spent."""
+        spent. Of its own class only others like it are before one who was told to come back."""
         if not self._by_id:
             return False
-        if self.class_count(model, request_class):
+        lane = self._lanes.get((model, request_class))
+        alike = lane.count if lane is not None else 0
+        if lane is not None and (lane.reserved if is_reserved else alike):
             return True
-        return self.count(model, request_class) > 0 and not self.is_reserve_due(request_class)
+        return self.count(model, request_class) > alike and not self.is_reserve_due(request_class)
 
     def count(self, model: str, request_class: RequestClass) -> int:
         """How many wait for `model`, of this class and of more urgent ones."""
@@ -218,13 +229,16 @@ class WaitingRoom:
                 heapq.heappop(heap)
                 lane.stale -= 1
             elif entry.valid_until <= now:
-                key, valid_until = self._order(entry.job, entry.work_s, now)
+                key, valid_until = self._key(entry.job, entry.work_s, now)
                 # A key that holds no longer than now would be asked for ever.
                 entry.key, entry.valid_until = key, valid_until if valid_until > now else math.inf
                 heapq.heapreplace(heap, (entry.key, number, entry))
             else:
                 return heap[0]
         return None
+
+    def _key(self, job: Job, work_s: float, now: float) -> tuple[Key, float]:
+        return ((RESERVED, job.request.arrived), math.inf) if job.is_reserved else self._order(job, work_s, now)
 
     def _sweep(self, lane: Lane) -> None:
         for tenant in list(lane.heaps):

@@ -110,3 +110,4 @@ class Request:
     estimated_tokens: int
     max_output: int | None = None
     declared_timeout_s: float | None = None  # when the client says that it leaves
+    body_hash: int = 0  # xxh3-64 of the body where there is no session: the same question again

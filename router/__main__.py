@@ -49,7 +49,7 @@ from router.listener.server import Listener
 from router.parsers.voice import Voice
 from router.settings.config import Config
 from router.settings.reconfigure import Reconfigurer
-from router.telemetry.metrics import GcPauses, Metrics
+from router.telemetry.metrics import GcPauses, Metrics, Reservations
 from router.telemetry.receipts import Receipt, Receipts
 from router.upstreams.fleet import Upstreams
 from router.upstreams.forward import ForwardDesk, forwarding
@@ -176,6 +176,7 @@ def _build(config: Config, place: Place, stack: contextlib.ExitStack) -> Parts:
     metrics, receipts = Metrics(), _receipts(config, stack)
     metrics.watch(fleet, lambda: mind.live_count, lambda: recorder.dropped_events if recorder is not None else 0)
     metrics.registry.register(stack.enter_context(GcPauses()))
+    metrics.registry.register(Reservations(reducer.reservations))
     observers = Observers([receipts, metrics, tenants.accounts, *_tracing(config, place, stack)])
     upstreams = Upstreams(config.upstreams, os.environ, mind) if config.upstreams else None
     computing = upstreams or fleet

@@ -50,6 +50,7 @@ class Guises:
             estimated_tokens=row.input_length,
             max_output=None,
             declared_timeout_s=row.timeout_s,
+            body_hash=0 if row.session_id else index + 1,  # a refused client sends the same again
         )
 
     def _facts(self, row: Row, turn: int) -> Facts:

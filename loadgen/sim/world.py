@@ -34,6 +34,7 @@ from policies.dispatcher import Dispatcher
 from policies.events import Arrived, Event, Failed, Gone, Offered, Started, Tick, WorkerLost
 from policies.limits import Limits
 from policies.request import RequestId, WorkerId
+from policies.reservations import Counts
 
 BLOCKED_WAIT_S = 0.02  # a worker that holds sequences and can compute none looks again after so long, as a live one
 
@@ -133,6 +134,11 @@ class World:
     def not_reached(self) -> int:
         """Rows that were not offered: their time came after the offered time."""
         return len(self._trace.rows) - len(self.records)
+
+    @property
+    def reservations(self) -> Counts:
+        """Rooms that refusals kept, and how that ended."""
+        return self._dispatcher.reservations
 
     def _at(self, at_s: float, act: Callable[..., None], *arguments: Any) -> None:
         heapq.heappush(self._heap, (at_s, next(self._numbers), act, arguments))

@@ -56,18 +56,20 @@ def describe(
 ) -> Request:
     """The request as the mind sees it. Raises RequestError 400 for a class that does not exist."""
     head = exchange.head
-    session = session_key(head, body)
+    named = session_key(head, body)
+    session = named or _lineage(turn)
     return Request(
         id=request_id,
         tenant=tenant,
-        session=session or _lineage(turn),
+        session=session,
         model=model,
-        facts=facts(head, body, turn, has_session=bool(session)),
+        facts=facts(head, body, turn, has_session=bool(named)),
         arrived=exchange.arrived,
         body_bytes=len(exchange.body),
         estimated_tokens=_estimate(exchange, turn),
         max_output=turn.max_tokens,
         declared_timeout_s=_timeout_s(head),
+        body_hash=0 if session else xxhash.xxh3_64_intdigest(exchange.body),  # SDKs send the same bytes again
     )
 
 

@@ -44,6 +44,7 @@ class Relay:
         self._order, self._exchange, self._services = order, exchange, services
         self._request_class = RequestClass.CHATBOT
         self._class_reason = ""
+        self._reservation = ""
         self._prompt: Prompt | None = None
         self._max_tokens = 0
         self._placed: Dispatch | None = None
@@ -86,6 +87,7 @@ class Relay:
     def dispatch(self, action: Dispatch) -> None:
         assert self._prompt is not None, "tokens come before a place"
         self._placed = action
+        self._reservation = "kept" if action.is_reserved else ""
         self._attempts += 1
         if self._queue_s is None:
             self._queue_s = self._since_arrival_s()
@@ -100,6 +102,7 @@ class Relay:
     def reject(self, action: Reject) -> None:
         self._request_class = action.request_class
         self._class_reason = self._class_reason or action.reason
+        self._reservation = "made" if action.is_reserved else ""
         outcome = "failed" if self._attempts else "refused"
         detail = ErrorDetail(action.message, error_type(action.status), None, action.reason)
         self._end_with_error(action.status, detail, outcome, retry_headers(action.retry_after_s))
@@ -330,6 +333,7 @@ class Relay:
             budget_tpot_s=_finite(placed.budget.tpot_s) if placed is not None else None,
             budget_deadline_s=_finite(placed.budget.deadline_s) if placed is not None else None,
             budget_saved_s=placed.saved_s if placed is not None else 0.0,
+            reservation=self._reservation,
             predicted_ttft_s=placed.predicted_ttft_s if placed is not None else None,
             predicted_cached_tokens=placed.predicted_hit_tokens if placed is not None else 0,
             traceparent=order.traceparent,

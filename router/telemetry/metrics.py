@@ -5,6 +5,7 @@ Nothing here runs per token."""
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import time
 from collections.abc import Callable, Iterable
@@ -23,6 +24,7 @@ from prometheus_client.registry import Collector
 
 from engine.wire import Load
 from policies.request import CLASS_LABELS
+from policies.reservations import Counts
 from router.telemetry import tier_metrics
 from router.telemetry.receipts import Receipt
 from router.workers.fleet import Fleet, WorkerState
@@ -126,6 +128,19 @@ class Metrics:
 
     def _histogram(self, name: str, help_text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
         return Histogram(name, help_text, ["class", *labels], buckets=buckets, registry=self.registry)
+
+
+class Reservations(Collector):
+    """Rooms kept for refused clients, by what became of them; `made` counts all."""
+
+    def __init__(self, counts: Counts) -> None:
+        self._counts = counts
+
+    def collect(self) -> Iterable[Metric]:
+        family = CounterMetricFamily("headway_reservations", "Rooms kept by refusals", labels=["outcome"])
+        for field in dataclasses.fields(self._counts):
+            family.add_metric([field.name], getattr(self._counts, field.name))
+        yield family
 
 
 class GcPauses(Collector):

@@ -44,6 +44,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     budget_tpot_s: float | None = None
     budget_deadline_s: float | None = None
     budget_saved_s: float = 0.0  # of first token and deadline: what the task's earlier turns did not need
+    reservation: str = ""  # made by this refusal | kept: this one had been refused, and came back when it was told to
     predicted_ttft_s: float | None = None
     predicted_cached_tokens: int = 0
     weaker: str = ""  # what a foreign engine cannot promise; empty: our own worker

@@ -71,6 +71,7 @@ class ForwardRelay:
         self._limits, self._clock = services.limits, services.clock
         self._request_class = RequestClass.CHATBOT
         self._class_reason = ""
+        self._reservation = ""
         self._placed: Dispatch | None = None
         self._call: Call | None = None
         self._attempts = 0
@@ -103,6 +104,7 @@ class ForwardRelay:
 
     def dispatch(self, action: Dispatch) -> None:
         self._placed = action
+        self._reservation = "kept" if action.is_reserved else ""
         self._attempts += 1
         self._pending.clear()
         self._status, self._is_streaming = 0, False
@@ -117,6 +119,7 @@ class ForwardRelay:
     def reject(self, action: Reject) -> None:
         self._request_class = action.request_class
         self._class_reason = self._class_reason or action.reason
+        self._reservation = "made" if action.is_reserved else ""
         outcome = "failed" if self._attempts else "refused"
         detail = ErrorDetail(action.message, error_type(action.status), None, action.reason)
         self._end_with_error(action.status, detail, outcome, retry_headers(action.retry_after_s))
@@ -379,6 +382,7 @@ class ForwardRelay:
             budget_tpot_s=_finite(placed.budget.tpot_s) if placed is not None else None,
             budget_deadline_s=_finite(placed.budget.deadline_s) if placed is not None else None,
             budget_saved_s=placed.saved_s if placed is not None else 0.0,
+            reservation=self._reservation,
             traceparent=self._order.traceparent,
         )
 

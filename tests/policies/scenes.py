@@ -37,7 +37,9 @@ def request(
     number: int = 0, *, arrived: float = 0.0, tenant: Tenant = LOCAL, session: str = "", **facts: Any
 ) -> Request:
     """A streamed chat request without tools, changed by `facts`."""
-    outer = {name: facts.pop(name) for name in ("max_output", "declared_timeout_s", "model") if name in facts}
+    outer = {
+        name: facts.pop(name) for name in ("max_output", "declared_timeout_s", "model", "body_hash") if name in facts
+    }
     asked = Request(
         id=RequestId(f"r{number}"),
         tenant=tenant,

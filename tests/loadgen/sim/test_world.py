@@ -12,6 +12,8 @@ from loadgen.sim.script import Failure
 from loadgen.traces import Header, Row, Trace
 from policies import plugins
 from policies.builtin import BUILTINS, ENGINES
+from policies.limits import Limits
+from policies.reservations import Counts
 from tests.loadgen.sim.small import mix, world
 
 
@@ -54,6 +56,33 @@ def test_without_any_worker_clients_leave_when_their_patience_ends() -> None:
     ).run()
     # Refused after 95 % of its declared timeout, told to come back, and gone before that.
     assert [(record.outcome, record.end_s, record.attempts) for record in records] == [("refused", 6.0, 1)]
+
+
+def test_who_was_refused_and_obeys_finds_the_room_that_was_kept() -> None:
+    """Sixty agents within a second, four users, and room for a few: who was promised a place comes back to it."""
+    rows = tuple(
+        Row(
+            timestamp=20.0 * number,
+            session_id=f"s{number}",
+            request_class="background-agent",
+            user=f"u{number % 4}",
+            input_length=2_000,
+            output_length=20,
+        )
+        for number in range(60)
+    )
+
+    def served(share: float) -> tuple[int, Counts]:
+        limits = Limits(room_s=(2.0, 2.0, 2.0), reservation_share=share)
+        run = world(Trace(Header(block_size=16), rows), limits=limits, is_oracle=True)
+        return outcomes(run.run())["done"], run.reservations
+
+    done, counts = served(0.5)
+    assert done == 60
+    assert counts.made == counts.kept > 20
+    done, counts = served(0.0)
+    assert done < 50
+    assert counts.made == 0
 
 
 def test_a_session_goes_on_after_its_answer_and_stops_with_its_client() -> None:

@@ -56,6 +56,13 @@ def test_a_conversation_without_a_name_keeps_its_lineage() -> None:
     assert offered({}, chat("alone")).session == ""
 
 
+def test_a_question_without_a_session_is_known_again_by_its_body() -> None:
+    alone, again, other = (offered({}, chat(text)) for text in ("alone", "alone", "another"))
+    assert alone.body_hash == again.body_hash != other.body_hash
+    assert alone.body_hash
+    assert offered({"session-id": "k1"}, chat("alone")).body_hash == 0
+
+
 def test_codex_says_who_waits() -> None:
     headers = {"x-codex-turn-metadata": json.dumps(CODEX), "originator": "codex_exec"}
     facts = offered(headers, chat()).facts

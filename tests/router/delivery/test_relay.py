@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -201,6 +202,18 @@ def test_a_refusal_says_when_to_come_back_and_carries_its_class() -> None:
             assert answer.headers["x-headway-class"] == "chatbot+"
             assert answer.json()["error"]["code"] == "patience"
             assert d.receipts[0].outcome == "refused"
+
+    run(work())
+
+
+def test_a_receipt_tells_of_room_that_was_kept() -> None:
+    async def work() -> None:
+        async with desk() as d:
+            d.mind.refusal = replace(refusal(503, "patience"), is_reserved=True)
+            await d.client.post("/v1/chat/completions", json=chat())
+            d.mind.refusal = refusal(503, "patience")
+            await d.client.post("/v1/chat/completions", json=chat())
+            assert [receipt.reservation for receipt in d.receipts] == ["made", ""]
 
     run(work())
 

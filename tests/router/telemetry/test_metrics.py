@@ -7,7 +7,8 @@ import gc
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.wire import TierLoad
-from router.telemetry.metrics import GcPauses, Metrics
+from policies.reservations import Counts
+from router.telemetry.metrics import GcPauses, Metrics, Reservations
 from router.telemetry.receipts import Receipt
 from router.workers.fleet import Fleet
 from tests.router.frames import hello, load
@@ -85,6 +86,17 @@ def test_a_refused_request_has_an_end_and_no_first_token() -> None:
     assert seen["gen_ai_server_request_duration_seconds_count", "chatbot+"] == 1
     assert seen["gen_ai_server_time_to_first_token_seconds_count", "chatbot+"] == 0
     assert seen["headway_queue_seconds_count", "chatbot+"] == 0
+
+
+def test_reservations_are_read_when_scraped() -> None:
+    metrics, counts = Metrics(), Counts()
+    metrics.registry.register(Reservations(counts))
+    counts.made, counts.kept, counts.missed = 5, 3, 2
+
+    seen = samples(metrics)
+
+    outcomes = {name: seen["headway_reservations_total", name] for name in ("made", "kept", "missed", "early", "moved")}
+    assert outcomes == {"made": 5, "kept": 3, "missed": 2, "early": 0, "moved": 0}
 
 
 def test_workers_are_read_when_scraped() -> None:
