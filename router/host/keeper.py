@@ -1,14 +1,13 @@
 """The keeper: `headway serve` itself. Starts, watches and restarts router and workers of this host, and dies last.
 
-Owns their processes, the listening sockets (a restarted router misses no connection), the workers' shared KV memory and
-the private run directory. Never speaks HTTP, never loads a model: standard library only, so nothing takes it down."""
+Owns their processes, the listening sockets (a restarted router misses no connection) and the workers' shared KV memory.
+Never speaks HTTP, never loads a model: standard library only, so nothing takes it down."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import select
-import shutil
 import signal
 import socket
 import struct
@@ -22,6 +21,7 @@ from typing import Any
 
 from router.host.banner import ask_ready, banner
 from router.host.child import Child, ending
+from router.host.run_directory import run_directory
 
 BAD_SETTINGS = 2  # a child's exit code: it said in one sentence what cannot be had, and trying again will not help
 START_DEATHS_MAX = 3  # of one child before anything was ever ready: a wrong model or no memory, so say it and stop
@@ -82,7 +82,7 @@ class Keeper:
         with contextlib.ExitStack() as stack:
             wake = stack.enter_context(self._signals_to_a_socket())
             try:
-                run = stack.enter_context(_private_directory())
+                run = stack.enter_context(run_directory())
                 listen = stack.enter_context(_listen(self.plan.host, self.plan.port, "--port"))
                 admin = stack.enter_context(_listen("127.0.0.1", self.plan.admin_port, "--admin-port"))
                 asks, ask = os.pipe()
@@ -266,17 +266,6 @@ class Keeper:
 
 
 # The system -----------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _private_directory() -> Iterator[Path]:
-    """0700, gone at the end. Short on purpose: a Unix socket's path holds 104 bytes on macOS."""
-    base = os.environ.get("XDG_RUNTIME_DIR", "")
-    path = Path(tempfile.mkdtemp(prefix="headway-", dir=base if os.access(base, os.W_OK) else "/tmp"))
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager
