@@ -53,11 +53,11 @@ def read(body: bytes) -> ChatRequest:
 
 def turn(request: ChatRequest) -> Turn:
     """The Turn that a body asks for. Raises RequestError 400."""
-    media = Media(request.model)
+    media = Media(request.model or "")
     messages = tuple([_message(number, message, media) for number, message in enumerate(request.messages)])
     tools = tuple(request.tools or ()) if request.tool_choice != "none" else ()
     return Turn(
-        model=request.model,
+        model=request.model or "",
         sampling=sampling(request, (request.top_logprobs or 0) if request.logprobs else -1),
         max_tokens=request.max_completion_tokens or request.max_tokens,
         stop=stop_strings(request.stop),

@@ -53,7 +53,7 @@ def turn(request: CompletionRequest) -> Turn:
     prompt = _checked(request.prompt)
     logprobs = -1 if request.logprobs is None else request.logprobs
     return Turn(
-        model=request.model,
+        model=request.model or "",
         sampling=replace(sampling(request, logprobs), prompt_logprobs=request.echo and logprobs >= 0),
         max_tokens=request.max_tokens or DEFAULT_MAX_TOKENS,
         stop=stop_strings(request.stop),

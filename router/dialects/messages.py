@@ -43,14 +43,14 @@ def read(body: bytes) -> MessagesRequest:
 
 def turn(request: MessagesRequest) -> Turn:
     """The Turn that a body asks for. Raises RequestError 400."""
-    media = Media(request.model)
+    media = Media(request.model or "")
     messages = joined_system([*_system(request), *_conversation(request.messages, media)])
     may_call = bool(request.tools) and (request.tool_choice or {}).get("type") != "none"
     tools = [_tool(tool) for tool in request.tools or () if tool.input_schema is not None] if may_call else []
     grammar = _grammar(request.output_config)
     left = len(request.tools or ()) - len(tools) if may_call else 0
     return Turn(
-        model=request.model,
+        model=request.model or "",
         sampling=Sampling(
             temperature=1.0 if request.temperature is None else request.temperature,
             top_p=1.0 if request.top_p is None else request.top_p,

@@ -47,7 +47,7 @@ def read(body: bytes) -> ResponsesRequest:
 
 def turn(request: ResponsesRequest) -> Turn:
     """The Turn that a body asks for. Raises RequestError 400."""
-    media = Media(request.model)
+    media = Media(request.model or "")
     offered = request.tools or () if request.tool_choice != "none" else ()
     tools = tuple(_tool(tool) for tool in offered if tool.get("type") == "function")
     grammar = _grammar(request.text)
@@ -57,7 +57,7 @@ def turn(request: ResponsesRequest) -> Turn:
     if left := len(offered) - len(tools):
         notices.append(f"tools not run here: {left}")
     return Turn(
-        model=request.model,
+        model=request.model or "",
         sampling=msgspec.structs.replace(wanted, grammar_kind=grammar.kind, grammar=grammar.source)
         if grammar is not ANY_TEXT
         else wanted,

@@ -80,7 +80,7 @@ class ChatMessage(Struct):
 class Common(Struct, kw_only=True):
     """What several dialects share."""
 
-    model: Annotated[str, Meta(max_length=256)] = ""
+    model: Annotated[str, Meta(max_length=256)] | None = None  # of the catalogue; none: the one that is served
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_tokens: Positive | None = None

@@ -317,6 +317,8 @@ class HttpConnection(asyncio.Protocol):
             raise RequestError(400, "Host, Transfer-Encoding and keys may be sent once.")
         if b"upgrade" in fields:
             raise RequestError(400, "Upgrade is not supported.")
+        if fields.get(b"content-encoding", b"identity") != b"identity":
+            raise RequestError(415, "Bodies are taken as they are: send it uncompressed, without Content-Encoding.")
         path, _, query = self._target.partition(b"?")
         method = self._parser.get_method().decode("ascii")
         return Head(method, path.decode("ascii"), query, fields, version == "1.1")

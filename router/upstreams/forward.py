@@ -71,7 +71,7 @@ class Forward:
     def _relay(self, request_id: RequestId, exchange: Exchange, caller: Caller) -> ForwardRelay:
         desk = self._desk
         seen = peek.look(exchange.body)
-        view = desk.catalogue.seen_by(caller.models).find(seen.peek.model)
+        view = desk.catalogue.seen_by(caller.models).find(seen.peek.model or "")
         if not desk.services.upstreams.has_route(view.name, self._path):
             words = f"No upstream of this model has {self._path}; add it to `routes` in [[upstreams]] if one does."
             raise RequestError(501, words, code="route_not_served")

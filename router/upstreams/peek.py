@@ -43,7 +43,7 @@ class PeekMessage(Struct):
 class Peek(Struct):
     """The fields of all dialects that say what kind of work this is."""
 
-    model: str = ""
+    model: str | None = None
     stream: bool | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None

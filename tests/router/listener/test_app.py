@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import string
 from typing import Any
@@ -191,6 +192,34 @@ def test_a_class_that_does_not_exist_is_a_400() -> None:
             answer = await d.client.post("/v1/chat/completions", json=chat(), headers={"x-headway-class": "urgent"})
             assert answer.status_code == 400
             assert answer.json()["error"]["param"] == "x-headway-class"
+
+    run(work())
+
+
+def test_a_model_that_is_null_is_one_that_is_not_named() -> None:
+    async def work() -> None:
+        bodies = {"/v1/chat/completions": chat(), "/v1/messages": chat(max_tokens=3), "/v1/responses": {"input": "hi"}}
+        for path, body in {**bodies, "/v1/completions": {"prompt": "hi"}}.items():
+            for named in ({}, {"model": None}, {"model": ""}):
+                async with desk() as d:
+                    asked = {name: value for name, value in body.items() if name != "model"} | named
+                    answering = asyncio.create_task(d.client.post(path, json=asked))
+                    speak("abc")(await d.fleet.next())
+                    answer = await answering
+                    assert (answer.status_code, answer.json()["model"]) == (200, "tiny")
+
+    run(work())
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/nowhere"])
+def test_a_compressed_body_is_refused_with_what_to_do(path: str) -> None:
+    async def work() -> None:
+        async with desk() as d:
+            packed = gzip.compress(json.dumps(chat()).encode())
+            answer = await d.client.post(path, content=packed, headers={"content-encoding": "gzip"})
+            assert answer.status_code == 415
+            assert "uncompressed, without Content-Encoding" in answer.json()["error"]["message"]
+            assert not d.mind.offered
 
     run(work())
 

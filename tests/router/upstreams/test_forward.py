@@ -95,6 +95,15 @@ def test_a_declared_window_classes_a_passed_request_and_travels_as_it_came(windo
     run(work())
 
 
+def test_a_model_that_is_null_is_one_that_is_not_named() -> None:
+    async def work() -> None:
+        async with Scripted(models=("there",)) as one, upstream_desk(at(one)) as d:
+            answer = await d.client.post("/v1/chat/completions", json=chat(model=None))
+            assert (answer.status_code, one.asked[0].json()["model"]) == (200, "there")
+
+    run(work())
+
+
 @pytest.mark.parametrize("step", [1, 3, 7])
 def test_events_that_come_in_pieces_are_passed_on_whole(step: int) -> None:
     whole = delta("ä") + b": comment\n\n" + delta("\n\n[DONE]") + delta('"error"', "stop") + DONE
