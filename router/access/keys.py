@@ -144,8 +144,9 @@ def _contradictions(file: KeyFile) -> Iterator[str]:
 
 def add(path: Path, name: str, changes: dict[str, object], models: tuple[str, ...], today: str) -> str:
     """Make a key for a tenant, who is made or changed with it, and return the key. Raises KeysError."""
-    if not re.fullmatch(NAME, name):
-        raise KeysError("a tenant's name is 1 to 64 letters, digits and ._@- and begins with a letter or digit")
+    for what, given in (("a tenant", name), ("an organisation", changes.get("organisation", name))):
+        if not re.fullmatch(NAME, str(given)):
+            raise KeysError(f"{what}'s name is 1 to 64 letters, digits and ._@- and begins with a letter or digit")
     key = KEY_PREFIX + secrets.token_urlsafe(SECRET_BYTES)
     with _changing(path) as file:
         known = msgspec.to_builtins(file.tenants[name]) if name in file.tenants else {"organisation": name}

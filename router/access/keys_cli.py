@@ -25,15 +25,39 @@ examples:
 The keys file holds digests alone. A running router follows it within a second. Bounds belong to the tenant: giving
 one again changes it for all of the tenant's keys."""
 
+
+def _more_than_zero(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is no number above 0")
+    return value
+
+
+def _one_or_more(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is no whole number above 0")
+    return int(text)
+
+
+def _class(text: str) -> str:
+    if text not in CLASS_NAMES:
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is none of {', '.join(CLASS_NAMES)}")
+    return text
+
+
+METAVARS = {str: "NAME", _class: "CLASS"}
 BOUNDS = {  # flag -> (field of TenantRow, type, help)
     "organisation": ("organisation", str, "whose KV cache it shares; default: the tenant alone"),
     "salt-domain": ("salt_domain", str, "who shares the KV cache, where it is not the organisation"),
-    "class": ("most_urgent", str, f"the most urgent class it may have: {', '.join(CLASS_NAMES)}"),
-    "weight": ("weight", float, "of its fair share inside a class; default 1"),
-    "requests-per-min": ("requests_per_min", float, "then 429"),
-    "concurrency": ("concurrency", int, "requests at one time; then 429"),
-    "tokens-per-month": ("tokens_per_month", float, "prompt and output; then 429 until the month ends (UTC)"),
-    "gpu-seconds-per-month": ("gpu_s_per_month", float, "likewise"),
+    "class": ("most_urgent", _class, f"the most urgent class it may have: {', '.join(CLASS_NAMES)}"),
+    "weight": ("weight", _more_than_zero, "of its fair share inside a class; default 1"),
+    "requests-per-min": ("requests_per_min", _more_than_zero, "then 429"),
+    "concurrency": ("concurrency", _one_or_more, "requests at one time; then 429"),
+    "tokens-per-month": ("tokens_per_month", _more_than_zero, "prompt and output; then 429 until the month ends (UTC)"),
+    "gpu-seconds-per-month": ("gpu_s_per_month", _more_than_zero, "likewise"),
 }
 
 
@@ -50,7 +74,7 @@ def add_to(commands: Any, default_file: Callable[[], Path | None]) -> None:
     add.add_argument("tenant", help="who pays; made if new")
     add.add_argument("--model", action="append", default=[], metavar="PATTERN", help="the key is good for these alone")
     for flag, (field, kind, text) in BOUNDS.items():
-        add.add_argument(f"--{flag}", dest=field, type=kind, help=text)
+        add.add_argument(f"--{flag}", dest=field, type=kind, metavar=METAVARS.get(kind, "NUMBER"), help=text)
     listing = verbs.add_parser("list", help="tenants and the ids of their keys")
     revoke = verbs.add_parser("revoke", help="forget a key")
     revoke.add_argument("id", help="as `list` shows it, or its beginning")

@@ -388,11 +388,15 @@ def test_a_bad_bound_is_explained_and_makes_no_key(
     monkeypatch.setenv("HEADWAY_SERVER_KEYS_FILE", str(tmp_path / "keys.json"))
     monkeypatch.chdir(tmp_path)
 
-    assert main(["keys", "add", "bob", "--weight", "-1"]) == 1
-    assert main(["keys", "add", "bob", "--class", "king"]) == 1
+    bad = ("--weight=-1", "--class=king", "--tokens-per-month=many", "--concurrency=0.5", "--requests-per-min=nan")
+    for flag in bad:
+        with pytest.raises(SystemExit, match="2"):
+            main(["keys", "add", "bob", flag])
+        assert f"argument {flag.partition('=')[0]}: " in capsys.readouterr().err
+    assert main(["keys", "add", "bob", "--organisation", "a b"]) == 1
 
     assert not (tmp_path / "keys.json").exists()
-    assert "most_urgent must be one of" in capsys.readouterr().err
+    assert "an organisation's name is 1 to 64 letters" in capsys.readouterr().err
 
 
 def test_who_can_be_reached_by_others_needs_keys_to_start(
