@@ -138,12 +138,14 @@ def _explained(make: Callable[[], T]) -> T:
 
 def _tell(arguments: argparse.Namespace) -> int:
     from engine import tell
-    from engine.wire import SetPolicy, UpdateWeights
+    from engine.wire import Control, SetPolicy, Sleep, UpdateWeights, Wake
 
+    order: Control = SetPolicy(1, arguments.policy)
     if arguments.weights:
-        tell.tell(arguments.socket, UpdateWeights(1, str(Path(arguments.weights).resolve()), arguments.version))
-    else:
-        tell.tell(arguments.socket, SetPolicy(1, arguments.policy))
+        order = UpdateWeights(1, str(Path(arguments.weights).resolve()), arguments.version)
+    elif arguments.sleep or arguments.wake:
+        order = Sleep(1, arguments.sleep) if arguments.sleep else Wake(1)
+    tell.tell(arguments.socket, order)
     return 0
 
 
@@ -207,15 +209,18 @@ def _parser() -> argparse.ArgumentParser:
     convert.set_defaults(command=_convert_command)
     tell = commands.add_parser(
         "tell",
-        help="change a running worker: its weights or its step policy",
+        help="change a running worker: its weights, its step policy, or put it to sleep",
         description="Returns when it is done. With other weights, answers that run go on behind their tokens, KV of "
-        "the old weights is void, and every frame says the version that its tokens were computed by.",
+        "the old weights is void, and every frame says the version that its tokens were computed by. A worker that "
+        "sleeps gives memory back and computes nothing; its KV stays in the host pool.",
         epilog="Example: python -m engine tell --socket /tmp/w0.sock --weights ./step-200 --version 200",
     )
     tell.add_argument("--socket", required=True, help="the worker's Unix socket")
     what = tell.add_mutually_exclusive_group(required=True)
     what.add_argument("--weights", default="", help="a Hugging Face folder of the same shape")
     what.add_argument("--policy", default="", help="a built-in step policy, or module:attribute")
+    what.add_argument("--sleep", type=int, choices=(1, 2), help="give back its KV memory (1), its weights as well (2)")
+    what.add_argument("--wake", action="store_true", help="load what sleep gave back, and go on")
     tell.add_argument("--version", type=int, default=1, help="of these weights, as frames will say it (1)")
     tell.set_defaults(command=_tell)
     fake = commands.add_parser(

@@ -1,4 +1,4 @@
-"""Orders about the worker itself: other weights, another policy. Loading has a thread; the change falls between steps.
+"""Orders about the worker itself: other weights, another policy, sleep. Loads in a thread; changes fall between steps.
 
 Owns what the worker computes by: weights version, root, policy. Never touches a sequence: the scheduler renews them."""
 
@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,8 +18,9 @@ from engine.kv.keys import ChainKey
 from engine.loading import manifest
 from engine.models.config import ModelError
 from engine.scheduling.scheduler import Scheduler
-from engine.step import ModelFacts, Renewable, Runner
-from engine.wire import Hello, SetPolicy, Told, UpdateWeights
+from engine.step import DROPS_WEIGHTS, ModelFacts, Renewable, Runner, Sleeper
+from engine.wire import Control as Order
+from engine.wire import Hello, SetPolicy, Sleep, Told, UpdateWeights, Wake
 from policies import plugins
 
 log = logging.getLogger(__name__)
@@ -28,7 +30,7 @@ LOADING_MAX = 1  # each holds a second set of weights in memory
 
 class _Loading(NamedTuple):
     link: int
-    order: UpdateWeights
+    order: UpdateWeights | Wake
     renewal: Future[Callable[[], None]]
 
 
@@ -45,26 +47,54 @@ class Control:
         self._told: list[tuple[int, Told]] = []
         self._identity: tuple[str, ChainKey] | None = None  # digest and root, once they are not those of the start
         self.weights_version = 0
+        self.asleep = 0  # the level; 0: awake
 
     def introduce(self, hello: Hello) -> Hello:
         """The hello as of now."""
+        hello = replace(hello, asleep=self.asleep)
         if self._identity is None:
             return hello
         digest, root = self._identity
         return replace(hello, model_digest=digest, root=root, weights_version=self.weights_version)
 
-    def begin(self, link: int, order: UpdateWeights | SetPolicy) -> None:
+    def begin(self, link: int, order: Order, now: float) -> None:
         """Carry out, now or when it is loaded."""
         if isinstance(order, SetPolicy):
-            self._told.append((link, Told(order.request, self._set_policy(order.ref))))
-        elif not isinstance(self._runner, Renewable):
-            self._told.append((link, Told(order.request, "this runner cannot change its weights; restart the worker")))
+            error = self._set_policy(order.ref)
+        elif isinstance(order, Wake) and not self.asleep:
+            error = ""
         elif len(self._loading) >= LOADING_MAX:
-            self._told.append((link, Told(order.request, "other weights are being loaded; ask again when they are")))
+            error = "weights are being loaded; ask again when they are"
+        elif isinstance(order, Sleep):
+            error = self._sleep(order.level, now)
+        elif not (load := self._loader(order)):
+            error = "this runner cannot change its weights; restart the worker"
+        elif self.asleep and isinstance(order, UpdateWeights):
+            error = "the worker is asleep; wake it first"
         else:
-            renewal = self._thread.submit(self._runner.prepare, Path(order.folder))
+            renewal = self._thread.submit(load)
             renewal.add_done_callback(lambda _: self._wake())
             self._loading.append(_Loading(link, order, renewal))
+            return
+        self._told.append((link, Told(order.request, error)))
+
+    def _loader(self, order: UpdateWeights | Wake) -> Callable[[], Callable[[], None]] | None:
+        """What loads, in any thread; None where the runner cannot."""
+        if isinstance(order, Wake):
+            return self._runner.wake if isinstance(self._runner, Sleeper) else None
+        return partial(self._runner.prepare, Path(order.folder)) if isinstance(self._runner, Renewable) else None
+
+    def _sleep(self, level: int, now: float) -> str:
+        if not isinstance(self._runner, Sleeper):
+            return "this runner cannot sleep; stop the worker to free its memory"
+        if not 1 <= level <= DROPS_WEIGHTS:
+            return f"a worker sleeps at level 1 (its KV goes) or {DROPS_WEIGHTS} (its weights as well)"
+        if level > self.asleep:
+            self._scheduler.sleep(now)
+            self._runner.sleep(level)
+            self.asleep = level
+            log.info("asleep at level %d", level)
+        return ""
 
     def done(self, now: float) -> list[tuple[int, Told]]:
         """Answers by link, and the changes that they tell of."""
@@ -75,18 +105,26 @@ class Control:
         return told
 
     def _renew(self, loading: _Loading, now: float) -> str:
-        order, folder = loading.order, Path(loading.order.folder)
         try:
             renew = loading.renewal.result()
         except ModelError as error:
             return str(error)
         renew()
+        if isinstance(loading.order, Wake):
+            self._scheduler.wake()
+            self.asleep = 0
+            log.info("awake again")
+        else:
+            self._identify(loading.order, now)
+        return ""
+
+    def _identify(self, order: UpdateWeights, now: float) -> None:
+        folder = Path(order.folder)
         digest = manifest.digest_of(folder)
         root = keys.root(digest, weights_version=order.version, kv_dtype=self._kv_dtype)
         self._scheduler.renew(root, now)
         self._identity, self.weights_version = (digest, root), order.version
         log.info("weights are of version %d now, from %s", order.version, folder)
-        return ""
 
     def _set_policy(self, ref: str) -> str:
         try:

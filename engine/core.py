@@ -25,7 +25,8 @@ from engine.scheduling.outcome import Outcome
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.speculate import Speculator
 from engine.step import Runner
-from engine.wire import Abort, Drain, End, Hello, Hint, SetPolicy, StepFrame, StepModelParts, Submit, UpdateWeights
+from engine.wire import Abort, Drain, End, Hello, Hint, StepFrame, StepModelParts, Submit
+from engine.wire import Control as ControlOrder
 from policies.costs import StepFit, StepModel
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class Order:
     """A router's message, with the local time at which it was read."""
 
     link: int
-    message: Submit | Abort | Hint | Drain | UpdateWeights | SetPolicy
+    message: Submit | Abort | Hint | Drain | ControlOrder
     read_at: float
     grammar: Grammar | None = None  # of a submit that asks for one, compiled where it was read
     refused: End | None = None  # or why it could not be
@@ -162,6 +163,7 @@ class Core:
         """Take orders, compute one step if there is one, tell the links."""
         news = News([self._obey(command) for command in self._inbox.take(self._wait_s)])
         for link, told in self._control.done(self._clock()):
+            self._told_at = self._clock() - HEARTBEAT_S  # all links hear at once what has changed
             if outbox := self._links.get(link):
                 outbox.tell(told)
         self._end_drain(news)
@@ -174,13 +176,16 @@ class Core:
             self._tell(news, now)
         if has_stepped:
             self._wait_s = 0.0
-        elif self._scheduler.is_idle:
-            self._scheduler.check_idle()
+        elif self._scheduler.is_idle or self._control.asleep:
+            if self._scheduler.is_idle:
+                self._scheduler.check_idle()
             self._wait_s = max(0.0, self._told_at + HEARTBEAT_S - now)
         else:
             self._wait_s = BLOCKED_WAIT_S
 
     def _step(self, news: News) -> bool:
+        if self._control.asleep:
+            return False
         started = self._clock()
         full = frozenset(link for link, outbox in self._links.items() if outbox.is_full)
         step = self._scheduler.launch(self._fit.model, started, full)
@@ -223,19 +228,20 @@ class Core:
             case Order(link, Submit(), refused=End() as refused):
                 return Outcome(ends=[(link, refused)])
             case Order(link, Submit() as submit, read_at, grammar):
-                if self._drain_until is None:
+                if self._drain_until is None and not self._control.asleep:
                     return self._scheduler.submit(link, submit, read_at, grammar)
-                return Outcome(ends=[(link, End(submit.handle, "refused", 0, 0, "the worker is draining"))])
+                state = "asleep" if self._control.asleep else "draining"
+                return Outcome(ends=[(link, End(submit.handle, "refused", 0, 0, f"the worker is {state}"))])
             case Order(link, Abort(handle), _):
                 return self._scheduler.abort(link, handle, now)
             case Order(link, Hint() as hint, _):
                 return Outcome(acks=self._scheduler.hints.obey(link, hint, self._fit.model, now))
-            case Order(link, (UpdateWeights() | SetPolicy()) as control, _):
-                self._control.begin(link, control)
             case Order(_, Drain(grace_s), read_at):
                 until = read_at + grace_s
                 self._drain_until = until if self._drain_until is None else min(self._drain_until, until)
                 log.info("draining, %.0f s at most", grace_s)
+            case Order(link, control) if isinstance(control, ControlOrder):
+                self._control.begin(link, control, now)
         return Outcome()
 
     def _end_drain(self, news: News) -> None:
@@ -246,8 +252,9 @@ class Core:
         """One frame a link: its own sequences' tokens and ends, and what all links may know."""
         self._told_at = now
         load = self._scheduler.load(now, self._step_s, self._steps)
-        if self._energy:
-            load = replace(load, joules=self._energy.read(now))
+        if self._energy or self._control.asleep:
+            joules = self._energy.read(now) if self._energy else []
+            load = replace(load, joules=joules, asleep=self._control.asleep)
         stored, evicted = self._tiers.take_events()
         for link, outbox in self._links.items():
             handles = [handle for o in news.outcomes for handle in o.handles.get(link, ())]

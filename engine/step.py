@@ -49,6 +49,9 @@ class Score(NamedTuple):
     top: tuple[float, ...]
 
 
+DROPS_WEIGHTS = 2  # from this level of sleep on; below it the device's KV alone is let go
+
+
 @dataclass(frozen=True, slots=True)
 class StepBatch:
     """Rows of all sequences of a step, one sequence after the other, decodes (one row) and chunks alike."""
@@ -120,6 +123,17 @@ class Renewable(Protocol):
     def prepare(self, folder: Path) -> Callable[[], None]:
         """Load other weights of the same shape, in any thread; calling the result, between two steps, puts them in
         place. Raises ModelError."""
+
+
+@runtime_checkable
+class Sleeper(Protocol):
+    """A runner that can give its memory back and take it again. Between the two, no step and no copy of a block."""
+
+    def sleep(self, level: int) -> None:
+        """Let go of KV memory, and from level 2 on of the weights. Between two steps; a deeper sleep may follow."""
+
+    def wake(self) -> Callable[[], None]:
+        """Load what was let go, in any thread; calling the result puts it in place. Raises ModelError."""
 
 
 class Runner(Protocol):

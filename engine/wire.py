@@ -60,6 +60,7 @@ class Hello(Message, frozen=True, tag="hello"):
     cached: bytes
     nonce: bytes  # on TCP the router proves the shared secret over this
     weights_version: int = 0  # as the last UpdateWeights said
+    asleep: int = 0  # as the last Sleep said; 0: awake
 
 
 class TierLoad(Message, frozen=True):
@@ -94,6 +95,7 @@ class Load(Message, frozen=True):
     tiers: TierLoad = TierLoad()
     repairs: int = 0  # times that the worker found its block accounts wrong and started its cache over
     joules: list[float] = []  # since it started, attributed: by class, then idle; empty where nothing counts them
+    asleep: int = 0  # at which level; 0: awake
 
 
 class Start(Message, frozen=True):
@@ -253,6 +255,20 @@ class SetPolicy(Message, frozen=True, tag="set_policy"):
     ref: str
 
 
+class Sleep(Message, frozen=True, tag="sleep"):
+    """Give memory back: at level 1 the device's KV, at level 2 the weights as well. What was written through to the
+    pool stays there; who runs waits, and goes on behind its tokens after Wake. Answered by Told."""
+
+    request: int
+    level: int
+
+
+class Wake(Message, frozen=True, tag="wake"):
+    """End a Sleep. Answered by Told, once steps can be computed."""
+
+    request: int
+
+
 class Told(Message, frozen=True, tag="told"):
     """The worker's answer to an order about itself; `error` is empty when it was done."""
 
@@ -260,9 +276,9 @@ class Told(Message, frozen=True, tag="told"):
     error: str = ""
 
 
-Control = UpdateWeights | SetPolicy
+Control = UpdateWeights | SetPolicy | Sleep | Wake
 FromWorker = Hello | StepFrame | Told
-FromRouter = Welcome | Submit | Abort | Hint | Drain | UpdateWeights | SetPolicy
+FromRouter = Welcome | Submit | Abort | Hint | Drain | Control
 
 _encoder = msgspec.msgpack.Encoder()
 _from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)

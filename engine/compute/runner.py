@@ -18,7 +18,7 @@ from engine.loading import manifest, room, weights
 from engine.models.config import ELSEWHERE, ModelConfig, ModelError, read
 from engine.models.decoder import Decoder
 from engine.models.pages import SPARE_BLOCKS, KVPool
-from engine.step import Int64, KVMemory, Score, StepBatch, StepResult
+from engine.step import DROPS_WEIGHTS, Int64, KVMemory, Score, StepBatch, StepResult
 
 SCORED_ROWS = 128  # of prompts at a time: 25 MB of logits for a vocabulary of 49,152
 
@@ -44,6 +44,14 @@ def _refuse_what_does_not_fit(folder: Path, config: RunnerConfig) -> None:
         raise ModelError(f"{folder} needs {sizes}, and {left}; lower --kv-bytes, or {ELSEWHERE}")
 
 
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Where weights came from."""
+
+    folder: Path
+    digest: str
+
+
 class TorchRunner:
     """engine.step.Runner on one torch device."""
 
@@ -53,7 +61,9 @@ class TorchRunner:
         if blocks < 1:
             needed = (SPARE_BLOCKS + 1) * block_bytes
             raise ModelError(f"kv_bytes = {config.kv_bytes} holds no KV block: one and its spares take {needed} bytes")
-        self._decoder, self._device = decoder, torch.device(config.device)
+        self._decoder: Decoder | None = decoder  # None: asleep without weights
+        self._model, self._config, self._device = decoder.config, config, torch.device(config.device)
+        self._source: _Source | None = None  # to load the weights from again; None: they were made, not loaded
         self._pool = KVPool(decoder.config, blocks, config.block_tokens, config.dtype, self._device)
 
     @classmethod
@@ -62,19 +72,53 @@ class TorchRunner:
         manifest.verify(folder)
         _refuse_what_does_not_fit(folder, config)
         with torch.inference_mode():
-            return cls(weights.load(folder, config.dtype, torch.device(config.device)), config)
+            runner = cls(weights.load(folder, config.dtype, torch.device(config.device)), config)
+        runner._source = _Source(folder, manifest.digest_of(folder))
+        return runner
 
     def prepare(self, folder: Path) -> Callable[[], None]:
         """engine.step.Renewable. Both sets of weights are in memory until the old one is let go."""
-        with torch.inference_mode():
-            decoder = weights.load(folder, self._pool.memory.dtype, self._device)
-        if decoder.config != self.model:
-            raise ModelError(f"{folder} holds a model of another shape than the one that is served")
+        decoder, source = self._load(folder), _Source(folder, manifest.digest_of(folder))
 
         def renew() -> None:
-            self._decoder = decoder
+            self._decoder, self._source = decoder, source
 
         return renew
+
+    def _load(self, folder: Path) -> Decoder:
+        with torch.inference_mode():
+            decoder = weights.load(folder, self._config.dtype, self._device)
+        if decoder.config != self.model:
+            raise ModelError(f"{folder} holds a model of another shape than the one that is served")
+        return decoder
+
+    def _load_again(self, source: _Source) -> Decoder:
+        folder = source.folder
+        if not folder.is_dir() or manifest.digest_of(folder) != source.digest:
+            raise ModelError(f"{folder} does not hold the weights any more that were served; restart the worker")
+        manifest.verify(folder)
+        _refuse_what_does_not_fit(folder, self._config)
+        return self._load(folder)
+
+    def sleep(self, level: int) -> None:
+        """engine.step.Sleeper. glibc is asked to return what is free: it keeps pieces below 32 MiB for itself else."""
+        self._pool.close()
+        if level >= DROPS_WEIGHTS and self._source is not None:
+            self._decoder = None
+        room.give_back()
+
+    def wake(self) -> Callable[[], None]:
+        """engine.step.Sleeper. Weights come from the converted folder, which is verified as at a start."""
+        decoder, source = self._decoder, self._source
+        if decoder is None:
+            assert source is not None, "weights without a folder are kept"
+            decoder = self._load_again(source)
+
+        def rise() -> None:
+            self._decoder = decoder
+            self._pool.open()
+
+        return rise
 
     @property
     def blocks_total(self) -> int:
@@ -94,7 +138,7 @@ class TorchRunner:
     @property
     def model(self) -> ModelConfig:
         """The model's shape: context_max, vocab_size, eos_ids."""
-        return self._decoder.config
+        return self._model
 
     # Hot: once per step. Python and small ops together about 4 ms a step on CPU, bench/engine_cpu.py.
     def run(self, batch: StepBatch) -> StepResult:
@@ -123,7 +167,7 @@ class TorchRunner:
         """Hidden states as computed, and where each row of the batch is among them."""
         pages = self._pool.plan(batch)
         ids = self._tensor(batch.ids[pages.order])
-        hidden = self._decoder.forward(ids, self._tensor(batch.positions[pages.order]), pages)
+        hidden = self._awake.forward(ids, self._tensor(batch.positions[pages.order]), pages)
         computed_at = np.empty(len(pages.order), np.int64)
         computed_at[pages.order] = np.arange(len(pages.order))
         return hidden, computed_at
@@ -133,14 +177,19 @@ class TorchRunner:
         for start in range(0, len(batch.scored_rows), SCORED_ROWS):
             piece = slice(start, start + SCORED_ROWS)
             rows = self._tensor(computed_at[batch.scored_rows[piece]])
-            plain = self._decoder.logits(hidden[rows]).log_softmax(-1)
+            plain = self._awake.logits(hidden[rows]).log_softmax(-1)
             told = zip(plain, batch.scored_ids[piece].tolist(), batch.scored_tops[piece].tolist(), strict=True)
             yield from (sampling.score(row, token, count) for row, token, count in told)
 
     def _sampled_logits(self, batch: StepBatch, hidden: Tensor, computed_at: Int64) -> Tensor:
         if not len(batch.sample_rows):  # a step of chunks none of which ends its prompt
             return hidden.new_empty((0, self.model.vocab_size), dtype=torch.float32)
-        return self._decoder.logits(hidden[self._tensor(computed_at[batch.sample_rows])])
+        return self._awake.logits(hidden[self._tensor(computed_at[batch.sample_rows])])
+
+    @property
+    def _awake(self) -> Decoder:
+        assert self._decoder is not None, "no step is computed while the runner sleeps"
+        return self._decoder
 
     def _tensor(self, numbers: np.typing.NDArray[np.integer]) -> Tensor:
         return torch.from_numpy(numbers.astype(np.int64)).to(self._device)

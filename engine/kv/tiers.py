@@ -45,6 +45,7 @@ class Tiers:
             self._block_bytes = memory.block_bytes
             self._copies = Copies(trie, memory, host, disk, hands or Hands(), limits=limits)
         self._block_s = [self._block_bytes / rate for rate in FIRST_BYTES_PER_S]
+        self.is_asleep = False  # the device has no memory: nothing is brought up
 
     # Copies, if there are any ----------------------------------------------------------------------------------------
 
@@ -134,7 +135,7 @@ class Tiers:
         now: float,
     ) -> Restore | None:
         """Have what was found below copied to the device, as far as that is quicker than computing it; else None."""
-        if self._copies is None or not below:
+        if self._copies is None or self.is_asleep or not below:
             return None
         coming = self._copies.coming(below[0].content.key)
         if coming is not None:

@@ -73,13 +73,17 @@ class KVPool:
     def __init__(self, config: ModelConfig, blocks: int, block_tokens: int, dtype: torch.dtype, device: torch.device):
         self.blocks, self.block_tokens = blocks, block_tokens
         self._kv_heads, self._layers = config.kv_heads, config.layers
-        shape = (blocks + SPARE_BLOCKS, config.layers, 2, config.kv_heads, block_tokens, config.head_dim)
-        self.memory = torch.zeros(shape, dtype=dtype, device=device)
+        self._shape = (blocks + SPARE_BLOCKS, config.layers, 2, config.kv_heads, block_tokens, config.head_dim)
+        self.memory = torch.zeros(self._shape, dtype=dtype, device=device)
+        self.block_bytes = self.memory[0].nbytes  # KV of one block over all layers: contiguous
 
-    @property
-    def block_bytes(self) -> int:
-        """KV of one block over all layers: contiguous."""
-        return self.memory[0].nbytes
+    def close(self) -> None:
+        """Give the memory back. No block may be touched until `open`."""
+        self.memory = self.memory.new_empty(0)
+
+    def open(self) -> None:
+        """Have it again, with nothing in it."""
+        self.memory = self.memory.new_zeros(self._shape)
 
     def save(self, block: int, into: Bytes) -> None:
         """Copy a block out, as engine.step.KVMemory wants it."""

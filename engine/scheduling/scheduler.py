@@ -225,13 +225,27 @@ class Scheduler:
 
     def renew(self, root: ChainKey, now: float) -> None:
         """The weights are others: all KV is void. Who runs keeps its tokens and computes their KV anew."""
+        self._park_all(now)
+        self._trie.root_key = root
+        self._trie.reset(self._tiers.held)
+
+    def sleep(self, now: float) -> None:
+        """The device's KV goes, once what is being written through lies in the pool. Who runs waits for `wake`."""
+        self._park_all(now)
+        self._tiers.wait(now)
+        self._trie.reset(())
+        self._tiers.is_asleep = True
+
+    def wake(self) -> None:
+        """The device's memory is there again: who was parked goes on, as far as the pool has it without computing."""
+        self._tiers.is_asleep = False
+
+    def _park_all(self, now: float) -> None:
         for sequence in self._table.at(np.flatnonzero(self._table.is_used)):
             sequence.parks += 1
             self._holdings.drop(sequence, now)
             self._table.remove(sequence)
             self._waiting.add(sequence)
-        self._trie.root_key = root
-        self._trie.reset(self._tiers.held)
 
     def obey(self, policy: EnginePolicy) -> None:
         """Plan and keep by another policy from the next step on."""

@@ -183,6 +183,7 @@ class _Fleet(Collector):
         yield _total("headway_record_dropped_events", "Events beyond a full recording", self._dropped_events())
         workers = self._fleet.workers
         yield _by_worker("headway_worker_up", "1 while the worker is connected", workers, _is_up)
+        yield _by_worker("headway_worker_asleep", "Level of its sleep; 0: awake", workers, _asleep)
         yield _by_worker("headway_worker_running", "Sequences that it computes", workers, _load("running"))
         yield _by_worker("headway_worker_waiting", "Sequences queued in it", workers, _load("waiting"))
         yield _by_worker("headway_worker_blocks_free", "KV blocks nobody uses", workers, _load("blocks_free"))
@@ -212,6 +213,10 @@ def energy(loads: Iterable[tuple[str, Load]]) -> Metric:
 
 def _is_up(state: WorkerState) -> float:
     return float(state.link is not None)
+
+
+def _asleep(state: WorkerState) -> float:
+    return float(state.asleep)
 
 
 def _load(field: str) -> Callable[[WorkerState], float | None]:

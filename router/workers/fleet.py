@@ -95,6 +95,12 @@ class WorkerState:
     losses: int = 0
     stalled_at: float | None = None  # ejected for a stall, and not back yet
 
+    @property
+    def asleep(self) -> int:
+        """The level at which it sleeps, as it said when it was dialled last; 0: awake, or away."""
+        link = self.dialled
+        return link.hello.asleep if link is not None and link.hello is not None else 0
+
 
 def no_keeper(name: str, distrusted: int) -> None:
     """Stands where nobody can restart a worker."""
@@ -230,7 +236,13 @@ class Fleet:
         other = self._models.get(hello.model)
         if other is not None and other.workers and not _is_same(other, hello):
             raise WireError(f"{state.name} serves another {hello.model!r} than {', '.join(other.workers)}")
-        state.link, state.hello, state.stalled_at = link, hello, None
+        state.hello, state.stalled_at = hello, None
+        if hello.asleep:  # its link stays, to hear when it wakes; the mind knows of none
+            state.lost_reason = f"asleep at level {hello.asleep}, until `python -m engine tell --wake`"
+            self._models = _models(self._workers)
+            log.info("worker %s is %s", state.name, state.lost_reason)
+            return
+        state.link = link
         self._models = _models(self._workers)
         assert link.step_model is not None, "a link is up after hello"
         state.step_model = link.step_model
@@ -254,7 +266,7 @@ class Fleet:
         state = self._workers[link.worker]
         is_news, state.lost_reason = reason != state.lost_reason, reason
         if state.link is not link:  # it never was up
-            if is_news:  # and is dialled for ever: once is enough
+            if is_news and not state.asleep:  # and is dialled for ever: once is enough
                 log.warning("worker %s cannot be taken in: %s", state.name, reason)
             return
         state.link = None

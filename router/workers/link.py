@@ -234,6 +234,9 @@ class Link(asyncio.Protocol):
             self.eject("its weights are others: it introduces itself anew")
             return
         load = frame.load
+        if self.hello is not None and load.asleep != self.hello.asleep:
+            self.eject("it went to sleep" if load.asleep else "it woke: it introduces itself anew")
+            return
         self._heard_at = self._clock()
         if self.load is None or load.steps != self.load.steps:
             self._progress_at = self._heard_at

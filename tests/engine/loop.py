@@ -78,11 +78,7 @@ class Loop:
         """Until all have ended, and nothing is left behind."""
         for _ in range(steps_max):
             self.core.turn()
-            while frame := self._outbox.take():
-                if isinstance(frame, StepFrame):
-                    self._take(frame)
-                elif isinstance(frame, Told):
-                    self.told.append(frame)
+            self._read()
             if self._later and sum(len(heard.ids) for heard in self.heard.values()) >= self._later[0]:
                 order, self._later = self._later[1], None
                 self._begin(order)
@@ -98,8 +94,13 @@ class Loop:
             return
         self._begin(order)
         self.core.turn()
+        self._read()
+
+    def _read(self) -> None:
         while message := self._outbox.take():
-            if isinstance(message, Told):
+            if isinstance(message, StepFrame):
+                self._take(message)
+            elif isinstance(message, Told):
                 self.told.append(message)
 
     def _begin(self, order: Control) -> None:

@@ -1,19 +1,23 @@
-"""Orders about the worker itself: other weights between two steps, and another policy."""
+"""Orders about the worker itself: other weights between two steps, another policy, sleep and wake."""
 
 from __future__ import annotations
 
+import shutil
 from concurrent.futures import wait
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from engine.compute.runner import RunnerConfig, TorchRunner
 from engine.kv import keys
 from engine.step import ModelFacts
-from engine.wire import Sampling, SetPolicy, UpdateWeights
+from engine.wire import Hint, HintAction, Sampling, SetPolicy, Sleep, UpdateWeights, Wake
 from tests.engine import tiny
 from tests.engine.loop import Loop
+from tests.engine.rig import order
+from tests.engine.test_equivalence import rig_of
 
 SIZE = 4
 FACTS = ModelFacts("tiny", "digest", "cpu", "float32", 211, 512, (5,))
@@ -105,8 +109,102 @@ def test_one_set_of_weights_is_loaded_at_a_time(folders: tuple[Path, Path, Path]
     loop = Loop(runner(old), FACTS, SIZE)
     control = loop.core._control
     for number in (1, 2):
-        control.begin(1, UpdateWeights(number, str(new), number))
+        control.begin(1, UpdateWeights(number, str(new), number), 0.0)
     wait([control._loading[0].renewal], timeout=60)
 
     assert [(told.request, bool(told.error)) for _, told in control.done(0.0)] == [(2, True), (1, False)]
     assert control.weights_version == 1
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_who_runs_waits_while_the_worker_sleeps_and_goes_on_behind_its_tokens(
+    folders: tuple[Path, Path, Path], level: int
+) -> None:
+    old, *_ = folders
+    loop = Loop(runner(old), FACTS, SIZE)
+    heard = loop.submit(PROMPT, WANTED)
+    loop.tell(Sleep(1, level), after_tokens=20)
+    with pytest.raises(AssertionError, match="no end within"):
+        loop.run(steps_max=40)
+
+    slept = len(heard.ids)
+    assert 20 <= slept < 60
+    assert loop.attach().asleep == level
+    loop.tell(Wake(2))
+    loop.run()
+
+    assert heard.ids == Loop(runner(old), FACTS, SIZE).ask(PROMPT, WANTED).ids
+    assert [(told.request, told.error) for told in loop.told] == [(1, ""), (2, "")]
+    assert loop.attach().asleep == 0
+
+
+def test_a_worker_that_sleeps_takes_nothing_and_touches_no_memory(folders: tuple[Path, Path, Path]) -> None:
+    old, new, _ = folders
+    loop = Loop(runner(old), FACTS, SIZE)
+    loop.tell(Sleep(1, 2))
+    refused = loop.ask(PROMPT, WANTED)
+    loop.tell(UpdateWeights(2, str(new), 7))
+    loop.tell(Sleep(3, 3))
+
+    assert refused.end is not None
+    assert (refused.end.reason, refused.end.message) == ("refused", "the worker is asleep")
+    errors = [told.error for told in loop.told]
+    assert errors[0] == ""
+    assert "wake it first" in errors[1]
+    assert "level 1" in errors[2]
+
+
+def test_a_hint_cannot_bring_blocks_to_a_device_that_sleeps(folders: tuple[Path, Path, Path]) -> None:
+    """They lie in the pool: `prefetch` is answered by nothing, and works again after waking."""
+    rig = rig_of(folders[0])
+    rig.submit(order(1, np.arange(20, 50, dtype=np.int32), session="s"))
+    rig.run()
+    rig.scheduler.sleep(rig.now)
+    rig.runner.sleep(1)
+    hint = Hint("m", [HintAction("a", "prefetch", b"", "s")])
+
+    assert [ack.status for _, ack in rig.scheduler.hints.obey(1, hint, rig.speed, rig.now)] == ["nothing"]
+    rig.runner.wake()()
+    rig.scheduler.wake()
+    assert rig.scheduler.hints.obey(1, hint, rig.speed, rig.now) == []
+    rig.tiers.wait(rig.now)
+    assert [ack.status for _, ack in rig.scheduler.hints.arrived()] == ["done"]
+
+
+def test_a_worker_whose_weights_are_gone_from_the_disk_stays_asleep_and_says_so(
+    folders: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(folders[0], folder)
+    loop = Loop(runner(folder), FACTS, SIZE)
+    loop.tell(Sleep(1, 2))
+    shutil.rmtree(folder)
+    loop.tell(Wake(2))
+    assert "does not hold the weights any more" in loop.told[-1].error
+    shutil.copytree(folders[1], folder)
+    loop.tell(Wake(3))
+    assert "does not hold the weights any more" in loop.told[-1].error
+
+    shutil.rmtree(folder)
+    shutil.copytree(folders[0], folder)
+    loop.tell(Wake(4))
+    assert loop.told[-1].error == ""
+    assert loop.ask(PROMPT, WANTED).ids == Loop(runner(folders[0]), FACTS, SIZE).ask(PROMPT, WANTED).ids
+
+
+def test_memory_is_really_given_back(folders: tuple[Path, Path, Path]) -> None:
+    """64 MiB of KV, written once so that they are pages."""
+    sleeper = TorchRunner.load(folders[0], RunnerConfig(block_tokens=SIZE, kv_bytes=64 * 2**20))
+    with torch.inference_mode():
+        sleeper._pool.memory.fill_(1.0)
+    before = resident_bytes()
+    sleeper.sleep(1)
+    assert before - resident_bytes() > 60 * 2**20
+    sleeper.wake()()
+    assert sleeper._pool.memory.count_nonzero() == 0
+
+
+def resident_bytes() -> int:
+    """Of this process, without files and shared memory."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("RssAnon:")[1].split()[0])

@@ -151,6 +151,24 @@ def test_parked_and_back(tiny_llama: Path, sampling: Sampling, cold: Cold) -> No
     assert rig.tokens[1] == cold[0]
 
 
+@pytest.mark.parametrize("level", [1, 2], ids=["kv", "weights"])
+def test_slept_and_woke(tiny_llama: Path, sampling: Sampling, cold: Cold, level: int) -> None:
+    """In mid-answer the device's KV goes, and the weights; the answer goes on behind its tokens, from the pool."""
+    rig = rig_of(tiny_llama)
+    ask(rig, 1, sampling)
+    while len(rig.tokens.get(1, [])) < 13:
+        rig.step()
+    rig.scheduler.sleep(rig.now)
+    rig.runner.sleep(level)
+    assert rig.trie.counts().free == rig.trie.blocks_total
+    rig.runner.wake()()
+    rig.scheduler.wake()
+    rig.run()
+    assert rig.tiers.load().restored_host == 72 // SIZE
+    assert rig.tokens[1] == cold[0]
+    assert kv_of(rig, cold[0])[:15] == cold[1][:15]
+
+
 def test_restored_from_the_host_pool(tiny_llama: Path, sampling: Sampling, cold: Cold) -> None:
     rig = rig_of(tiny_llama, blocks=40)
     assert answer(rig, 1, sampling) == cold[0]

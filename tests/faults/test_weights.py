@@ -34,3 +34,46 @@ def test_streams_go_on_through_a_change_of_weights(tmp_path: Path, model_folder:
             assert "its weights are others" in (tmp_path / "router.log").read_text()
 
     asyncio.run(scene())
+
+
+def test_a_stream_outlives_its_only_workers_sleep(tmp_path: Path, model_folder: Path) -> None:
+    engine = ("engine", "worker", "--model", str(model_folder))
+
+    async def scene() -> None:
+        async with house(tmp_path, model_folder, names=("w0",), engine=engine) as built:
+
+            async def tell(*order: str) -> None:
+                command = ("-m", "engine", "tell", "--socket", str(tmp_path / "w0.sock"), *order)
+                process = await asyncio.create_subprocess_exec(sys.executable, *command)
+                assert await asyncio.wait_for(process.wait(), DEADLINE_S) == 0
+
+            stream = await built.ask("Count from one to fifty.", tokens=60).until(lambda seen: len(seen.text) > 0)
+            await tell("--sleep", "2")
+            await built.until(lambda seen: seen["w0"]["asleep"] == 2)
+            said, resident = len(stream.text), resident_bytes(built.workers["w0"].pid)
+            shown = (await built.admin.get("/workers")).json()[0]
+            metrics = (await built.admin.get("/metrics")).text
+            ready = (await built.client.get("/readyz")).status_code
+            is_running = not stream.finish_reason
+            await tell("--wake")
+            await built.until_up(1)
+            woken = resident_bytes(built.workers["w0"].pid)
+            await stream.end()
+            after = await built.ask("Count from one to fifty.", tokens=60).end()
+
+            assert is_running
+            assert (shown["is_up"], ready) == (False, 503)
+            assert "asleep at level 2" in shown["lost_reason"]
+            assert 'headway_worker_asleep{worker="w0"} 2.0' in metrics
+            assert woken - resident > 500 * 2**20  # the weights are 538 MB; KV is touched as it is used
+            assert (stream.errors, stream.is_done, stream.finish_reason) == ([], True, "length")
+            assert said < len(stream.text)
+            assert stream.text == after.text
+
+    asyncio.run(scene())
+
+
+def resident_bytes(process: int) -> int:
+    """Without files and shared memory."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return 1024 * int(status.split("RssAnon:")[1].split()[0])

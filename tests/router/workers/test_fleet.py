@@ -254,3 +254,27 @@ def test_a_worker_that_stays_stalled_is_named_to_the_keeper(tmp_path: Path) -> N
         await server.wait_closed()
 
     asyncio.run(scene())
+
+
+def test_a_worker_that_sleeps_is_linked_and_said_but_never_placed_on() -> None:
+    fleet, watcher = fleet_of_two()
+    state = fleet.workers[0]
+    link, pipe = linked(fleet, 0, hello())
+    link.data_received(encode(step(load=load(asleep=2))))
+    assert pipe.is_closing()
+    assert [type(event) for event in watcher.events] == [WorkerUp, WorkerLost]
+
+    state.dialled, pipe = linked(fleet, 0, hello(asleep=2))
+    assert not pipe.is_closing()
+    assert (state.asleep, state.link) == (2, None)
+    assert "asleep at level 2" in state.lost_reason
+    assert fleet.models()["tiny"].workers == ()
+    assert not fleet.is_ready()
+    assert len(watcher.events) == 2
+    with pytest.raises(LinkLost, match="lost"):
+        fleet.submit(W0, A, submit(), Heard())
+
+    state.dialled.data_received(encode(step(load=load(asleep=0))))
+    assert pipe.is_closing()
+    linked(fleet, 0, hello())
+    assert type(watcher.events[-1]) is WorkerUp
