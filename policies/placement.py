@@ -125,7 +125,8 @@ class Scene(NamedTuple):
             near = (score <= score[slot] * (1.0 + weights.near)).nonzero()[0]
             chosen = slot if len(near) == 1 else _rendezvous(job, fleet.worker[near], near)
             return (self.forecast(chosen, job, fleet, now, is_feasible=True),)
-        slot = int(np.where(self.serves, self.ttft_s, np.inf).argmin())
+        # One that has no room would keep it waiting while another could begin.
+        slot = int(np.where(able if able.any() else self.serves, self.ttft_s, np.inf).argmin())
         return (self.forecast(slot, job, fleet, now, is_feasible=False),) if self.serves[slot] else ()
 
     def _passing(

@@ -147,6 +147,14 @@ def test_kv_that_does_not_fit_is_not_feasible() -> None:
     assert best(fleet, job(tokens=100, output=50.0)).has_room
 
 
+def test_who_is_late_everywhere_goes_where_there_is_room_not_where_it_would_be_soonest() -> None:
+    fleet = fleet_of()
+    busy(fleet, 0, running=2, blocks_free=10)
+    busy(fleet, 1, running=2, waiting_uncached_tokens=20_000)
+    forecast = best(fleet, job(tokens=4_000, ttft_s=0.01))
+    assert (forecast.worker, forecast.has_room, forecast.is_feasible) == (1, True, False)
+
+
 def test_unequal_workers_are_judged_by_their_own_models() -> None:
     slow = replace(STEP_MODEL, row_s=20 * STEP_MODEL.row_s, floor_s=10 * STEP_MODEL.floor_s)
     assert best(fleet_of(slow, STEP_MODEL), job(tokens=4_000)).worker == 1
