@@ -152,10 +152,10 @@ class Dispatcher:
         classified = self._trust.policy("classify", now).classify(request, self._sessions.view(request, now), now)
         self._sessions.note(request, classified, now)
         cls = classified.request_class
-        live = Live(request, classified, State.QUEUED, leaves_at=math.inf)
+        live = Live(request, classified, State.QUEUED, leaves_at=request.arrived + self._patience_s(request, cls, now))
         live.is_reserved = self._room.reservations.claim(request, cls, now)
         is_continuing = self._sessions.is_continuing(request, now)
-        if refusal := self._refusals.at_door(live, len(self._live), is_continuing=is_continuing):
+        if refusal := self._refusals.at_door(live, len(self._live), now, is_continuing=is_continuing):
             self._reject(live, refusal, now, actions)
             return
         place = self._intake.offer(request, cls)
@@ -163,7 +163,6 @@ class Dispatcher:
             message = "Too many requests of this class wait to be tokenised."
             self._reject(live, Refuse(429, "tokenise-queue-full", message, 1.0), now, actions)
             return
-        live.leaves_at = request.arrived + self._patience_s(request, cls, now)
         self._live[request.id] = live
         self._patience.watch(live)
         if place is Place.NOW:
@@ -201,8 +200,8 @@ class Dispatcher:
         self._pump.run(now, actions)
 
     def _on_worker_lost(self, event: WorkerLost, now: float, actions: list[Action]) -> None:
-        del now, actions  # its requests come as Failed or Gone, each by the router's judgement
-        self.fleet.lost(event.worker)
+        del actions  # its requests come as Failed or Gone, each by the router's judgement
+        self.fleet.lost(event.worker, now)
 
     def _on_fault(self, event: PolicyFault, now: float, actions: list[Action]) -> None:
         del actions

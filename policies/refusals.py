@@ -26,11 +26,14 @@ class Refusals:
         flow = QueueFlow(self._limits, self._room, self._fleet, is_next=False)
         return flow.drain_s(live.request.model, live.classified.request_class)
 
-    def at_door(self, live: Live, live_count: int, *, is_continuing: bool) -> Refuse | None:
+    def at_door(self, live: Live, live_count: int, now: float, *, is_continuing: bool) -> Refuse | None:
         """No, before anything costly is done."""
         if live_count >= self._limits.requests_max:
             return Refuse(503, "too-many-requests", "The server holds as many requests as it can.", 1.0)
         model, cls = live.request.model, live.classified.request_class
+        # An outage is expected to last as long again as it has: who will have left by then is told now.
+        if (away_s := self._fleet.away_s(model, now)) > live.leaves_at - now:
+            return Refuse(503, "no-worker", f"No worker of this model has answered for {away_s:.0f} s.", away_s)
         flow = QueueFlow(self._limits, self._room, self._fleet, is_next=False)
         if not (live.is_reserved or flow.has_space_for(model, cls, 0.0, is_known=is_continuing)):
             return room_is_full(flow.drain_s(model, cls))

@@ -51,6 +51,7 @@ class Fleet:
         self._ledgers: dict[WorkerId, Ledger] = {}
         self._slots: list[Ledger | None] = []
         self._profiles: dict[str, StepModel] = {}  # as measured by the fastest worker of each model when it came up
+        self._away_since: dict[str, float] = {}  # when the last worker of a model was lost
         self._blocks: dict[str, int] = {}
         self._serving: dict[str, Bools] = {}
         self._table: Floats = np.zeros((0, HEIGHT))  # a row a slot, so that publishing packs one row
@@ -81,7 +82,8 @@ class Fleet:
 
     def up(self, event: WorkerUp, now: float) -> bool:
         """A worker joins, or comes back with what it has cached. False: there are too many."""
-        self.lost(event.worker)
+        self.lost(event.worker, now)
+        self._away_since.pop(event.model, None)
         slot = next((slot for slot, ledger in enumerate(self._slots) if ledger is None), len(self._slots))
         if slot >= self._limits.workers_max:
             return False
@@ -99,7 +101,7 @@ class Fleet:
         self._measure(event.model, event.step_model)
         return True
 
-    def lost(self, worker: WorkerId) -> None:
+    def lost(self, worker: WorkerId, now: float) -> None:
         """A worker and all that it held are gone. Charges to it can still be released; that changes nothing."""
         ledger = self._ledgers.pop(worker, None)
         if ledger is not None:
@@ -107,6 +109,8 @@ class Fleet:
             self.silent_after[ledger.slot] = math.inf
             self.index.remove_worker(ledger.slot)
             self._survey()
+            if not self.count(ledger.model_name):
+                self._away_since[ledger.model_name] = now
 
     def report(self, worker: WorkerId, load: WorkerLoad, model: StepModel | None, now: float) -> None:
         """A frame's common part. `publish` follows once its other news is booked."""
@@ -155,6 +159,10 @@ class Fleet:
         """Live workers of `model`."""
         serving = self._serving.get(model)
         return int(np.count_nonzero(serving)) if serving is not None else 0
+
+    def away_s(self, model: str, now: float) -> float:
+        """How long no worker of `model` has been there; 0 while one is, or before the first."""
+        return now - self._away_since.get(model, now)
 
     def block_tokens(self, model: str) -> int:
         """Block size of `model`'s workers, also while all are away; 0 if there never was one."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+from collections import Counter
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
@@ -84,10 +85,15 @@ class Upstream(Struct, frozen=True, forbid_unknown_fields=True):
     name: str = ""  # for people; empty: host and port
     key_env: str = ""  # the variable that holds its key; it goes to this upstream alone
     models: dict[str, str] = field(default_factory=dict)  # name here to name there; empty: what it lists
-    # Further paths that it has, such as /v1/embeddings.
-    routes: tuple[str, ...] = ("/v1/chat/completions", "/v1/completions")
+    # Which of our routes it has; not set: those that its /openapi.json lists, else chat and completions.
+    routes: tuple[str, ...] | None = None
     priority: str = ""  # vllm | sglang: send the class as `priority`, in that engine's polarity; empty: do not
     concurrency: Count = 256  # requests there at one time; beyond it they wait here, in the order of their budgets
+
+    @property
+    def shown_name(self) -> str:
+        """What people read in x-headway-worker, receipts and metrics."""
+        return self.name or self.url.partition("://")[2].partition("/")[0]
 
 
 class KV(Struct, frozen=True, forbid_unknown_fields=True):
@@ -202,6 +208,9 @@ def contradictions(config: Config) -> list[tuple[str, ...]]:
     if (endpoint := config.telemetry.otlp_endpoint) and not is_web_url(endpoint):
         found.append(("telemetry.otlp_endpoint", f"{endpoint!r:.80} must be http://HOST:PORT/PATH or https://..."))
     found += [("upstreams", why) for upstream in config.upstreams if (why := _unusable(upstream))]
+    names = Counter(upstream.shown_name for upstream in config.upstreams)
+    twice = (name for name, count in names.items() if count > 1)
+    found += [("upstreams", f"two are called {name}; set `name`, or remove one") for name in twice]
     if len(config.upstreams) > UPSTREAMS_MAX:
         found.append(("upstreams", f"must be {UPSTREAMS_MAX} at most"))
     words = (
@@ -219,7 +228,7 @@ def _unusable(upstream: Upstream) -> str:
         return f"{upstream.url!r} must be http://HOST:PORT or https://HOST:PORT"
     if upstream.priority not in PRIORITIES:
         return f"priority must be one of {', '.join(PRIORITIES)}, or empty"
-    if unknown := sorted(set(upstream.routes) - FORWARDED_ROUTES):
+    if unknown := sorted(set(upstream.routes or ()) - FORWARDED_ROUTES):
         return f"routes: {unknown[0]!r} is none of {', '.join(sorted(FORWARDED_ROUTES))}"
     return ""
 

@@ -11,6 +11,7 @@ import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,8 @@ def load(
         values[tuple(key.split("."))] = _Value(value, flag)
     config = _build(leaves, values, problems)
     if not problems:
-        found = (fault for check in (contradictions, absent, *checks) for fault in check(config))
+        every: list[Check] = [contradictions, absent, partial(_keyless, env), *checks]
+        found = (fault for check in every for fault in check(config))
         problems += [Problem(_where(values, keys), keys[0], why) for *keys, why in found]
     if problems:
         raise ConfigError(problems)
@@ -95,6 +97,13 @@ def absent(config: Config) -> Iterator[tuple[str, str]]:
     for key, path in (("record.path", config.record.path), ("receipts.path", config.receipts.path)):
         if path and not os.access(Path(path).expanduser().absolute().parent, os.W_OK):
             yield key, f"no file can be made at {path}"
+
+
+def _keyless(env: Mapping[str, str], config: Config) -> Iterator[tuple[str, str]]:
+    """Upstreams whose key is in no variable: each of their answers would be 401."""
+    for upstream in config.upstreams:
+        if upstream.key_env and not env.get(upstream.key_env):
+            yield "upstreams", f"{upstream.shown_name}: key_env names {upstream.key_env}, which is not set"
 
 
 def _unservable(model: str) -> str:

@@ -21,7 +21,7 @@ from engine.kv.keys import ChainKey
 from policies.costs import StepModel
 from policies.events import WorkerLoad, WorkerLost, WorkerReport, WorkerUp
 from policies.request import RequestId, WorkerId
-from router.settings.config import Upstream
+from router.settings.config import FORWARDED_ROUTES, Upstream
 from router.upstreams.http1 import Call, Listener, Origin, Pool
 from router.upstreams.loads import Load, read_load
 from router.upstreams.peek import BLOCK_CHARS, CHARS_A_TOKEN, ROOT
@@ -34,11 +34,18 @@ CHECK_S = 1.0  # health and load of each upstream are asked so often ...
 CHECK_TIMEOUT_S = 3.0
 FAILURES_MAX = 3  # ... and so many bad answers in a row make it ill; a failed dial of a request counts as one
 MODELS_MAX = 32  # of one upstream
+USUAL_ROUTES = frozenset(("/v1/chat/completions", "/v1/completions"))
 BLOCK_TOKENS = BLOCK_CHARS // CHARS_A_TOKEN
 BLOCKS = 1 << 24  # nobody tells how much KV there is: room is judged by requests
 CONTEXT_MAX = 1 << 30  # our estimate of a prompt must refuse nobody; the upstream counts its own tokens
 # Nobody measured this one (version 0), so the mind places by LMetric, which has no unit: (uncached tokens) x (batch).
 PRIOR = StepModel(0.010, 2e-5, 0.001, 5e-9, 5e-10, 2e-5)
+
+
+class _Described(Struct):
+    """An OpenAPI document, as vLLM and SGLang have one."""
+
+    paths: dict[str, msgspec.Raw]
 
 
 class _ListedModel(Struct):
@@ -70,6 +77,7 @@ class UpstreamState:
     origin: Origin
     key: str
     served: dict[str, Served] = field(default_factory=dict)
+    routes: frozenset[str] = USUAL_ROUTES
     load: Load | None = None  # None: it does not say
     is_well: bool = False
     failures: int = 0
@@ -79,7 +87,7 @@ class UpstreamState:
 
     @property
     def name(self) -> str:
-        return self.config.name or self.origin.authority
+        return self.config.shown_name
 
     @property
     def prefix(self) -> str:
@@ -152,8 +160,8 @@ class Upstreams:
 
     def has_route(self, model: str, path: str) -> bool:
         """Whether all upstreams of a model have a route: the mind places by model alone."""
-        configs = [state.config for state in self.states if model in state.served]
-        return bool(configs) and all(path in config.routes for config in configs)
+        states = [state for state in self.states if model in state.served]
+        return bool(states) and all(path in state.routes for state in states)
 
     def name(self, worker: WorkerId) -> str:
         """For people."""
@@ -219,6 +227,8 @@ class Upstreams:
         except (httpx.HTTPError, msgspec.DecodeError, UnicodeDecodeError, RecursionError, OSError) as error:
             self._failed(state, str(error) or type(error).__name__)
             return
+        if not state.is_well:
+            state.routes = await _routes(state.config, client, url, headers)
         with contextlib.suppress(httpx.HTTPError, OSError):  # an engine without metrics is counted by our own calls
             metrics = await client.get(f"{url}/metrics", headers=headers)
             state.load = read_load(metrics.content) if metrics.status_code == 200 else None
@@ -276,3 +286,15 @@ class Upstreams:
         told = WorkerLoad(load.running, load.waiting, 0, math.floor(free), 0, 0, 0.0)
         if served.is_up:
             self._watcher.worker_report(WorkerReport(served.id, told, first_tokens, finished))
+
+
+async def _routes(config: Upstream, client: httpx.AsyncClient, url: str, headers: Mapping[str, str]) -> frozenset[str]:
+    """What an upstream has of our routes: as configured, as it describes itself, or what every such server has."""
+    if config.routes is not None:
+        return frozenset(config.routes)
+    try:
+        answer = await client.get(f"{url}/openapi.json", headers=headers)
+        described = msgspec.json.decode(answer.content, type=_Described)
+    except (httpx.HTTPError, msgspec.DecodeError, UnicodeDecodeError, RecursionError, OSError):
+        return USUAL_ROUTES
+    return FORWARDED_ROUTES & described.paths.keys() or USUAL_ROUTES

@@ -25,7 +25,7 @@ from router.telemetry.receipts import Receipt
 from router.upstreams.fleet import Upstreams
 from router.upstreams.http1 import Call
 from router.upstreams.peek import PRIORITIES, Seen
-from router.upstreams.replies import BUSY, Told, figures, said_wrong, told
+from router.upstreams.replies import BUSY, Told, ending, figures, said_wrong, told
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +81,7 @@ class ForwardRelay:
         self._pending = bytearray()  # of an event that is not whole yet, or of a reply that is no stream
         self._events = 0
         self._told = Told()  # tokens, where the upstream says them
+        self._reason = "stop"  # unless the upstream says another
         self._has_ended_well = False
         self._queue_s: float | None = None
         self._ttft_s: float | None = None
@@ -199,7 +200,9 @@ class ForwardRelay:
             return
         if b'"usage"' in events:
             self._told = figures(events, self._told)
-        if any(ending in b"\n" + events for ending in self._order.endings):
+        if b'_reason":"' in events or b'_reason": "' in events or b'"incomplete"' in events:
+            self._reason = ending(events) or self._reason
+        if any(last in b"\n" + events for last in self._order.endings):
             self._finish_stream(events)
             return
         self._open(events)
@@ -241,7 +244,7 @@ class ForwardRelay:
 
     def _whole(self) -> None:
         body = bytes(self._pending)
-        self._told = figures(body, self._told)
+        self._told, self._reason = figures(body, self._told), ending(body) or "stop"
         self._has_ended_well = True
         self._begin_answer()
         headers = [(b"content-type", self._content_type), *self._headers()]
@@ -278,7 +281,7 @@ class ForwardRelay:
         self._call = None
         if not is_heard:
             self._mind.gone(self._order.request.id)
-        self._settle("finished", 200, "stop")
+        self._settle("finished", 200, self._reason)
 
     def _release(self, fault: str) -> None:
         """The call is over, and its answer is not whole."""

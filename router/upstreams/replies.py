@@ -4,6 +4,7 @@ Owns the reading of usage and errors in all dialects. Never passes an upstream's
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -17,6 +18,11 @@ DISJOINT = ("cache_read_input_tokens", "cache_creation_input_tokens")  # beside 
 OURS = ErrorDetail(
     "The upstream refused the router's own key: its key_env is not set, or wrong.", "server_error", None, "upstream_key"
 )
+
+
+REASON = re.compile(rb'"(?:finish|stop)_reason": ?"([a-z_]{1,40})"')
+REASONS = {b"length": "length", b"max_tokens": "length", b"tool_calls": "calls", b"tool_use": "calls"}
+UNFINISHED = re.compile(rb'"status": ?"incomplete"')  # a response's
 
 
 class Told(NamedTuple):
@@ -47,6 +53,13 @@ def figures(data: bytes, before: Told) -> Told:
         said = _number(usage.get("output_tokens")) if said is None else said
         output = output if said is None else said
     return Told(prompt, cached, output)
+
+
+def ending(data: bytes) -> str | None:
+    """Why the answer ended, in a receipt's words; None where nothing is said of it."""
+    if (found := REASON.search(data)) is not None:
+        return REASONS.get(found[1], "stop")
+    return "length" if UNFINISHED.search(data) is not None else None
 
 
 def said_wrong(data: bytes) -> str | None:

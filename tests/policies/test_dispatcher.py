@@ -191,6 +191,21 @@ def test_a_prompt_beyond_every_context_is_refused_for_ever() -> None:
     assert "resulted in 200000 tokens" in refusal.message
 
 
+def test_an_outage_longer_than_a_clients_patience_is_told_at_once() -> None:
+    mind = dispatcher(workers=1)
+    mind.handle(WorkerLost(WorkerId(0), "killed"), 10.0)
+
+    early = mind.handle(Offered(request(1, arrived=20.0)), 20.0)
+    late = mind.handle(Offered(request(2, arrived=45.0)), 45.0)
+    patient = mind.handle(Offered(request(3, arrived=45.0, service_tier="batch")), 45.0)
+
+    assert rejected(early) == rejected(patient) == []
+    (refusal,) = rejected(late)
+    assert (refusal.status, refusal.reason) == (503, "no-worker")
+    assert refusal.retry_after_s is not None
+    assert refusal.retry_after_s >= 1.0
+
+
 def test_a_client_that_leaves_has_its_attempt_cancelled() -> None:
     mind = dispatcher(workers=1)
     offer(mind, request())

@@ -129,7 +129,7 @@ def test_a_lost_worker_frees_its_slot_and_its_prefixes() -> None:
     fleet, keys = fleet_of(2), chain("a", 5)
     asked = job(keys=keys)
     charge = fleet.charge(asked, replace_worker(forecast(fleet, asked), 0), 0.0)
-    fleet.lost(W0)
+    fleet.lost(W0, 1.0)
     fleet.release(charge, has_started=False)  # late news of a lost worker changes nothing
     fleet.up(up(7), 1.0)
     assert fleet.worker.tolist() == [7, 1]
@@ -166,8 +166,8 @@ def test_the_fastest_worker_is_the_profile_also_while_it_is_away() -> None:
     fleet, slow = fleet_of(1), replace(STEP_MODEL, row_s=1.0)
     fleet.up(up(1, step_model=slow), 0.0)
     assert fleet.profile("m") == STEP_MODEL
-    fleet.lost(W0)
-    fleet.lost(WorkerId(1))
+    fleet.lost(W0, 1.0)
+    fleet.lost(WorkerId(1), 2.0)
     assert fleet.profile("m") is not None
     assert fleet.block_tokens("m") == 64
     assert fleet.count("m") == 0

@@ -196,7 +196,9 @@ def test_an_endpoint_for_traces_is_a_url(tmp_path: Path, endpoint: str) -> None:
         ('[{"url": "http://gpu1", "priority": "best"}]', "priority must be one of"),
         ('[{"url": "http://gpu1", "routes": ["/admin"]}]', "routes: '/admin' is none of"),
         ('[{"url": "http://gpu1", "key": "secret"}]', "unknown field `key`"),
-        (json.dumps([{"url": "http://gpu1"}] * 65), "must be 64 at most"),
+        (json.dumps([{"url": f"http://gpu{n}"} for n in range(65)]), "must be 64 at most"),
+        ('[{"url": "http://gpu1"}, {"url": "http://gpu1/v1"}]', "two are called gpu1; set `name`, or remove one"),
+        ('[{"url": "http://gpu1", "key_env": "GPU1_KEY"}]', "gpu1: key_env names GPU1_KEY, which is not set"),
     ],
 )
 def test_upstreams_that_cannot_be_used_are_named(upstreams: str, why: str) -> None:
@@ -204,6 +206,13 @@ def test_upstreams_that_cannot_be_used_are_named(upstreams: str, why: str) -> No
 
     assert problem.startswith("HEADWAY_UPSTREAMS: upstreams: ")
     assert why in problem
+
+
+def test_one_server_may_be_two_upstreams_of_two_names_and_keys() -> None:
+    both = [{"url": "http://gpu1", "name": name, "key_env": name.upper()} for name in ("a", "b")]
+    env = {"HEADWAY_UPSTREAMS": json.dumps(both), "A": "sk-a", "B": "sk-b"}
+
+    assert [upstream.shown_name for upstream in load(None, env, {}).upstreams] == ["a", "b"]
 
 
 @pytest.mark.parametrize("key", ["model.calls", "model.thoughts", "model.on_media", "workers.device"])

@@ -105,6 +105,7 @@ class Scripted:
         self.answer = answer
         self.models = models
         self.metrics: bytes | None = None
+        self.paths: tuple[str, ...] | None = None  # that its /openapi.json lists; None: it has none
         self.is_well = True
         self.asked: list[Asked] = []
         self.connections = 0
@@ -148,6 +149,9 @@ class Scripted:
         if asked.path.endswith("/v1/models"):
             listed = [{"id": name, "max_model_len": 4096} for name in self.models]
             await asked.reply(json.dumps({"data": listed}).encode(), b"200 OK" if self.is_well else b"500 Oh")
+        elif asked.path.endswith("/openapi.json"):
+            found = json.dumps({"paths": {path: {} for path in self.paths or ()}}).encode()
+            await asked.reply(found, b"200 OK" if self.paths is not None else b"404 No")
         elif asked.path.endswith("/metrics"):
             await asked.reply(self.metrics or b"", b"200 OK" if self.metrics is not None else b"404 No", b"text/plain")
         else:

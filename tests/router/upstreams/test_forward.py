@@ -104,6 +104,44 @@ def test_a_model_that_is_null_is_one_that_is_not_named() -> None:
     run(work())
 
 
+@pytest.mark.parametrize(
+    ("path", "last", "reason"),
+    [
+        ("/v1/chat/completions", delta("c", "length") + DONE, "length"),
+        ("/v1/chat/completions", delta("c", "tool_calls") + DONE, "calls"),
+        (
+            "/v1/messages",
+            b'data: {"delta":{"stop_reason":"max_tokens"}}\n\nevent: message_stop\ndata: {}\n\n',
+            "length",
+        ),
+        ("/v1/responses", b'event: response.incomplete\ndata: {"response":{"status":"incomplete"}}\n\n', "length"),
+        ("/v1/responses", b'event: response.completed\ndata: {"response":{"status":"completed"}}\n\n', "stop"),
+    ],
+)
+def test_a_receipt_says_why_a_stream_ended(path: str, last: bytes, reason: str) -> None:
+    async def script(asked: Asked) -> None:
+        await asked.stream(delta('a "finish_reason": "length" quoted'), last)
+
+    async def work() -> None:
+        async with Scripted(script) as one, upstream_desk(at(one, routes=(path,))) as d:
+            await d.client.post(path, json=chat(stream=True) | {"input": "x"})
+            assert (await d.settled()).reason == reason
+
+    run(work())
+
+
+def test_a_receipt_says_why_a_whole_answer_ended() -> None:
+    async def script(asked: Asked) -> None:
+        await asked.reply(b'{"choices": [{"message": {"content": "c"}, "finish_reason": "length"}]}')
+
+    async def work() -> None:
+        async with Scripted(script) as one, upstream_desk(at(one)) as d:
+            await d.client.post("/v1/chat/completions", json=chat())
+            assert (await d.settled()).reason == "length"
+
+    run(work())
+
+
 @pytest.mark.parametrize("step", [1, 3, 7])
 def test_events_that_come_in_pieces_are_passed_on_whole(step: int) -> None:
     whole = delta("ä") + b": comment\n\n" + delta("\n\n[DONE]") + delta('"error"', "stop") + DONE
@@ -516,6 +554,11 @@ def test_other_routes_go_to_upstreams_that_have_them_else_the_key_is_named() -> 
                 refused = await d.client.post("/v1/embeddings", json={"model": "m", "input": "x"})
                 assert refused.status_code == 501
                 assert "`routes` in [[upstreams]]" in refused.json()["error"]["message"]
+            one.paths = ("/v1/embeddings", "/v1/chat/completions", "/admin")
+            async with upstream_desk(at(one)) as d:
+                answer = await d.client.post("/v1/embeddings", json={"model": "m", "input": "x"})
+                assert answer.status_code == 200
+                assert (await d.client.post("/v1/completions", json={"model": "m", "prompt": "x"})).status_code == 501
             async with upstream_desk(at(one, routes=("/v1/embeddings",))) as d:
                 answer = await d.client.post("/v1/embeddings", json={"model": "m", "input": "x"})
                 assert answer.json()["data"] == [{"embedding": [0.5]}]
