@@ -152,7 +152,12 @@ class Hints:
         def has_room(blocks: int) -> bool:
             return blocks <= self._trie.available
 
-        return self._tiers.bring_up(found, below, branch.band, make_room=has_room, model=model, now=now)
+        for block in found[-1:]:  # what the others continue is no room for them
+            self._trie.pin(block)
+        restore = self._tiers.bring_up(found, below, branch.band, make_room=has_room, model=model, now=now)
+        for block in found[-1:]:
+            self._trie.unpin(block, now)
+        return restore
 
     def arrived(self) -> list[tuple[int, HintAck]]:
         """Answers to the prefetches that have ended, beside their links."""

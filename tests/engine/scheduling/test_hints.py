@@ -133,6 +133,19 @@ def test_a_prefetch_is_answered_when_its_copies_have_ended() -> None:
     assert rig.scheduler.hints.arrived() == [(7, HintAck("m", "a", "done", ANSWERED))]
 
 
+def test_a_prefetch_takes_no_room_from_the_blocks_that_it_continues() -> None:
+    """What is left of the session is all that could be evicted: there is no room behind it."""
+    rig = rig_with_pool(blocks=20)
+    serve(rig, 1, PROMPT)
+    taken = rig.trie.take(15, rig.now) or []
+    assert on_device(rig) == rig.trie.available == 5
+    assert hint(rig, "prefetch") == ("nothing", 0)
+    rig.trie.release(taken[:3], Band.EXPIRED, 0.0, rig.now)
+    assert hint(rig, "prefetch") == ("done", 3)
+    rig.trie.release(taken[3:], Band.EXPIRED, 0.0, rig.now)
+    assert on_device(rig) == 8
+
+
 def test_supersede_gives_up_the_older_branchs_own_tail_and_keeps_what_both_share() -> None:
     rig = rig_with_pool(blocks=100)
     old = np.concatenate((PROMPT[: 6 * SIZE], prompt(2, 4 * SIZE)))
