@@ -108,6 +108,8 @@ def run(arguments: argparse.Namespace) -> int:
         failures=tuple(Failure.parse(text) for text in arguments.fail),
         out=arguments.out,
     )
+    if plan.is_aggregate and plan.profile.host_blocks:
+        raise ValueError("aggregate workers have no host pool: leave host_blocks out of the profile")
     trace = traces.read(plan.trace)
     verdicts = {name: _one(plan, trace, name) for name in arguments.policy.split(",")}
     print(f"\n{label(plan)}\n\n{simulated(verdicts)}")

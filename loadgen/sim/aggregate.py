@@ -16,7 +16,7 @@ import numpy as np
 from engine.kv import keys
 from engine.wire import Submit
 from loadgen.sim.profiles import Profile
-from loadgen.sim.worker import MODEL, ROOT, Attempt, News
+from loadgen.sim.worker import BLOCKED_WAIT_S, MODEL, ROOT, Attempt, News
 from policies.costs import StepFeatures
 from policies.events import WorkerLoad, WorkerReport, WorkerUp
 from policies.request import WorkerId
@@ -128,6 +128,10 @@ class AggregateWorker:
     @property
     def is_idle(self) -> bool:
         return not (self._waiting or self._streams or self._orders)
+
+    def blocked_until(self, now: float) -> float:
+        """When to look again."""
+        return now + BLOCKED_WAIT_S
 
     def submit(self, order: Submit, attempt: Attempt, now: float) -> None:
         """Take an attempt; it is read before the next phase."""

@@ -53,6 +53,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     blocks_total: Count
     context_max: Count
     sequences_max: Count = 256
+    host_blocks: Annotated[int, msgspec.Meta(ge=0)] = 0  # of a pool in the host's memory; 0: none
+    host_block_s: Number = 0.0  # to bring one of them up
 
     @property
     def model(self) -> StepModel:
@@ -72,6 +74,8 @@ class _File(msgspec.Struct, frozen=True, kw_only=True):
     blocks_total: Count
     context_max: Count
     sequences_max: Count = 256
+    host_blocks: Annotated[int, msgspec.Meta(ge=0)] = 0
+    host_block_s: Number = 0.0
 
 
 # Fitted by hand to what vLLM 0.26.0 needs on one H100 80GB with the 8B shape of Llama 3.1 (bf16), measured 22 Nov 2026:
@@ -118,6 +122,8 @@ def load(name: str) -> Profile:
         blocks_total=parsed.blocks_total,
         context_max=parsed.context_max,
         sequences_max=parsed.sequences_max,
+        host_blocks=parsed.host_blocks,
+        host_block_s=parsed.host_block_s,
     )
 
 

@@ -20,6 +20,7 @@ from engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from engine.step import ModelFacts, StepResult
 from engine.wire import Submit
 from loadgen.sim.profiles import Profile
+from loadgen.sim.tier import Link, tiers_of
 from policies.api import EnginePolicy
 from policies.events import WorkerLoad, WorkerReport, WorkerUp
 from policies.request import RequestId, WorkerId
@@ -33,6 +34,7 @@ ROOT = keys.root(MODEL)
 # and every frame costs the simulation as much as ten steps do.
 TELL_S = 0.1
 NOISE_BATCH = 4096
+BLOCKED_WAIT_S = 0.02  # a worker that holds sequences and can compute none looks again after so long, as a live one
 
 
 @dataclass(slots=True, eq=False)
@@ -101,7 +103,9 @@ class SimWorker:
         self._trie = BlockTrie(profile.blocks_total, profile.block_tokens, ROOT)
         limits = SchedulerLimits(sequences_max=profile.sequences_max, waiting_max=1 << 20)
         plan_limits = PlanLimits(quantum_tokens=profile.block_tokens)
-        self._scheduler = Scheduler(self._trie, facts, limits, plan_limits, policy=self._policy)
+        self._link = Link(profile.host_block_s)
+        self._tiers = tiers_of(self._trie, profile.host_blocks, self._link)
+        self._scheduler = Scheduler(self._trie, facts, limits, plan_limits, policy=self._policy, tiers=self._tiers)
         self._attempts: dict[int, Attempt] = {}
         self._orders: list[tuple[Submit | int, float]] = []  # an order, or a handle to abort
         self._outcomes: list[Outcome] = []
@@ -134,6 +138,10 @@ class SimWorker:
     def is_idle(self) -> bool:
         return self._scheduler.is_idle and not self._orders
 
+    def blocked_until(self, now: float) -> float:
+        """When somebody whom it holds may go on, while it can compute nobody."""
+        return min(self._link.next_at, now + BLOCKED_WAIT_S)
+
     def submit(self, order: Submit, attempt: Attempt, now: float) -> None:
         """Take an attempt; it is read before the next step."""
         self._attempts[order.handle] = attempt
@@ -156,6 +164,7 @@ class SimWorker:
             else:
                 self._outcomes.append(self._scheduler.abort(LINK, order, now))
         self._orders.clear()
+        self._link.advance(now)
         launch = self._scheduler.launch(self._model, now)
         if launch is None:
             return None
@@ -213,7 +222,7 @@ class SimWorker:
         self._told_at, self._has_prefilled = now, False
         first = [(self._attempts[start.handle], start.cached_tokens) for start in starts]
         last = [(self._attempts.pop(end.handle), end) for end in ends]
-        stored, evicted = self._trie.take_events()
+        stored, evicted = self._tiers.take_events()
         report = WorkerReport(
             worker=self.worker,
             load=self._load(now),

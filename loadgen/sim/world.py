@@ -36,8 +36,6 @@ from policies.limits import Limits
 from policies.request import RequestId, WorkerId
 from policies.reservations import Counts
 
-BLOCKED_WAIT_S = 0.02  # a worker that holds sequences and can compute none looks again after so long, as a live one
-
 
 class Recorder(Protocol):
     """Who writes down what the dispatcher saw and said."""
@@ -322,7 +320,7 @@ class World:
         self._due[number] = math.inf
         self._deliver(worker.tell(self.now))
         if not worker.is_idle:
-            self._at(self.now + BLOCKED_WAIT_S, self._begin, number)
+            self._at(worker.blocked_until(self.now), self._begin, number)
 
     def _settle(self, number: int, at_s: float) -> None:
         if at_s != self._due[number] or not self.workers[number].is_busy:
