@@ -18,6 +18,8 @@ DEMOTIONS_NEEDED = 3  # agreeing requests before a session loses urgency; gainin
 SIBLINGS = 20
 UNATTENDED_S = 1800.0
 UNATTENDED_STEPS = 50
+FIRST_MESSAGES = 2  # system and user: anything longer continues a conversation
+KIN = 4  # sessions of a template that were left alone, until the next one is taken for such from its first message on
 ATTENDED_RATIO = 4  # a template is people's unless its long sessions without a second message are so many times more
 SHORT_ANSWER = 1024
 
@@ -99,12 +101,16 @@ def _is_answered_by_people(seen: Evidence) -> bool:
 
 def _is_lone_loop(seen: Evidence) -> bool:
     """One human message and tool steps ever since. How many it takes is told by sessions that began alike: none where
-    nobody came back to them, LONE_STEPS where nothing is known; where people do come back they never suffice."""
+    nobody came back to them or their clients named themselves agents, LONE_STEPS where nothing is known; where people
+    do come back they never suffice. A first message is taken for one more where several sessions tell so."""
     session = seen.session
-    if seen.facts.last_role == "user" or session.human_messages > 1:
+    is_begun = session.request_class is not None
+    if session.human_messages > 1 or (seen.facts.last_role == "user" and is_begun):
         return False
     if session.template_attended * ATTENDED_RATIO > session.template_lone:
         return False
+    if not is_begun:
+        return seen.facts.message_count <= FIRST_MESSAGES and session.template_lone >= KIN
     return session.tool_steps >= (0 if session.template_lone else LONE_STEPS)
 
 

@@ -15,6 +15,8 @@ GAPS_KEPT = 5
 REMEMBERED_S = 3600.0  # a session or a template not seen for an hour begins anew
 HUMAN_GAP_S = (5.0, 300.0)  # shorter is a program, longer says nothing (TraceLab: median human wait 84 s)
 LONE_STEPS = 12  # tool steps on one human message: TraceLab's people send the next one after 7.8 on average
+# Rows whose fact a client says of itself; a session of theirs tells at once what else takes a dozen steps to see.
+SAID = ("declared", "headless-agent", "interactive-agent")
 FADE = 32  # sessions of a template in whose memory old ones fade by half
 
 SessionKey = tuple[str, str]  # salt domain, session: a stranger cannot inherit somebody's class
@@ -36,6 +38,7 @@ class _Session:
     answers: int = 0
     human_messages: int = 0
     is_lone: bool = False  # has done LONE_STEPS on its first human message
+    is_said: bool = False  # its client said what it is
     messages: int = 0  # how long the conversation was in its last request
     template: int = 0  # of its first request
 
@@ -63,9 +66,15 @@ class Sessions:
         """What is known of this request's session and siblings. Counts the request as a sibling, nothing else."""
         burst, siblings = self._count_sibling(request, now)
         session = self._find(request, now)
+        name = session.template if session is not None else request.facts.template_hash
+        template = self._templates.get((request.tenant.id, name), NO_TEMPLATE)
         if session is None:
-            return SessionView(burst=burst, siblings=siblings) if siblings else UNKNOWN
-        template = self._templates.get((request.tenant.id, session.template), NO_TEMPLATE)
+            return SessionView(
+                burst=burst,
+                siblings=siblings,
+                template_lone=template.lone,
+                template_attended=template.attended,
+            )
         gaps_s = _gaps_s(session, request)
         return SessionView(
             request_class=session.request_class,
@@ -85,9 +94,10 @@ class Sessions:
         """The request was classified. Side calls and subagents say nothing of their root."""
         if not request.session or is_inner(request):
             return
-        session = self._find(request, now) or _Session(
-            classified.request_class, now, template=request.facts.template_hash
-        )
+        session = self._find(request, now)
+        if session is None:
+            session = _Session(classified.request_class, now, template=request.facts.template_hash)
+            self._count_said(request.tenant.id, session, classified)
         key = _key(request)
         self._sessions.pop(key, None)
         self._sessions[key] = session
@@ -117,10 +127,20 @@ class Sessions:
         session = self._find(request, now)
         return session is not None and session.answers > 0
 
+    def _count_said(self, tenant: str, session: _Session, classified: Classified) -> None:
+        """A new session whose client names itself counts at once, and never again."""
+        template = self._templates.get((tenant, session.template))
+        session.is_said = classified.reason.partition(",")[0] in SAID
+        if template is not None and session.is_said:
+            is_alone = classified.proposed != RequestClass.CHATBOT
+            template.lone += is_alone
+            template.attended += not is_alone
+            _fade(template)
+
     def _count_fate(self, tenant: str, session: _Session, *, was_attended: bool, was_lone: bool) -> None:
         """Whether people come back to sessions of this template: each session counts once, as what it has become."""
         template = self._templates.get((tenant, session.template))
-        if template is None:
+        if template is None or session.is_said:
             return
         if session.human_messages > 1 and not was_attended:
             template.attended += 1
@@ -128,8 +148,7 @@ class Sessions:
         elif session.human_messages <= 1 and session.tool_steps == LONE_STEPS:
             session.is_lone = True
             template.lone += 1
-        if template.lone + template.attended > FADE:
-            template.lone, template.attended = template.lone // 2, template.attended // 2
+        _fade(template)
 
     def _find(self, request: Request, now: float) -> _Session | None:
         session = self._sessions.get(_key(request)) if request.session else None
@@ -154,6 +173,11 @@ class Sessions:
         template.siblings += 1
         template.times = [time for time in (*template.times, now)[-BURST_COUNT:] if now - time <= BURST_WINDOW_S]
         return len(template.times), template.siblings
+
+
+def _fade(template: _Template) -> None:
+    if template.lone + template.attended > FADE:
+        template.lone, template.attended = template.lone // 2, template.attended // 2
 
 
 def is_inner(request: Request) -> bool:

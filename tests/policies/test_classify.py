@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from policies.api import SessionView
-from policies.classify import ROWS, classify
+from policies.classify import KIN, ROWS, classify
 from policies.request import RequestClass, Tenant
 from policies.sessions import LONE_STEPS, Sessions
 from tests.policies.scenes import request
@@ -155,6 +155,37 @@ def test_where_people_come_back_nobody_is_taken_for_an_agent() -> None:
     sessions = Sessions(16, 16)
     agent(sessions, "one", 0.0, 4, second_at=3)
     assert set(agent(sessions, "two", 600.0, LONE_STEPS + 9)) == {(CHATBOT, "default")}
+
+
+def named(sessions: Sessions, count: int, begin_s: float, **facts: Any) -> list[tuple[RequestClass, str]]:
+    """First requests of sessions that begin alike."""
+    begun = {"template_hash": 7, "message_count": 2} | facts
+    return [serve(sessions, begin_s + n, n, session=f"{begin_s}-{n}", **begun) for n in range(count)]
+
+
+def test_who_begins_like_agents_that_name_themselves_is_one_too_even_where_headers_are_lost() -> None:
+    sessions = Sessions(64, 16)
+    named(sessions, KIN - 1, 0.0, **CODEX_EXEC)
+    assert named(sessions, 1, 100.0) == [(CHATBOT, "default")]
+    named(sessions, 1, 200.0, **CODEX_EXEC)
+    assert named(sessions, 1, 300.0) == [(BACKGROUND, "lone-loop")]
+    assert named(sessions, 1, 400.0, template_hash=8) == [(CHATBOT, "default")]
+    assert named(sessions, 1, 500.0, message_count=6) == [(CHATBOT, "default")]
+
+
+def test_where_people_type_the_same_beginning_nobody_is_taken_for_an_agent() -> None:
+    sessions = Sessions(64, 16)
+    named(sessions, 7, 0.0, **CODEX_EXEC)
+    named(sessions, 2, 100.0, **CODEX_TUI)
+    assert named(sessions, 1, 200.0) == [(CHATBOT, "default")]
+
+
+def test_a_person_taken_for_an_agent_is_one_again_with_the_second_message() -> None:
+    sessions = Sessions(64, 16)
+    named(sessions, KIN, 0.0, **CODEX_EXEC)
+    asks = {"session": "person", "template_hash": 7}
+    assert serve(sessions, 100.0, message_count=2, **asks)[0] is BACKGROUND
+    assert serve(sessions, 160.0, message_count=4, **asks) == (CHATBOT, "human-pace")
 
 
 def test_a_second_message_wins_the_urgency_back() -> None:
