@@ -1,11 +1,13 @@
-"""`make bench`: runs every benchmark in turn. Each prints its table last and keeps its result in bench/results.
+"""`make bench`: runs benchmarks in turn, all or those named. Each prints its table last and keeps its result as JSON.
 
 Owns the list. `python -m bench.NAME --help` tells what one of them takes."""
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
+from collections.abc import Sequence
 
 RESULTS = "bench/results"
 BENCHES: dict[str, tuple[str, ...]] = {
@@ -23,10 +25,16 @@ BENCHES: dict[str, tuple[str, ...]] = {
 }
 
 
-def main() -> int:
-    """Run all; the number of those that failed."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run them; the number of those that failed."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("name", nargs="*", help=f"which, of {', '.join(BENCHES)} (all of them)")
+    wanted = parser.parse_args(argv).name or list(BENCHES)
+    if unknown := sorted(set(wanted) - set(BENCHES)):
+        parser.error(f"there is no {unknown[0]}; there are {', '.join(BENCHES)}")
     failed = 0
-    for name, flags in BENCHES.items():
+    for name in wanted:
+        flags = BENCHES[name]
         print(f"\n==> python -m bench.{name} {' '.join(flags)}", flush=True)
         failed += subprocess.run([sys.executable, "-m", f"bench.{name}", *flags], check=False).returncode != 0
     return failed

@@ -28,6 +28,7 @@ from engine.wire import (
     Welcome,
     encode,
 )
+from policies.api import PolicySpec
 from policies.request import RequestId, WorkerId
 from router.control.mind import Mind
 from router.control.reducer import build, load_policy
@@ -37,8 +38,9 @@ from router.workers.link import Link, LinkLimits
 
 RUNS, FRAMES = 5, 2000
 MODEL = StepModelParts(0.005, 1e-4, 0.001, 1e-8, 1e-8, 1e-5, 1.0, 1.25, 1)
+POLICY = PolicySpec().digest
 HELLO = Hello(
-    PROTOCOL_VERSION, "w0", 1, "tiny", "d", "cpu", 16, 4096, 8192, 49152, b"r" * 16, "", MODEL, b"", b""
+    PROTOCOL_VERSION, "w0", 1, "tiny", "d", "cpu", 16, 4096, 8192, 49152, b"r" * 16, POLICY, MODEL, b"", b""
 )  # fmt: skip
 LOAD = Load(32, 0, 0, 1000, 1000, 20_000, 0.01, 1, 0.5)
 ORDER = Submit(0, b"\0" * 16, 4, b"", 0, 0, 1.0, 0.04, 10.0, "", Sampling())

@@ -35,7 +35,7 @@ def add(commands: options.Commands[argparse.ArgumentParser]) -> None:
     """The three commands."""
     _add_replay(commands)
     judged = options.command(commands, "judge", "judge the records of an earlier run again", JUDGE)
-    judged.add_argument("records", type=Path)
+    judged.add_argument("records", type=Path, help="the .jsonl that `replay` or `simulate` wrote")
     judged.add_argument("--budgets", type=Path, metavar="FILE", help="other promises than the run's own")
     judged.add_argument("--out", type=Path, help="base name of the reports (the records' own)")
     judged.set_defaults(run=_judge)
@@ -44,8 +44,10 @@ def add(commands: options.Commands[argparse.ArgumentParser]) -> None:
 
 def _add_replay(commands: options.Commands[argparse.ArgumentParser]) -> None:
     replay = options.command(commands, "replay", "run a trace against a server and judge it", REPLAY)
-    replay.add_argument("trace", type=Path)
-    replay.add_argument("--target", default="http://127.0.0.1:8080", metavar="URL", help="(http://127.0.0.1:8080)")
+    replay.add_argument("trace", type=Path, help="in any format that `describe` reads")
+    replay.add_argument(
+        "--target", default="http://127.0.0.1:8080", metavar="URL", help="a server (http://127.0.0.1:8080)"
+    )
     replay.add_argument("--serve", metavar="COMMAND", help="start this first, wait for /readyz, stop it with SIGINT")
     replay.add_argument(
         "--dialect",
@@ -53,11 +55,11 @@ def _add_replay(commands: options.Commands[argparse.ArgumentParser]) -> None:
         default="completions",
         help="completions sends token ids, so lengths are exact; the others send text (completions)",
     )
-    replay.add_argument("--model", default="", help="(what the target names)")
+    replay.add_argument("--model", default="", help="the model to ask for (what the target names)")
     replay.add_argument(
         "--duration", type=options.positive, default=0.0, metavar="S", help="offer no longer (the trace's span)"
     )
-    replay.add_argument("--gate", action="store_true", help="exit with 3 unless every class passes: for CI (0)")
+    replay.add_argument("--gate", action="store_true", help="exit with 3 unless every class passes, for CI")
     replay.add_argument(
         "--warmup", type=options.not_negative, default=0.0, metavar="S", help="offered first, but not judged (0)"
     )

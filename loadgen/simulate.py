@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from loadgen import records, targets, traces
+from loadgen import options, records, targets, traces
 from loadgen.judge import Verdict
 from loadgen.records import Record, Run
 from loadgen.report import simulated
@@ -57,26 +57,39 @@ class Plan:
     out: Path
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+SAYS = "run a trace against simulated workers and judge each policy"
+TEACH = """
+mix.jsonl --workers 4 --policy headway,lmetric
+mix.jsonl --workers 8 --load 4 --fail kill:w1@5:2 --duration 10 --out out/loss
+"""
+
+
+def add_command(commands: options.Commands[argparse.ArgumentParser]) -> None:
     """The command's words."""
-    command = commands.add_parser("simulate", help="run a trace against simulated workers and judge each policy")
-    command.add_argument("trace", type=Path)
-    command.add_argument("--workers", type=int, default=4, metavar="N", help="(4)")
+    command = options.command(commands, "simulate", SAYS, TEACH)
+    command.add_argument("trace", type=Path, help="what `compose` or `convert` wrote, or a Mooncake file")
+    command.add_argument("--workers", type=options.count, default=4, metavar="N", help="(4)")
     command.add_argument("--policy", default="headway", metavar="NAME[,NAME]", help="built-in, installed or mod:attr")
     command.add_argument("--engine", default="headway", metavar="NAME", help="the workers' step policy (headway)")
     command.add_argument("--profile", default="8b-h100", metavar="NAME|FILE", help="how fast a worker is (8b-h100)")
-    command.add_argument("--load", type=float, default=1.0, help="session starts come so many times as fast (1)")
-    command.add_argument("--duration", type=float, default=0.0, metavar="S", help="offer no longer (the trace's span)")
-    command.add_argument("--warmup", type=float, default=0.0, metavar="S", help="not judged (0)")
-    command.add_argument("--grace", type=float, default=60.0, metavar="S", help="wait for open answers (60)")
-    command.add_argument("--headers", type=float, default=0.8, metavar="SHARE", help="of sessions with headers (0.8)")
+    command.add_argument(
+        "--load", type=options.positive, default=1.0, help="session starts come so many times as fast (1)"
+    )
+    command.add_argument(
+        "--duration", type=options.not_negative, default=0.0, metavar="S", help="offer no longer (the trace's span)"
+    )
+    command.add_argument("--warmup", type=options.not_negative, default=0.0, metavar="S", help="not judged (0)")
+    command.add_argument("--grace", type=options.positive, default=60.0, metavar="S", help="wait for open answers (60)")
+    command.add_argument(
+        "--headers", type=options.share, default=0.8, metavar="SHARE", help="of sessions with headers (0.8)"
+    )
     command.add_argument("--oracle", action="store_true", help="clients declare their true class")
     command.add_argument("--fail", action="append", default=[], metavar="WHAT", help="kill:w1@120:30, stall:w0@50:2")
-    command.add_argument("--seed", type=int, default=1)
+    command.add_argument("--seed", type=int, default=1, help="of prompts, costumes and ties (1)")
     command.add_argument("--unfused", action="store_true", help="compute every decode step by itself: same, slower")
     command.add_argument("--aggregate", action="store_true", help="up to 1,024 workers as rates instead of steps")
     command.add_argument("--budgets", type=Path, metavar="FILE", help="JSON as /readyz has it (the published ones)")
-    command.add_argument("--out", type=Path, default=Path("out/simulate"), help="base name of the reports")
+    command.add_argument("--out", type=Path, default=Path("out/simulate"), help="base name of reports (out/simulate)")
     command.set_defaults(run=run)
 
 
@@ -87,8 +100,6 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{arguments.workers} workers: from 1 to {most}")
     if arguments.aggregate and arguments.engine != "headway":
         raise ValueError("aggregate workers plan no steps, so no step policy can be chosen")
-    if arguments.load <= 0.0:
-        raise ValueError("a load must be more than 0")
     plan = Plan(
         trace=arguments.trace,
         workers=arguments.workers,

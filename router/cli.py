@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="headway",
         description="A reverse proxy for LLM clients that spends each request's latency budget on its own workers.",
         epilog=TEACH,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=RAW,
     )
     parser.add_argument("--version", action="version", version=f"headway {code_version()}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -102,7 +102,7 @@ def _add_serve(commands: Any) -> None:
         "serve",
         help="start router and workers, and keep them until Ctrl-C",
         epilog=TEACH,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=RAW,
     )
     serve.add_argument("--config", type=Path, metavar="FILE", help=f"default: {DEFAULT_FILE} if it exists")
     serve.add_argument("--port", type=int, help="where clients connect; 0 takes a free one [server.port]")

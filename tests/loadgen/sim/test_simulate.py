@@ -34,15 +34,21 @@ def test_it_judges_each_policy_and_repeats_its_reports(trace: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--workers", "0"], "from 1 to 256"),
+        (["--workers", "257"], "from 1 to 256"),
         (["--policy", "nobody"], "nobody"),
         (["--engine", "nothing"], "nothing"),
         (["--profile", "nowhere"], "8b-h100"),
         (["--fail", "kill:w9@1:1"], "w9"),
         (["--fail", "burn:w0@1:1"], "kill:w1@120:30"),
-        (["--load", "0"], "load"),
     ],
 )
 def test_a_mistake_is_told(trace: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["simulate", str(trace), "--workers", "1", *words]) == 1
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--workers", "0"], ["--load", "0"], ["--headers", "2"], ["--grace", "-1"]])
+def test_a_number_out_of_range_is_misuse(trace: Path, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["simulate", str(trace), *words])
+    assert f"argument {words[0]}: " in capsys.readouterr().err
