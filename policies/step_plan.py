@@ -20,6 +20,7 @@ Owed = tuple[float, float, float]  # seconds, by class
 
 CHAT, BACKGROUND, BATCH = (int(c) for c in RequestClass)
 NOTHING_OWED: Owed = (0.0, 0.0, 0.0)
+MIN_SHARE = 0.05  # of each step goes to chat prompts however many decode: what progress_tokens come to
 NOBODY: Ints = np.empty(0, dtype=np.int64)
 
 
@@ -37,7 +38,8 @@ class PlanLimits:
     candidates_max: int = 32  # prompts looked at in one step, most urgent first
     shares: Owed = (0.0, 0.05, 0.02)  # of all time, owed to each class while it waits
     owed_s_max: float = 0.5  # neither credit nor debt of a class grows beyond this
-    # A less urgent answer makes way for chat prompts while it is ahead of its line and this share of its time lasts.
+    # A less urgent answer makes way for chat prompts while it is ahead of its line and this share of its time lasts;
+    # where a chat prompt would be late otherwise, whatever its share.
     yield_share: float = 0.4
     aging: float = 0.1  # a late prompt gains a second of work on shorter ones each ten seconds
 
@@ -137,8 +139,9 @@ def _decodes(batch: BatchView, model: StepModel, now: float, limits: PlanLimits)
             excused.append(lowest)
         else:
             keep = keep & ~below
+    may_wait = _may_wait(batch, model, now, limits)
     for lowest in (BATCH, BACKGROUND):
-        patient = keep & (batch.request_class == lowest) & _may_wait(batch, now, limits)
+        patient = keep & (batch.request_class == lowest) & may_wait
         if not patient.any() or lowest in excused:
             continue
         decode_s = model.decode_s(int(keep.sum()), int(batch.context[keep].sum()))
@@ -149,14 +152,36 @@ def _decodes(batch: BatchView, model: StepModel, now: float, limits: PlanLimits)
     return keep.nonzero()[0], (ready & ~keep).nonzero()[0], tuple(excused)
 
 
-def _may_wait(batch: BatchView, now: float, limits: PlanLimits) -> Bools:
+def _may_wait(batch: BatchView, model: StepModel, now: float, limits: PlanLimits) -> Bools:
     """Decodes that lose nothing by a step without them, while a chat prompt waits for time."""
-    if not ((batch.request_class == CHAT) & ~batch.is_decoding & ~batch.is_blocked).any():
+    prompts = ((batch.request_class == CHAT) & ~batch.is_decoding & ~batch.is_blocked).nonzero()[0]
+    if not len(prompts):
         return np.zeros(len(batch.due), dtype=np.bool_)
-    has_time = now - batch.arrived < limits.yield_share * (batch.deadline - batch.arrived)
-    is_early = has_time & (batch.due - now > limits.step_s_max)
+    is_early = batch.due - now > limits.step_s_max
+    if not _is_threatened(batch, prompts, model, now):
+        is_early &= now - batch.arrived < limits.yield_share * (batch.deadline - batch.arrived)
     # What has missed its deadline has nothing more to lose; the share that its class is owed keeps it going.
     return is_early | ((batch.deadline < now) & (batch.request_class > CHAT))
+
+
+def _is_threatened(batch: BatchView, prompts: Ints, model: StepModel, now: float) -> bool:
+    """Whether one of these chat prompts misses its line, though it could be kept, if all decodes stay in each step."""
+    prompts = prompts[batch.due[prompts] > now]
+    decodes = batch.is_decoding & ~batch.is_blocked
+    if not len(prompts) or not decodes.any():
+        return False
+    prompts = prompts[np.argsort(batch.due[prompts], kind="stable")]
+    decode_s = model.decode_s(int(decodes.sum()), int(batch.context[decodes].sum()))
+    share = max(1.0 - decode_s / float(batch.pace_s[decodes].min()), MIN_SHARE)
+    ahead_s = np.cumsum(_work_s(batch, prompts, model))
+    return bool((ahead_s > share * (batch.due[prompts] - now)).any())
+
+
+def _work_s(batch: BatchView, rows: Ints, model: StepModel) -> Floats:
+    """Seconds that these prompts still need, without floor and base."""
+    pending, context = batch.pending[rows], batch.context[rows]
+    seconds: Floats = model.bias * pending * (model.row_s + model.chunk_context_s * (context + 0.5 * pending))
+    return seconds
 
 
 def _room_s(batch: BatchView, decodes: Ints, now: float, limits: PlanLimits) -> float:
@@ -174,8 +199,7 @@ def _order(batch: BatchView, rows: Ints, model: StepModel, now: float, limits: P
     """chat feasible by laxity | background feasible | chat late, shortest first, aged | background late | batch."""
     if len(rows) < 2:
         return np.arange(len(rows))
-    classes, pending, context = batch.request_class[rows], batch.pending[rows], batch.context[rows]
-    work_s = model.bias * pending * (model.row_s + model.chunk_context_s * (context + 0.5 * pending))
+    classes, work_s = batch.request_class[rows], _work_s(batch, rows, model)
     laxity_s = np.minimum(batch.due[rows] - now, 1e9) - work_s
     is_late = laxity_s < 0.0
     group = np.where(classes == BATCH, 4, classes + 2 * is_late)

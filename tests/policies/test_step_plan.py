@@ -139,6 +139,20 @@ def test_an_answer_with_time_to_spare_makes_way_for_a_chat_prompt() -> None:
     assert paused(agent, job, prompt) == [1]  # a step without any decode might find no room for the prompt
 
 
+def test_an_answer_short_of_time_makes_way_where_a_chat_prompt_would_be_late_otherwise() -> None:
+    chat = Row(decoding=True, context=100)
+    agent = Row(cls=AGENT, due=90.0, pace_s=0.15, decoding=True, deadline=100.0)
+
+    def paused(*prompts: Row) -> list[int]:
+        rows_paused: list[int] = plan(batch(chat, agent, *prompts), MODEL, 42.0, LIMITS).paused.tolist()
+        return rows_paused
+
+    assert paused(Row(due=43.0, pending=400)) == []  # 0.4 s of work, and steps leave it more than half of the second
+    assert paused(Row(due=43.0, pending=800)) == [1]
+    assert paused(Row(due=43.0, pending=400), Row(due=43.1, pending=400)) == [1]  # together they are too much
+    assert paused(Row(due=41.0, pending=800)) == []  # late as it is
+
+
 def test_victims_are_batch_first_then_the_laxest_background_never_chat() -> None:
     view = batch(Row(), Row(cls=AGENT, due=5.0), Row(cls=AGENT, due=9.0), Row(cls=BATCH, due=inf))
 
