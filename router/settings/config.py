@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+import re
 from collections import Counter
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -18,6 +19,7 @@ THOUGHT_FORMS = ("auto", "think", "magistral", "none")
 ON_MEDIA = ("replace", "refuse")
 DEVICES = ("auto", "cpu", "cuda", "fake")
 
+KV_EVENTS = re.compile(r"tcp://[^/\s:]+:[0-9]{1,5}|tcp://\[[0-9a-fA-F:]+\]:[0-9]{1,5}|ipc://\S+")
 UPSTREAMS_MAX = 64  # as many as there are workers
 PRIORITIES = ("", "vllm", "sglang")
 FORWARDED_ROUTES = frozenset(
@@ -88,6 +90,7 @@ class Upstream(Struct, frozen=True, forbid_unknown_fields=True):
     # Which of our routes it has; not set: those that its /openapi.json lists, else chat and completions.
     routes: tuple[str, ...] | None = None
     priority: str = ""  # vllm | sglang: send the class as `priority`, in that engine's polarity; empty: do not
+    kv_events: str = ""  # tcp://HOST:PORT of its KV events (pip install 'headway[kv-events]'); empty: it has none
     concurrency: Count = 256  # requests there at one time; beyond it they wait here, in the order of their budgets
 
     @property
@@ -228,6 +231,8 @@ def _unusable(upstream: Upstream) -> str:
         return f"{upstream.url!r} must be http://HOST:PORT or https://HOST:PORT"
     if upstream.priority not in PRIORITIES:
         return f"priority must be one of {', '.join(PRIORITIES)}, or empty"
+    if upstream.kv_events and not KV_EVENTS.fullmatch(upstream.kv_events):
+        return f"kv_events: {upstream.kv_events!r:.80} must be tcp://HOST:PORT or ipc://PATH"
     if unknown := sorted(set(upstream.routes or ()) - FORWARDED_ROUTES):
         return f"routes: {unknown[0]!r} is none of {', '.join(sorted(FORWARDED_ROUTES))}"
     return ""

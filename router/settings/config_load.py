@@ -12,6 +12,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,8 @@ def absent(config: Config) -> Iterator[tuple[str, str]]:
     """What the configuration names on this machine and is not there: (key, why)."""
     if not config.upstreams and (why := _unservable(config.model.name)):
         yield "model.name", why
+    if any(upstream.kv_events for upstream in config.upstreams) and find_spec("zmq") is None:
+        yield "upstreams", "kv_events needs pyzmq: pip install 'headway[kv-events]'"
     for key, path in (("record.path", config.record.path), ("receipts.path", config.receipts.path)):
         if path and not os.access(Path(path).expanduser().absolute().parent, os.W_OK):
             yield key, f"no file can be made at {path}"

@@ -23,8 +23,10 @@ from policies.events import WorkerLoad, WorkerLost, WorkerReport, WorkerUp
 from policies.request import RequestId, WorkerId
 from router.settings.config import FORWARDED_ROUTES, Upstream
 from router.upstreams.http1 import Call, Listener, Origin, Pool
+from router.upstreams.kv_events import KvEvents, follow
 from router.upstreams.loads import Load, read_load
 from router.upstreams.peek import BLOCK_CHARS, CHARS_A_TOKEN, ROOT
+from router.upstreams.residence import Forgotten, Residence
 from router.upstreams.transport import Transport
 from router.workers.fleet import ModelView, Watcher
 
@@ -78,6 +80,7 @@ class UpstreamState:
     key: str
     served: dict[str, Served] = field(default_factory=dict)
     routes: frozenset[str] = USUAL_ROUTES
+    kv: KvEvents | None = None  # what it holds, where it publishes KV events
     load: Load | None = None  # None: it does not say
     is_well: bool = False
     failures: int = 0
@@ -112,7 +115,12 @@ class Upstreams:
     ) -> None:
         self.pool = pool or Pool()
         self.states = [
-            UpstreamState(config, Origin.of(config.url), env.get(config.key_env, "") if config.key_env else "")
+            UpstreamState(
+                config,
+                Origin.of(config.url),
+                env.get(config.key_env, "") if config.key_env else "",
+                kv=KvEvents(Residence(BLOCK_TOKENS)) if config.kv_events else None,
+            )
             for config in upstreams
         ]
         self._watcher = watcher
@@ -136,6 +144,12 @@ class Upstreams:
         if state.key:
             head.append(b"authorization: Bearer %b" % state.key.encode())
         return Call(self.pool, state.origin, b"\r\n".join([*head, b"", request]), listener)
+
+    def sent(self, worker: WorkerId, chain: bytes) -> None:
+        """A prompt of these keys went there."""
+        state, _ = self._workers[worker]
+        if state.kv is not None:
+            state.kv.residence.sent(worker, chain)
 
     def ended(self, worker: WorkerId, request_id: RequestId, output_tokens: int | None, fault: str = "") -> bool:
         """A call is over. The mind learns an answer's length; a fault of the connection counts against the upstream.
@@ -207,6 +221,8 @@ class Upstreams:
             async with made as client, asyncio.TaskGroup() as tasks:
                 for state in self.states:
                     tasks.create_task(self._watch(state, client))
+                    if state.kv is not None:
+                        tasks.create_task(follow(state.config.kv_events, state.kv, self._forget))
         finally:
             self.pool.close()
 
@@ -214,6 +230,11 @@ class Upstreams:
         while True:
             await self.check(state, client)
             await asyncio.sleep(CHECK_S)
+
+    def _forget(self, forgotten: Forgotten) -> None:
+        """The mind believes no longer that these are there."""
+        for worker, keys in forgotten.items():
+            self._report(*self._workers[worker], evicted=keys)
 
     async def check(self, state: UpstreamState, client: httpx.AsyncClient) -> None:
         """Ask one upstream for its models and load; whoever lists models is well."""
@@ -266,6 +287,8 @@ class Upstreams:
         state.lost_reason = reason[:200]
         if state.is_well and state.failures >= FAILURES_MAX:
             state.is_well = False
+            if state.kv is not None:
+                state.kv.residence.cleared()  # the mind forgets a lost worker whole
             state.losses += 1
             log.warning("upstream %s is ill: %s", state.name, state.lost_reason)
             for served in state.served.values():
@@ -278,6 +301,7 @@ class Upstreams:
         served: Served,
         first_tokens: tuple[tuple[RequestId, int], ...] = (),
         finished: tuple[tuple[RequestId, int], ...] = (),
+        evicted: bytes = b"",
     ) -> None:
         """A frame's worth of news. Where the engine says nothing of its load, our own calls are all there is."""
         load = state.load or Load(state.live, 0, 0.0)
@@ -285,7 +309,7 @@ class Upstreams:
         free = BLOCKS * (1.0 - load.cache_share) if busy < state.config.concurrency else 0.0
         told = WorkerLoad(load.running, load.waiting, 0, math.floor(free), 0, 0, 0.0)
         if served.is_up:
-            self._watcher.worker_report(WorkerReport(served.id, told, first_tokens, finished))
+            self._watcher.worker_report(WorkerReport(served.id, told, first_tokens, finished, evicted=evicted))
 
 
 async def _routes(config: Upstream, client: httpx.AsyncClient, url: str, headers: Mapping[str, str]) -> frozenset[str]:

@@ -72,6 +72,7 @@ class ForwardRelay:
         self._request_class = RequestClass.CHATBOT
         self._class_reason = ""
         self._reservation = ""
+        self._chain = b""
         self._placed: Dispatch | None = None
         self._call: Call | None = None
         self._attempts = 0
@@ -101,7 +102,8 @@ class ForwardRelay:
         """The upstream tokenises; we only count characters."""
         self._request_class, self._class_reason = action.request_class, action.reason
         seen = self._order.seen
-        self._mind.arrived(self._order.request.id, seen.tokens, seen.chain(self._order.salt))
+        self._chain = seen.chain(self._order.salt)
+        self._mind.arrived(self._order.request.id, seen.tokens, self._chain)
 
     def dispatch(self, action: Dispatch) -> None:
         self._placed = action
@@ -115,6 +117,7 @@ class ForwardRelay:
         priority = PRIORITIES[config.priority][action.request_class] if config.priority else None
         accept = b"text/event-stream" if self._order.endings else b"application/json"
         body = self._order.seen.body(model, priority)
+        self._upstreams.sent(action.worker, self._chain)
         self._call = self._upstreams.call(action.worker, self._order.path, body, accept, self)
 
     def reject(self, action: Reject) -> None:
