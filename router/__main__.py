@@ -186,10 +186,12 @@ def _build(config: Config, place: Place, stack: contextlib.ExitStack) -> Parts:
         metrics.registry.register(UpstreamMetrics(upstreams))
         forward = ForwardServices(mind, upstreams, observers, RelayLimits(), time.monotonic)
         posts: Posts = forwarding(partial(ForwardDesk, forward, tenants))
+        metrics.watch_kept(forward.kept)
     else:
         assert place.model is not None, "own workers have a model"
         services = Services(mind, fleet, observers, RelayLimits(), time.monotonic)
         posts = generation(services, _text(config, place.model), tenants, hints)
+        metrics.watch_kept(services.kept)
     house = House(
         models=computing.models,
         model=config.model.served_as if upstreams is not None else served_name(config),

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from router.delivery.ports import Outlet
 from router.errors import Headers
-from router.listener.exchange import Exchange
 
 REQUEST_HEADER = b"x-headway-request"
 
@@ -16,7 +16,7 @@ REQUEST_HEADER = b"x-headway-request"
 class Chorus:
     """Joins its voices' bytes. The first error that comes before any answer is the response, and ends the others."""
 
-    def __init__(self, exchange: Exchange, request_id: str, count: int) -> None:
+    def __init__(self, exchange: Outlet, request_id: str, count: int) -> None:
         self._exchange = exchange
         self._request_id = request_id.encode()
         self.voices = [Voice(self, exchange) for _ in range(count)]
@@ -72,7 +72,7 @@ class Voice:
 
     __slots__ = ("_chorus", "_exchange", "has_ended", "on_cut", "on_gone", "on_writable")
 
-    def __init__(self, chorus: Chorus, exchange: Exchange) -> None:
+    def __init__(self, chorus: Chorus, exchange: Outlet) -> None:
         self._chorus = chorus
         self._exchange = exchange
         self.has_ended = False

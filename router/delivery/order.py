@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from policies.request import Request
 from router.delivery.flusher import Flusher
+from router.delivery.kept import KeptAnswers
 from router.delivery.ports import FleetPort, MindPort, Observer
 from router.language.text import Identity, Text
 from router.language.turn import Encoder, ErrorShape, Turn
@@ -34,6 +35,7 @@ class Services:
     limits: RelayLimits
     clock: Callable[[], float]
     flusher: Flusher = field(default_factory=Flusher)
+    kept: KeptAnswers = field(default_factory=KeptAnswers)
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ class Relay:
     """Implements router.ports.Client and Sink, and router.answer.Teller. `begin` it, then await `over`."""
 
     def __init__(self, order: Order, exchange: Outlet, services: Services) -> None:
-        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.over: asyncio.Future[str] = asyncio.get_running_loop().create_future()  # the receipt's outcome
         self._order, self._exchange, self._services = order, exchange, services
         self._request_class = RequestClass.CHATBOT
         self._class_reason = ""
@@ -297,7 +297,7 @@ class Relay:
         if self._tokenising is not None:
             self._tokenising.cancel()
         self._services.observer.ended(self._receipt(outcome, status, reason))
-        self.over.set_result(None)
+        self.over.set_result(outcome)
 
     def _receipt(self, outcome: str, status: int, reason: str) -> Receipt:
         order, placed = self._order, self._placed

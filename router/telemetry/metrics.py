@@ -25,6 +25,7 @@ from prometheus_client.registry import Collector
 from engine.wire import Load
 from policies.request import CLASS_LABELS
 from policies.reservations import Counts
+from router.delivery.kept import KeptAnswers
 from router.telemetry import tier_metrics
 from router.telemetry.receipts import Receipt
 from router.workers.fleet import Fleet, WorkerState
@@ -119,6 +120,10 @@ class Metrics:
         """Read workers and mind at each scrape."""
         self.registry.register(_Fleet(fleet, live_count, dropped_events))
 
+    def watch_kept(self, kept: KeptAnswers) -> None:
+        """Read the answers that clients may come back for at each scrape."""
+        self.registry.register(_Kept(kept))
+
     def exposition(self) -> bytes:
         """All of it as text for a scraper."""
         return generate_latest(self.registry)
@@ -168,6 +173,18 @@ class GcPauses(Collector):
         else:
             self._count += 1
             self._total_s += time.perf_counter() - self._begun
+
+
+class _Kept(Collector):
+    """Answers that outlive their clients."""
+
+    def __init__(self, kept: KeptAnswers) -> None:
+        self._kept = kept
+
+    def collect(self) -> Iterable[Metric]:
+        yield _single("headway_answers_kept", "Under an Idempotency-Key, running or ended", len(self._kept))
+        yield _single("headway_answers_kept_bytes", "Of them, to be sent again", self._kept.bytes_held)
+        yield _total("headway_answers_joined", "Requests that got an earlier one's answer", self._kept.joined)
 
 
 class _Fleet(Collector):

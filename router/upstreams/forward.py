@@ -7,9 +7,11 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from policies.request import RequestId
 from router.access.tenants import Caller, Tenants
+from router.delivery.ports import Outlet
 from router.dialects.common import OPENAI_ERRORS
 from router.dialects.messages import ANTHROPIC_ERRORS
 from router.errors import RequestError
@@ -61,14 +63,18 @@ class Forward:
         try:
             caller = tenants.caller(exchange.head)
             with tenants.visit(caller):
-                relay = self._relay(request_id, exchange, caller)
-                relay.begin()
-                await relay.over
+                work = partial(self._serve, request_id, exchange, caller)
+                await self._desk.services.kept.serve(exchange, caller.tenant.organisation, work)
         except RequestError as error:
             status, headers, body = self._errors.refusal(error)
             exchange.respond(status, [*headers, (b"x-headway-request", request_id.encode())], body)
 
-    def _relay(self, request_id: RequestId, exchange: Exchange, caller: Caller) -> ForwardRelay:
+    async def _serve(self, request_id: RequestId, exchange: Exchange, caller: Caller, outlet: Outlet) -> str:
+        relay = self._relay(request_id, exchange, caller, outlet)
+        relay.begin()
+        return await relay.over
+
+    def _relay(self, request_id: RequestId, exchange: Exchange, caller: Caller, outlet: Outlet) -> ForwardRelay:
         desk = self._desk
         seen = peek.look(exchange.body)
         view = desk.catalogue.seen_by(caller.models).find(seen.peek.model or "")
@@ -84,4 +90,4 @@ class Forward:
             endings=self._endings if seen.is_stream else (),
             traceparent=exchange.head.header(b"traceparent") or "",
         )
-        return ForwardRelay(forwarded, exchange, desk.services)
+        return ForwardRelay(forwarded, outlet, desk.services)

@@ -12,11 +12,12 @@ import math
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from policies.actions import Cancel, Dispatch, Reject, Tokenise
 from policies.request import Request, RequestClass
 from router.delivery.answer import SSE
+from router.delivery.kept import KeptAnswers
 from router.delivery.order import RelayLimits
 from router.delivery.ports import MindPort, Observer, Outlet
 from router.errors import JSON, ErrorDetail, Headers, error_type, retry_headers
@@ -59,13 +60,14 @@ class ForwardServices:
     observer: Observer
     limits: RelayLimits
     clock: Callable[[], float]
+    kept: KeptAnswers = field(default_factory=KeptAnswers)
 
 
 class ForwardRelay:
     """Implements router.ports.Client and http1.Listener. `begin` it, then await `over`."""
 
     def __init__(self, order: Forwarded, exchange: Outlet, services: ForwardServices) -> None:
-        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.over: asyncio.Future[str] = asyncio.get_running_loop().create_future()  # the receipt's outcome
         self._order, self._exchange, self._mind = order, exchange, services.mind
         self._upstreams, self._observer = services.upstreams, services.observer
         self._limits, self._clock = services.limits, services.clock
@@ -327,7 +329,7 @@ class ForwardRelay:
         assert not self.over.done(), "a request ends exactly once"
         self._disarm()
         self._observer.ended(self._receipt(outcome, status, reason))
-        self.over.set_result(None)
+        self.over.set_result(outcome)
 
     # Waiting ----------------------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from policies.request import Budget, Request, RequestClass, RequestId, Tenant, W
 from router.access.accounts import Accounts
 from router.access.salts import Salts
 from router.access.tenants import Tenants
+from router.delivery.kept import KeptAnswers
 from router.delivery.order import RelayLimits, Services
 from router.delivery.ports import Client, Sink
 from router.errors import RequestError
@@ -239,9 +240,9 @@ class Hints:
         return b'{"message_id":"m","actions":[]}'
 
 
-def keyless() -> Tenants:
+def keyless(tenant: Tenant = Tenant()) -> Tenants:  # noqa: B008
     """Whoever is on this machine."""
-    return Tenants(None, Salts(b"s" * 32), Tenant(), Accounts(None, time.monotonic, time.time))
+    return Tenants(None, Salts(b"s" * 32), tenant, Accounts(None, time.monotonic, time.time))
 
 
 @asynccontextmanager
@@ -254,6 +255,7 @@ async def desk(
     rules: Sequence[Rule] = (),
     tenants: Tenants | None = None,
     refuses_media: bool = False,
+    kept: KeptAnswers | None = None,
 ) -> AsyncIterator[Desk]:
     """A desk that is open."""
     mind, fleet, hints, sock = Mind(), Fleet(), Hints(), socket.create_server(("127.0.0.1", 0))
@@ -265,7 +267,9 @@ async def desk(
         def ended(self, receipt: Receipt) -> None:
             receipts.append(receipt)
 
-    services = Services(mind, fleet, Book(), relay_limits or RelayLimits(), time.monotonic)
+    services = Services(
+        mind, fleet, Book(), relay_limits or RelayLimits(), time.monotonic, kept=KeptAnswers() if kept is None else kept
+    )
     text = Text(VOCABULARY, ChatTemplate(template, {}), text_limits, rules=rules, refuses_media=refuses_media)
     tenants = tenants or keyless()
     app = App(

@@ -142,6 +142,28 @@ def test_a_receipt_says_why_a_whole_answer_ended() -> None:
     run(work())
 
 
+def test_an_upstreams_answer_is_finished_without_its_client_and_sent_again() -> None:
+    is_left = asyncio.Event()
+
+    async def script(asked: Asked) -> None:
+        await is_left.wait()
+        await say_abc(asked)
+
+    async def work() -> None:
+        headers = {"idempotency-key": "k"}
+        async with Scripted(script) as one, upstream_desk(at(one)) as d:
+            first = asyncio.create_task(d.client.post("/v1/chat/completions", json=chat(), headers=headers))
+            await d.until(lambda: bool(one.asked))
+            first.cancel()
+            await d.until(lambda: not d.listener.connection_count)
+            is_left.set()
+            assert (await d.settled()).outcome == "finished"
+            answer = await d.client.post("/v1/chat/completions", json=chat(), headers=headers)
+            assert (answer.content, len(one.asked)) == (WHOLE, 1)
+
+    run(work())
+
+
 @pytest.mark.parametrize("step", [1, 3, 7])
 def test_events_that_come_in_pieces_are_passed_on_whole(step: int) -> None:
     whole = delta("ä") + b": comment\n\n" + delta("\n\n[DONE]") + delta('"error"', "stop") + DONE
