@@ -22,6 +22,7 @@ import transformers
 
 from engine.compute.runner import RunnerConfig, TorchRunner
 from engine.loading import convert
+from engine.models import panels
 from tests.engine.driver import Blocks, Generation, batch_of
 
 BLOCK_TOKENS = 16
@@ -126,8 +127,9 @@ def _report(rows: list[Row], args: argparse.Namespace) -> None:
     for row in rows:
         ours, theirs = row.headway_tokens_per_s, row.transformers_tokens_per_s
         print(f"{row.what:38} {ours:7.1f}/s {theirs:11.1f}/s {'yes' if row.same_ids else 'NO':>9} {row.ratio:5.2f}x")
+    kernel = {"products": "own" if panels.compiled() else "oneDNN"}
     tunables = {"glibc_tunables": os.environ.get("GLIBC_TUNABLES", "")}
-    versions = tunables | {"torch": torch.__version__, "transformers": transformers.__version__}
+    versions = kernel | tunables | {"torch": torch.__version__, "transformers": transformers.__version__}
     machine = {"machine": _cpu_name(), "threads": torch.get_num_threads(), **versions}
     result = {**machine, "steps": args.steps, "rows": [asdict(row) | {"ratio": row.ratio} for row in rows]}
     args.out.parent.mkdir(parents=True, exist_ok=True)

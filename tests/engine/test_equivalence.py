@@ -20,6 +20,7 @@ from engine.scheduling.scheduler import SchedulerLimits
 from engine.step import ModelFacts
 from engine.wire import Sampling
 from policies.step_plan import PlanLimits
+from tests.engine import tiny
 from tests.engine.rig import BATCH, CHAT, Rig, order
 
 SIZE = 4
@@ -188,6 +189,26 @@ def test_restored_from_disk(tiny_llama: Path, sampling: Sampling, cold: Cold, tm
     assert answer(rig, 2, sampling) == cold[0]
     assert rig.tiers.load().restored_disk == 15
     assert kv_of(rig, cold[0])[:15] == cold[1][:15]
+
+
+@pytest.mark.parametrize("family", ["qwen3-moe", "qwen2", "qwen3", "llama3-rope"])
+def test_other_families_on_the_same_ways(family: str, tmp_path: Path) -> None:
+    """In chunks, among others, and from the host pool: experts, biases and norms of a row depend on that row alone."""
+    tiny.save(family, tmp_path)
+    greedy = SAMPLINGS[0]
+    cold = answer(rig_of(tmp_path), 1, greedy)
+    assert answer(rig_of(tmp_path, plan_limits=PlanLimits(rows_max=7, quantum_tokens=1)), 1, greedy) == cold
+
+    rig = rig_of(tmp_path)
+    for number in range(2, 8):
+        ask(rig, number, greedy, prompt_of(number, 20 + number))
+    assert answer(rig, 1, greedy) == cold
+
+    rig = rig_of(tmp_path, blocks=40)
+    answer(rig, 1, greedy)
+    push_out(rig)
+    assert answer(rig, 2, greedy) == cold
+    assert rig.tiers.load().restored_host == 15
 
 
 def test_a_turn_that_continues_an_answer_restores_the_answer_as_well(

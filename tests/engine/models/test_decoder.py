@@ -96,7 +96,7 @@ def test_bfloat16_runs_and_stays_near_float32(tiny_llama: Path) -> None:
 def test_a_packed_product_equals_the_plain_one() -> None:
     weight, bias, x = torch.randn(40, 24), torch.randn(40), torch.randn(7, 24)
 
-    torch.testing.assert_close(pack(weight, bias)(x), Linear(weight, bias, is_packed=False)(x), atol=1e-5, rtol=0)
+    torch.testing.assert_close(pack(weight, bias)(x), Linear(weight, bias)(x), atol=1e-5, rtol=0)
 
 
 def test_a_sliding_window_bounds_the_context(tmp_path: Path) -> None:
