@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from engine.loading import convert, weights
+from engine.models import panels
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
 from engine.models.linear import Linear
@@ -117,7 +118,9 @@ def rounded(decoder: Decoder, variant: Variant) -> Decoder:
 
 def plain(linear: Linear) -> Tensor:
     """The weight of a packed product too."""
-    return linear.weight.to_dense() if linear.is_packed else linear.weight
+    if linear.product is panels.product:
+        return linear.weight.transpose(1, 2).flatten(0, 1)
+    return linear.weight.to_dense() if linear.product is not None else linear.weight
 
 
 def logits(decoder: Decoder, variant: Variant, ids: Tensor) -> Tensor:

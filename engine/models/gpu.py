@@ -48,7 +48,7 @@ class Weights:
 
 
 def from_decoder(decoder: Decoder) -> Weights:
-    """The same model with folded norms; the projections must lie unpacked (Linear.is_packed False)."""
+    """The same model with folded norms; the projections must lie unpacked (`Linear.product` None)."""
 
     def folded(weight: Tensor, norm: Tensor) -> Tensor:
         return (weight.float() * norm.float()).to(weight.dtype)

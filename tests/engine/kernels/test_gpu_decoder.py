@@ -44,7 +44,7 @@ def on_cpu(made: gpu.Weights) -> Decoder:
     """The CPU's decoder with the same numbers in float32."""
 
     def plain(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
-        return Linear(weight.float().cpu(), None if bias is None else bias.float().cpu(), is_packed=False)
+        return Linear(weight.float().cpu(), None if bias is None else bias.float().cpu())
 
     def norm(weight: torch.Tensor | None) -> torch.Tensor | None:
         return None if weight is None else weight.float().cpu()
