@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import sys
 import time
@@ -57,6 +58,8 @@ def _worker(arguments: argparse.Namespace) -> int:
     runner: TorchRunner | GpuRunner
     if config.device.startswith("cuda"):
         config = _for_gpu(config, arguments)
+        if int(config.device.partition(":")[2]) >= torch.cuda.device_count():
+            raise StartError(f"there is no device {config.device} here, or this torch is built for CPUs alone")
         runner, kv_dtype = _explained(lambda: _gpu_runner(folder, config)), "bfloat16"
         device = f"{config.device} {torch.cuda.get_device_name(config.device)}"
     else:
@@ -195,9 +198,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     _common(worker)
     _model(worker, worker.add_argument("--model", required=True))
-    worker.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, or auto: cuda where one is (cpu)")
-    worker.add_argument("--threads", type=int, default=1, help="CPU threads (1)")
-    worker.add_argument("--kv-bytes", type=int, help="memory for KV (512 MiB; on a GPU all that is free)")
+    worker.add_argument(
+        "--device", type=_device, default="cpu", help="cpu, cuda, cuda:1, or auto: cuda where one is (cpu)"
+    )
+    worker.add_argument("--threads", type=_count, default=1, help="CPU threads (1)")
+    worker.add_argument("--kv-bytes", type=_count, help="memory for KV (512 MiB; on a GPU all that is free)")
     worker.add_argument("--no-drafts", dest="has_drafts", action="store_false", help="no prompt-lookup speculation")
     worker.set_defaults(command=_worker)
     convert = commands.add_parser(
@@ -230,9 +235,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Example: python -m engine fake --socket /tmp/w0.sock --fault stall@100:5",
     )
     _common(fake)
-    fake.add_argument("--blocks", type=int, default=512, help="KV blocks (512)")
-    fake.add_argument("--vocab", type=int, default=49152, help="vocabulary size (49152)")
-    fake.add_argument("--context", type=int, default=8192, help="context length (8192)")
+    fake.add_argument("--blocks", type=_count, default=512, help="KV blocks (512)")
+    fake.add_argument("--vocab", type=_count, default=49152, help="vocabulary size (49152)")
+    fake.add_argument("--context", type=_count, default=8192, help="context length (8192)")
     fake.add_argument("--slower", type=float, default=1.0, help="times slower than 2.5 ms a step, 50k prompt tokens/s")
     fake.add_argument(
         "--fault",
@@ -246,6 +251,28 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0.0 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
+    return seconds
+
+
+def _device(text: str) -> str:
+    if text not in ("auto", "cpu", "cuda") and not (text.startswith("cuda:") and text[5:].isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not cpu, cuda, cuda:N or auto")
+    return text
+
+
 def _model(parser: argparse.ArgumentParser, argument: argparse.Action) -> None:
     argument.help = "smollm2 (embedded), a .gguf file, a Hugging Face folder, or org/name[@revision] on the hub"
     parser.add_argument("--cache", default="", help="where conversions are kept (~/.cache/headway/models)")
@@ -256,17 +283,17 @@ def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--socket", required=True, help="Unix socket to listen on; made with mode 0600")
     parser.add_argument("--name", default=default.name, help="the worker's name, stable over restarts (w0)")
     parser.add_argument("--model-name", default="", help="the name that clients use")
-    parser.add_argument("--block-tokens", type=int, help="tokens a KV block (16; on a GPU 64)")
+    parser.add_argument("--block-tokens", type=_count, help="tokens a KV block (16; on a GPU 64)")
     parser.add_argument(
         "--policy", default=default.policy, help="which step policy: a name or module:factory (headway)"
     )
-    parser.add_argument("--sequences-max", type=int, default=default.sequences_max, help="resident at once (256)")
-    parser.add_argument("--waiting-max", type=int, default=default.waiting_max, help="waiting, then refused (1024)")
-    parser.add_argument("--drain-s", type=float, default=default.drain_s, help="grace on SIGTERM, seconds (30)")
-    parser.add_argument("--send-s", type=float, default=default.send_s, help="a link that reads nothing is cut (30)")
-    parser.add_argument("--calibrate-s", type=float, default=default.calibrate_s, help="at start, seconds (1)")
+    parser.add_argument("--sequences-max", type=_count, default=default.sequences_max, help="resident at once (256)")
+    parser.add_argument("--waiting-max", type=_count, default=default.waiting_max, help="waiting, then refused (1024)")
+    parser.add_argument("--drain-s", type=_seconds, default=default.drain_s, help="grace on SIGTERM, seconds (30)")
+    parser.add_argument("--send-s", type=_seconds, default=default.send_s, help="a link that reads nothing is cut (30)")
+    parser.add_argument("--calibrate-s", type=_seconds, default=default.calibrate_s, help="at start, seconds (1)")
     parser.add_argument("--pool-fd", type=int, default=default.pool_fd, help="descriptor of the host pool's memory")
-    parser.add_argument("--pool-share", type=int, default=default.pool_share, help="workers that share the pool (1)")
+    parser.add_argument("--pool-share", type=_count, default=default.pool_share, help="workers that share the pool (1)")
     parser.add_argument("--disk-dir", default=default.disk_dir, help="folder for KV that the pool evicts (none)")
     parser.add_argument("--disk-bytes", type=int, default=default.disk_bytes, help="at most so much of it there")
 

@@ -233,11 +233,34 @@ def test_a_model_that_cannot_be_served_is_one_sentence_and_exit_code_2(
 
 
 @pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (("--threads", "0"), "no whole number above 0"),
+        (("--kv-bytes", "-1"), "no whole number above 0"),
+        (("--calibrate-s", "nan"), "no number of seconds"),
+        (("--device", "tpu"), "is not cpu, cuda, cuda:N or auto"),
+        (("--device", "cuda:4095"), "there is no device cuda:4095 here"),
+    ],
+)
+def test_an_option_that_cannot_be_is_one_sentence_and_exit_code_2(
+    option: tuple[str, str], said: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "engine", "worker", "--socket", str(tmp_path / "s"), "--model", str(tiny_llama)]
+    run = subprocess.run([*command, *option], capture_output=True, text=True, timeout=120, check=False)
+
+    assert run.returncode == 2
+    assert said in run.stderr.splitlines()[-1]
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize(
     ("order", "code", "said"),
     [
         (("--policy", "static-512"), 0, ""),
         (("--policy", "nobody"), 2, "no engine policy is called 'nobody'"),
         (("--weights", "/tmp"), 2, "cannot change its weights"),
+        (("--sleep", "1"), 2, "cannot sleep"),
+        (("--wake",), 0, ""),
     ],
 )
 def test_a_running_worker_is_told_and_answers(order: tuple[str, ...], code: int, said: str, tmp_path: Path) -> None:
