@@ -22,8 +22,6 @@ FADE = 32  # sessions of a template in whose memory old ones fade by half
 SessionKey = tuple[str, str]  # salt domain, session: a stranger cannot inherit somebody's class
 TemplateKey = tuple[str, int]  # tenant, template hash
 
-UNKNOWN = SessionView()
-
 
 @dataclass(slots=True)
 class _Session:

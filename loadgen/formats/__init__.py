@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import msgspec
 
@@ -15,7 +15,6 @@ from loadgen.formats import azure, receipts, tracelab, weka
 from loadgen.traces import ClassName, Trace, TraceError
 
 Format = Literal["mooncake", "weka", "azure", "receipts", "tracelab"]
-FORMATS: tuple[Format, ...] = get_args(Format)
 READERS = {
     "mooncake": traces.read,
     "weka": weka.load,

@@ -77,14 +77,6 @@ def keys_path(config: Config) -> Path:
     return state_folder(config, os.environ) / "keys.json"
 
 
-def keyless(host: str) -> str:
-    """Why nothing is served there without keys."""
-    return (
-        f"{host} can be reached by others, and there are no keys: make one with `headway keys add NAME`, "
-        "or listen on 127.0.0.1"
-    )
-
-
 def check_reach(config: Config) -> None:
     """Raises KeysError when others could come and need no key, or the keys cannot be read."""
     path = keys_path(config)

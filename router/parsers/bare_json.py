@@ -38,13 +38,14 @@ class BareJsonCalls:
     def _step(self, events: list[Event]) -> bool:
         """One decision; False when more text is needed for the next."""
         if self._call is not None:
-            said = self._call.feed(self._held)
-            self._held, call = "", self._call
-            if call.is_over:
-                self._call, self._held = None, call.rest
-            self._take(call, said, events)
-            return call.is_over
+            return self._in_object(self._call, events)
         return self._before_object(events) if self._may_call else self._in_text(events)
+
+    def _in_object(self, call: CallObject, events: list[Event]) -> bool:
+        said, self._held = call.feed(self._held), call.rest
+        self._call = None if call.is_over else call
+        self._take(call, said, events)
+        return call.is_over
 
     def _before_object(self, events: list[Event]) -> bool:
         behind = self._held.lstrip(" \t\r\n;,")

@@ -105,10 +105,8 @@ class BracketedCalls:
         return arguments.is_over
 
     def _in_object(self, call: CallObject, events: list[Event]) -> bool:
-        said = call.feed(self._held)
-        self._held = ""
-        if call.is_over:
-            self._call, self._held = None, call.rest
+        said, self._held = call.feed(self._held), call.rest
+        self._call = None if call.is_over else call
         self._take(call, said, events)
         return call.is_over
 

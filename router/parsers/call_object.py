@@ -17,7 +17,7 @@ _HEADER = re.compile(r'\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments
 
 
 class CallObject:
-    """Feed it from its first brace on until it `is_over`; then `rest` is behind it. `text`: it was no call at all."""
+    """Feed it from its first brace on until it `is_over`; `rest`, empty till then, is behind it. `text`: no call."""
 
     __slots__ = ("_arguments", "_held", "_names", "_outer", "is_over", "rest", "text")
 

@@ -38,7 +38,7 @@ class TaggedCalls:
     def _step(self, events: list[Event]) -> bool:
         """One decision; False when more text is needed for the next."""
         if self._call is not None:
-            return self._in_call(self._call, events)
+            return self._in_object(self._call, events)
         if self._tag or self._is_behind_call:
             return self._between(events)
         before, tag, self._held = split_at(self._held, OPEN)
@@ -64,11 +64,9 @@ class TaggedCalls:
             self._tag = ""
         return True
 
-    def _in_call(self, call: CallObject, events: list[Event]) -> bool:
-        said = call.feed(self._held)
-        self._held = ""
-        if call.is_over:
-            self._call, self._held = None, call.rest
+    def _in_object(self, call: CallObject, events: list[Event]) -> bool:
+        said, self._held = call.feed(self._held), call.rest
+        self._call = None if call.is_over else call
         self._take(call, said, events)
         return call.is_over
 
