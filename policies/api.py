@@ -128,7 +128,7 @@ class FleetView(Protocol):
     ahead_s: Floats  # [3, slots] prefill seconds that run first
     step_s: Floats  # [3, slots] seconds of a decode step with one more sequence
     pace_s: Floats  # [3, slots] tightest TPOT promised to a resident
-    room_tokens: Floats  # KV tokens that can be had without hurting residents
+    room_tokens: Floats  # [3, slots] KV tokens that can be had without hurting residents as urgent
     free_tokens: Floats  # of which no cache has to go
     residual: Floats  # actual / predicted TTFT, as seen from here
     streams: Floats  # everything that runs or waits there

@@ -27,7 +27,7 @@ COLUMNS = (
     ("ahead_s", 3),
     ("step_s", 3),
     ("pace_s", 3),
-    ("room_tokens", 1),
+    ("room_tokens", 3),
     ("free_tokens", 1),
     ("silent_after", 1),
     ("residual", 1),
@@ -80,6 +80,7 @@ class Ledger:
         "pace_s",
         "pending_s",
         "previous_tokens",
+        "private",
         "prompts",
         "q90",
         "reported_at",
@@ -103,7 +104,7 @@ class Ledger:
         self.pending_s, self.streams, self.staged = [0.0, 0.0, 0.0], [0, 0, 0], 0
         self.context, self.pace_s = [0.0, 0.0, 0.0], [math.inf, math.inf, math.inf]
         self.own_tokens = self.fresh_tokens = self.previous_tokens = 0  # uncached prompt tokens not yet computed
-        self.growth = self.variance = 0.0
+        self.growth, self.variance, self.private = [0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0, 0, 0]
         self.number = 0
         self.prompts: dict[int, Charge] = {}  # of chat, not yet computed
         self.left, self.other_s = 1.0, 0.0  # share of our own prompts that is not computed; others' seconds
@@ -150,8 +151,9 @@ class Ledger:
         self.staged += job.request_class is RequestClass.DATA_PROCESSOR
         self.own_tokens += charge.uncached
         self.fresh_tokens += charge.uncached
-        self.growth += charge.growth
-        self.variance += charge.variance
+        self.growth[number] += charge.growth
+        self.variance[number] += charge.variance
+        self.private[number] += charge.uncached
         return charge
 
     def start(self, charge: Charge, now: float) -> None:
@@ -169,12 +171,12 @@ class Ledger:
         number = int(charge.request_class)
         self.streams[number] -= 1
         self.context[number] -= charge.context
-        self.growth -= charge.growth
-        self.variance -= charge.variance
+        self.growth[number] -= charge.growth
+        self.variance[number] = max(0.0, self.variance[number] - charge.variance)
+        self.private[number] -= charge.uncached
         if self.streams[number] == 0:  # also where rounding ends
             self.context[number], self.pace_s[number] = 0.0, math.inf
-        if self.variance < 0.0 or not any(self.streams):
-            self.growth = self.variance = 0.0
+            self.growth[number] = self.variance[number] = 0.0
 
     def _release_prompt(self, charge: Charge) -> None:
         number = int(charge.request_class)
@@ -231,8 +233,7 @@ class Ledger:
         pace1 = min(pace0, pace1)
         step2 = self._step_s(rows + agent + batch, context2)
         free = load.blocks_free * self.block_tokens
-        # Residents are half done on average; their answers' lengths are independent, so the spread adds up in squares.
-        growth = self.growth / 2 + Z90 * math.sqrt(self.variance)
+        room0, room1, room2 = self._rooms(free + load.blocks_cached * self.block_tokens - queued)
         silent_s = max(SILENCE_S, 3 * step2, 3 * load.step_s) if committed else math.inf
         return (
             self.row_s,
@@ -249,7 +250,9 @@ class Ledger:
             pace0,
             pace1,
             min(pace1, pace2),
-            free + load.blocks_cached * self.block_tokens - queued - growth,
+            room0,
+            room1,
+            room2,
             free - queued,
             self.reported_at + silent_s,
             self.residual,
@@ -258,6 +261,17 @@ class Ledger:
             self.staged,
             self.context_max,
         )
+
+    def _rooms(self, free: float) -> tuple[float, float, float]:
+        """KV tokens for a newcomer of each class, beside what residents as urgent as it will still write. Of less
+        urgent ones their new prompt tokens count as room: the engine takes them back for who is more urgent."""
+        # Residents are half done on average; their answers' lengths are independent, so the spread adds up in squares.
+        chat, agent, batch = self.growth
+        chat2, agent2, batch2 = self.variance
+        _, agent_own, batch_own = self.private
+        room0 = free + agent_own + batch_own - chat / 2 - Z90 * math.sqrt(chat2)
+        room1 = free + batch_own - (chat + agent) / 2 - Z90 * math.sqrt(chat2 + agent2)
+        return room0, room1, free - (chat + agent + batch) / 2 - Z90 * math.sqrt(chat2 + agent2 + batch2)
 
     def _step_s(self, rows: int, context: float) -> float:
         dense_s = self.row_s * rows

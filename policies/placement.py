@@ -101,7 +101,7 @@ class Scene(NamedTuple):
             share=share,
             step_s=step_s,
             is_steady=used <= weights.pace_margin,
-            has_room=fleet.room_tokens >= tokens + job.output.q80,
+            has_room=fleet.room_tokens[number] >= tokens + job.output.q80,
         )
 
     def best(self, job: Job, fleet: FleetView, now: float, weights: Weights) -> Sequence[Forecast]:

@@ -101,11 +101,23 @@ def test_the_tightest_pace_of_residents_as_urgent_or_more_is_kept() -> None:
 
 def test_growth_of_residents_is_kept_free() -> None:
     fleet, asked = fleet_of(), job(tokens=1_000, output=2_000.0)
-    free = float(fleet.room_tokens[0])
+    free = fleet.room_tokens[:, 0].tolist()
     charge = fleet.charge(asked, forecast(fleet, asked), 0.0)
-    assert fleet.room_tokens[0] < free - 1_000 - 1_000  # its prompt and half of its answer, and some for the spread
+    for number in range(3):  # its prompt and half of its answer, and some for the spread
+        assert fleet.room_tokens[number, 0] < free[number] - 1_000 - 1_000
     fleet.release(charge, has_started=False)
-    assert fleet.room_tokens[0] == free
+    assert fleet.room_tokens[:, 0].tolist() == free
+
+
+def test_what_less_urgent_residents_computed_is_room_for_a_person() -> None:
+    fleet, asked = fleet_of(), job(tokens=1_000, output=2_000.0, cls=BACKGROUND)
+    free = fleet.room_tokens[:, 0].tolist()
+    charge = fleet.charge(asked, forecast(fleet, asked), 0.0)
+    chat, agent, batch = fleet.room_tokens[:, 0].tolist()
+    assert chat == free[0]
+    assert agent == batch < free[1] - 2_000
+    fleet.release(charge, has_started=False)
+    assert fleet.room_tokens[:, 0].tolist() == free
 
 
 def test_predictions_that_are_always_too_short_are_corrected() -> None:
