@@ -7,7 +7,6 @@ and steps with prompt chunks, whose keys must be in the pages before anyone read
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -126,18 +125,12 @@ def gated(gate_up: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def embedded(ids: Tensor, positions: Tensor, table: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states [rows, width] of the table's dtype and turns [rows, head_dim] float32 (all cosines, then sines)."""
-    x = torch.empty(len(ids), table.shape[1], device=table.device, dtype=table.dtype)
-    turns = torch.empty(len(ids), 2 * len(frequencies), device=table.device)
-    return embed_into(ids, positions, table, frequencies, x, turns)
-
-
 def embed_into(
     ids: Tensor, positions: Tensor, table: Tensor, frequencies: Tensor, x: Tensor, turns: Tensor,
     sources: Tensor | None = None, sampled: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`embedded` without allocating. Rows with a source (not -1) take `sampled[source]` for their id."""
+    """Fills x [rows, width] with hidden states, turns [rows, head_dim] float32 with all cosines, then all sines.
+    Rows with a source (not -1) take `sampled[source]` for their id."""
     is_gathered = sources is not None and sampled is not None
     embed[(len(ids),)](
         ids, sources if is_gathered else ids, sampled if is_gathered else ids, positions, table, frequencies, x, turns,

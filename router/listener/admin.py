@@ -144,7 +144,7 @@ def _is_loopback(url: str) -> bool:
 def _worker(state: WorkerState, now: float) -> dict[str, object]:
     """One worker for a person: where it is, how it is, what it holds."""
     shown: dict[str, object] = {"worker": state.name, "is_up": state.link is not None, "losses": state.losses}
-    shown["asleep"] = state.asleep
+    shown |= {"asleep": state.asleep, "socket": state.address}  # for `python -m engine tell`
     link = state.link
     if link is None or link.hello is None:
         return shown | {"requests": 0, "lost_reason": state.lost_reason}

@@ -40,7 +40,9 @@ def test_embedding_brings_the_turn_of_its_position(dtype: torch.dtype, device: t
     positions = torch.tensor([0, 131071, 5], device=device, dtype=torch.int32)
     frequencies = 1e4 ** (-torch.arange(0, 48, 2, device=device) / 48)
 
-    x, turns = rows.embedded(ids, positions, table, frequencies)
+    x, turns = torch.empty(3, 96, device=device, dtype=dtype), torch.empty(3, 48, device=device)
+
+    rows.embed_into(ids, positions, table, frequencies, x, turns)
 
     assert torch.equal(x, table[ids.long()])
     torch.testing.assert_close(turns, ref.turn(positions, frequencies), rtol=0, atol=2e-5)
