@@ -7,21 +7,29 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
 
-from bench.policy_runs import GRACE_S, PROFILE, Run, Side, offered
+import msgspec
+
+from bench.policy_runs import GRACE_S, PROFILE, Run, Side, missing, offered
 from loadgen.judged import Judged, judge_one
 from loadgen.ranks import quantiles
+from loadgen.sim.profiles import Profile
 from loadgen.sim.world import Setting, World
 from loadgen.simulate import LABEL, judged
 from loadgen.targets import PUBLISHED, target_of
 from policies.actions import Action, Dispatch, Reject
-from policies.builtin import headway
+from policies.api import EnginePolicy
+from policies.builtin import headway, headway_engine
 from policies.events import Event, Offered
 from policies.limits import Limits
+from policies.retention import Band, KeepLimits, SpanView, keep
 
 SEEDS = (61, 62, 63)
 WARMUP_S, WORKERS = 40.0, 4
@@ -35,11 +43,17 @@ class Case(NamedTuple):
     chat: float
     jobs: float
     duration_s: float = 240.0
+    name: Literal["mix", "weka"] = "mix"
+
+    @property
+    def workers(self) -> int:
+        """Half as many for Weka's sessions."""
+        return WORKERS if self.name == "mix" else WORKERS // 2
 
     def run(self, seed: int) -> Run:
         """The requests of one seed."""
         return Run(
-            case="mix",
+            case=self.name,
             load=self.agents,
             chat_load=self.chat,
             jobs_load=self.jobs,
@@ -52,21 +66,13 @@ class Case(NamedTuple):
 CROWDS = (Case(20.0, 20.0, 20.0, 120.0), Case(30.0, 30.0, 30.0, 120.0))
 SHARES = (0.0, 0.05)
 SMALL_ROOM_S = (3.0, 10.0, 20.0)  # a tenth and less of the real ones, where clients lose patience before they are full
+LEASE_CASES = (
+    (Case(4.0, 4.0, 4.0, 180.0, "weka"), 1.0),
+    (Case(4.0, 4.0, 4.0, 180.0, "weka"), 0.6),
+    (Case(8.0, 8.0, 8.0), 0.5),
+)
+TRACES = Path(os.environ["HEADWAY_TRACES"]) if "HEADWAY_TRACES" in os.environ else None
 CASES = (Case(8.0, 8.0, 8.0), Case(11.3, 11.3, 11.3), Case(24.0, 6.0, 6.0), Case(36.0, 5.0, 5.0))
-
-
-def setting(seed: int, duration_s: float, limits: Limits) -> Setting:
-    """Headway with these bounds; classes are declared, so that nothing else differs."""
-    return Setting(
-        router=headway({}),
-        engine=None,
-        profiles=(PROFILE,) * WORKERS,
-        limits=limits,
-        seed=seed,
-        duration_s=duration_s,
-        grace_s=GRACE_S,
-        is_oracle=True,
-    )
 
 
 @dataclass(slots=True)
@@ -95,12 +101,22 @@ def _is_return(request_id: str) -> bool:
     return not request_id.endswith(".1")
 
 
-def found(case: Case, limits: Limits) -> Found:
-    """One policy with these bounds."""
+def found(case: Case, limits: Limits, *, profile: Profile = PROFILE, engine: EnginePolicy | None = None) -> Found:
+    """Headway with these bounds on these workers; classes are declared, so that nothing else differs."""
     seen = Found()
     for seed in SEEDS:
-        trace, _ = offered(case.run(seed), None)
-        records = judged(World(trace, setting(seed, case.duration_s, limits), seen).run(), WARMUP_S)
+        trace, _ = offered(case.run(seed), TRACES)
+        setting = Setting(
+            router=headway({}),
+            engine=engine,
+            profiles=(profile,) * case.workers,
+            limits=limits,
+            seed=seed,
+            duration_s=case.duration_s,
+            grace_s=GRACE_S,
+            is_oracle=True,
+        )
+        records = judged(World(trace, setting, seen).run(), WARMUP_S)
         seen.judged += [judge_one(one, target_of(one, PUBLISHED)) for one in records]
     return seen
 
@@ -141,7 +157,41 @@ def reservations() -> None:
             _row(f"{share:g}", _met(chat), seen.returns, back, *told)
 
 
-PARTS = {"tasks": tasks, "reservations": reservations}
+def leases() -> None:
+    """How long a session's KV goes before what no lease keeps: by its state, or after every turn alike."""
+    for case, memory in LEASE_CASES:
+        if why := missing(case.name, TRACES):
+            print(f"\n{case.name} is left out: {why}")
+            continue
+        profile = msgspec.structs.replace(PROFILE, blocks_total=round(memory * PROFILE.blocks_total))
+        _head(case, "leases", "memory", "chat %", "turns %", "hits %", "chat TTFT p99 s")
+        for name, engine in LEASES.items():
+            seen = found(case, Limits(), profile=profile, engine=engine)
+            chat, agents = _of(seen, "chatbot+"), _of(seen, "background-agent")
+            done = [one.record for one in seen.judged if one.record.outcome == "done"]
+            hits = sum(one.cached_tokens or 0 for one in done) / sum(one.input_tokens for one in done)
+            p99_s = quantiles(one.ttft_s for one in chat).p99 or 0.0
+            _row(name, memory, _met(chat), _met(agents), f"{100 * hits:.2f}", f"{p99_s:.2f}")
+
+
+PARTS = {"tasks": tasks, "reservations": reservations, "leases": leases}
+
+
+def _blind(span: SpanView, now: float) -> tuple[Band, float]:
+    return keep(replace(span, has_called=None), now)
+
+
+def _leased(seconds: float) -> EnginePolicy:
+    """After a call of a tool so long, and not at all behind an answer."""
+    limits = KeepLimits(session_s=(seconds, seconds, 0.0))
+    return replace(headway_engine(), keep=partial(keep, limits=limits))
+
+
+LEASES = {
+    "none": _leased(0.0),
+    "30 s or 15 s behind every turn": replace(headway_engine(), keep=_blind),
+    **{f"{seconds:g} s behind a call": _leased(seconds) for seconds in (5.0, 15.0, 30.0)},
+}
 
 
 def _of(seen: Found, name: str) -> list[Judged]:
@@ -153,7 +203,8 @@ def _met(some: Iterable[Judged]) -> str:
 
 
 def _head(case: Case, *columns: str) -> None:
-    print(f"\nAgents x{case.agents:g}, chat x{case.chat:g}, jobs x{case.jobs:g}, {case.duration_s:g} s\n")
+    load = f"agents x{case.agents:g}, chat x{case.chat:g}, jobs x{case.jobs:g}" if case.name == "mix" else case.chat
+    print(f"\n{case.name}: {load}, {case.duration_s:g} s, seeds {SEEDS}\n")
     _row(*columns)
     _row(*("---" for _ in columns))
 

@@ -207,6 +207,7 @@ class Submit(Message, frozen=True, tag="submit"):
     deadline_left_s: float  # inf: none
     session: str
     sampling: Sampling
+    call_ids: list[int] | None = None  # of which one begins any call of a tool; none: it cannot call; None: not known
 
 
 class Abort(Message, frozen=True, tag="abort"):

@@ -138,7 +138,8 @@ class Dispatcher:
         """What to do because of `event`. `now` never goes back."""
         actions: list[Action] = []
         self._trust.learn(event)
-        self._room.reservations.advance(now)
+        if self._room.reservations.due_at <= now:
+            self._room.reservations.advance(now)
         self._handlers[type(event)](event, now, actions)
         self._expire(now, actions)
         self._schedule(actions)

@@ -6,6 +6,7 @@ refused again holds the last one only."""
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -53,6 +54,7 @@ class Reservations:
         self._tenant_s: dict[tuple[str, Lane], float] = {}
         self._turns: list[tuple[float, int, Reservation]] = []  # when each opens, later when it closes
         self._pushed = 0
+        self.due_at = math.inf  # nothing is to be opened or closed before
         self.counts = Counts()
 
     def __len__(self) -> int:
@@ -111,6 +113,7 @@ class Reservations:
                 due.is_open = True
                 self._open_s[due.lane] = self.open_s(due.lane) + due.work_s
                 self._turn_at(due.opens_at + self._limits.reservation_s, due)
+        self.due_at = self._turns[0][0] if self._turns else math.inf
 
     def _turn_at(self, at: float, made: Reservation) -> None:
         """One entry each. Those that were claimed are swept once they are the majority."""
@@ -119,6 +122,7 @@ class Reservations:
         if len(self._turns) > 2 * len(self._held) + 64:
             self._turns = [turn for turn in self._turns if self._held.get(turn[2].key) is turn[2]]
             heapq.heapify(self._turns)
+        self.due_at = self._turns[0][0]
 
     def _drop(self, held: Reservation) -> None:
         del self._held[held.key]

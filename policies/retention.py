@@ -33,14 +33,16 @@ class SpanView:
     is_aborted: bool
     hits: int = 0  # times that a sequence found them
     born: float = math.inf  # when they were computed, local seconds
+    has_called: bool | None = None  # its answer calls a tool, so a program will be back; None: who knows
 
 
 @dataclass(frozen=True, slots=True)
 class KeepLimits:
-    """Start values. A tool call returns within 13.6 s in 90 % of cases and 0.3 s in the median (TraceLab)."""
+    """Start values. A tool call returns within 13.6 s in 90 % of cases and 0.3 s in the median; a person within 84 s in
+    the median (TraceLab), which no lease is worth."""
 
     abort_s: float = 10.0  # decision 15: a retry costs a restore, not a prefill
-    session_s: tuple[float, float, float] = (30.0, 15.0, 0.0)  # by class, after an ordinary end
+    session_s: tuple[float, float, float] = (30.0, 15.0, 0.0)  # by class, behind a call of a tool, or what may be one
     shared_hits: int = 3
     shared_gaps: float = 3.0  # a prefix in demand is kept for so many of its mean gaps between hits ...
     lease_s_max: float = 300.0  # ... and no lease is longer than this
@@ -56,4 +58,4 @@ def keep(span: SpanView, now: float, limits: KeepLimits = KeepLimits()) -> tuple
         return band, limits.abort_s
     if span.request_class == RequestClass.DATA_PROCESSOR and not span.is_shared:
         return Band.EXPIRED, 0.0
-    return band, limits.session_s[span.request_class]
+    return band, 0.0 if span.has_called is False else limits.session_s[span.request_class]

@@ -104,10 +104,11 @@ class Holdings:
         """It ends: release its blocks in two spans: what others use too, and what is its own."""
         blocks, sequence.blocks = sequence.blocks, []
         self._tiers.touch(blocks)
+        has_called = sequence.has_called
         own_from = next((at for at, block in enumerate(blocks) if not block.hits), len(blocks))
         for span, is_shared in ((blocks[own_from:], False), (blocks[:own_from], True)):
             if span:
                 hits, born = span[-1].hits, span[-1].born
-                view = SpanView(sequence.request_class, is_shared, is_aborted, hits, born)
+                view = SpanView(sequence.request_class, is_shared, is_aborted, hits, born, has_called)
                 band, lease_s = self.keep(view, now)
                 self._trie.release(span, band, lease_s, now)

@@ -27,6 +27,7 @@ class Sequence:
     __slots__ = (
         "blocks",
         "cached_tokens",
+        "call_ids",
         "deadline",
         "first_due",
         "grammar",
@@ -73,6 +74,7 @@ class Sequence:
         self.resumed_at = self.length  # what is beyond was generated here
         self.salt = order.salt
         self.session = order.session
+        self.call_ids = order.call_ids
         self.public_blocks = order.public_blocks
         self.request_class = RequestClass(order.request_class)
         self.sampling = order.sampling
@@ -106,6 +108,13 @@ class Sequence:
     def output_tokens(self) -> int:
         """Tokens of the answer, those of earlier attempts included."""
         return self.length - self.prompt_len
+
+    @property
+    def has_called(self) -> bool | None:
+        """Whether its answer calls a tool, as far as its tokens tell; None: they do not."""
+        if not self.call_ids:
+            return None if self.call_ids is None else False
+        return bool(np.isin(self.ids[self.prompt_len : self.length], self.call_ids).any())
 
     @property
     def may_speculate(self) -> bool:

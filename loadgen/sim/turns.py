@@ -20,15 +20,19 @@ class Turns:
     number: list[int] = field(init=False)  # of each row in its session
     _followers: dict[int, list[int]] = field(init=False)
     _missing: list[int] = field(init=False)
+    calls_tool: list[bool] = field(init=False)  # whether the session's next row comes back from a tool
 
     def __post_init__(self) -> None:
         places = {name: index for index, name in enumerate(turn_names(self.trace.rows)) if name}
         seen: dict[str, int] = {}
         self.number, self._followers, self._missing = [], {}, []
+        self.calls_tool = [False] * len(self.trace.rows)
         for index, row in enumerate(self.trace.rows):
             number = seen.get(row.session_id, 0) if row.session_id else 0
             seen[row.session_id] = number + 1
             before = [places[f"{row.session_id}#{number - 1}"]] if number else []
+            for earlier in before:
+                self.calls_tool[earlier] = row.gap == "tool"
             before += [places[name] for name in row.after if name in places]
             self.number.append(number)
             self._missing.append(len(before))

@@ -291,6 +291,7 @@ class World:
             deadline_left_s=action.deadline_left_s,
             session=row.session_id,
             sampling=Sampling(temperature=0.0, max_tokens=row.output_length, ignore_eos=True),
+            call_ids=[token] if self._order.calls_tool[turn.record.row] else [],
         )
         self.workers[turn.on].submit(order, turn.attempt, self.now)
         self._poke(turn.on)

@@ -235,6 +235,7 @@ class Relay:
             sampling=msgspec.structs.replace(
                 wanted, max_tokens=self._max_tokens, min_tokens=min(wanted.min_tokens, self._max_tokens)
             ),
+            call_ids=order.text.call_ids(order.turn),
         )
 
     def _failed(self, reason: str) -> None:

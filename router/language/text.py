@@ -151,6 +151,10 @@ class Text:
             turn = replace(turn, messages=messages)
         return self._voice.settled(turn, self._vocabulary.mark_id)
 
+    def call_ids(self, turn: Turn) -> list[int] | None:
+        """Ids of which one begins any call of a tool in the answer; None: that is not told by single tokens."""
+        return self._voice.call_ids(turn, self._vocabulary.token_id)
+
     def notices(self, turn: Turn) -> tuple[str, ...]:
         """What a client should know of how its turn was read, for x-headway-notice."""
         is_deaf = turn.may_call and turn.must_call is None and self._voice.calls == NONE

@@ -52,6 +52,11 @@ class Vocabulary:
         number = self._marked.token_to_id(mark)
         return number if number is not None and not self.token_bytes[number] else None
 
+    def token_id(self, mark: str) -> int | None:
+        """Of a mark that is one token, special or not."""
+        number: int | None = self._marked.token_to_id(mark)
+        return number
+
     def __len__(self) -> int:
         return len(self.token_bytes)
 

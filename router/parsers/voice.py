@@ -26,7 +26,7 @@ from router.parsers.bare_json import TAG, BareJsonCalls
 from router.parsers.bracketed import MARK, BracketedCalls
 from router.parsers.pythonic import PythonicCalls
 from router.parsers.reasoning import Reasoning
-from router.parsers.tagged import TaggedCalls
+from router.parsers.tagged import OPEN, TaggedCalls
 
 AUTO, NONE = "auto", "none"
 
@@ -54,6 +54,7 @@ SIGNS = {
     TAG: "llama",
     '"parameters": dict': "llama",
 }
+OPENINGS = {"hermes": OPEN, "mistral": MARK}  # without which these families call nothing
 THOUGHTS = {"think": ("<think>", "</think>"), "magistral": ("[THINK]", "[/THINK]")}
 # Special tokens that a parser must see as text.
 SHOWN = frozenset((TAG, MARK, "[ARGS]", "[CALL_ID]", *(mark for marks in THOUGHTS.values() for mark in marks)))
@@ -90,6 +91,14 @@ class Voice:
         if not sampling.grammar_kind:
             return turn
         return replace(turn, sampling=sampling, is_thinking=False)
+
+    def call_ids(self, turn: Turn, token_id: MarkId) -> list[int] | None:
+        """Ids of which one begins any call in the answer; none if it cannot have one, None where that is not told by a
+        single token: an object may be a call, and marks may be spelt over several."""
+        if turn.must_call is None and not (turn.may_call and self.calls != NONE):
+            return []
+        number = token_id(OPENINGS[self.calls]) if self.calls in OPENINGS else None
+        return None if number is None else [number]
 
     def lead(self, prompt_end: str) -> str:
         """What the end of a prompt has written of the answer's thoughts already."""

@@ -31,3 +31,11 @@ def test_an_abort_leaves_ten_seconds_whatever_the_class() -> None:
 def test_a_prefix_in_demand_is_leased_by_the_pace_of_its_hits() -> None:
     assert keep(span(BATCH, shared=True, hits=10), 100.0) == (Band.DATA_PROCESSOR, 30.0)
     assert keep(span(CHAT, shared=True, hits=4), 1e6)[1] == KeepLimits().lease_s_max
+
+
+def test_a_lease_waits_for_a_tool_and_not_for_a_person() -> None:
+    after = {has_called: SpanView(CHAT, False, False, has_called=has_called) for has_called in (True, None, False)}
+    leases_s = {has_called: keep(view, 1.0)[1] for has_called, view in after.items()}
+    assert leases_s == {True: 30.0, None: 30.0, False: 0.0}
+    assert keep(SpanView(CHAT, True, False, hits=10, born=0.0, has_called=False), 100.0)[1] == 30.0  # others' demand
+    assert keep(SpanView(CHAT, False, True, has_called=False), 1.0)[1] == KeepLimits().abort_s

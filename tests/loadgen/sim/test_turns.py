@@ -26,6 +26,12 @@ def test_a_sub_agent_waits_for_its_caller_and_its_caller_for_it() -> None:
     assert list(turns.ended(2)) == [3]
 
 
+def test_a_turn_calls_a_tool_if_the_sessions_next_one_comes_back_from_it() -> None:
+    gaps = ("none", "tool", "human", "tool")
+    rows = tuple(Row(delay=1.0, session_id="s", gap=gap, **TOKENS) for gap in gaps)  # type: ignore[arg-type]
+    assert Turns(Trace(Header(block_size=16), rows)).calls_tool == [True, False, True, False]
+
+
 def test_a_failure_costs_all_who_wait_for_it_once_and_only_within_the_time() -> None:
     turns = Turns(Trace(Header(block_size=16), FAMILY))
     assert sorted(turns.lost(0, 1.0, until_s=10.0)) == [1, 2, 3]

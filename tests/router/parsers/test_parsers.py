@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from engine.wire import Sampling
 from router.language.speech import Parser, PlainText
-from router.language.turn import Part, PartEnd, PartKind, PartStart, parts_of
+from router.language.turn import Part, PartEnd, PartKind, PartStart, Turn, parts_of
 from router.parsers.bare_json import TAG, BareJsonCalls
 from router.parsers.bracketed import MARK, BracketedCalls
 from router.parsers.call_object import HELD_CHARS_MAX
@@ -249,3 +251,28 @@ def test_arguments_go_on_while_they_come() -> None:
 def test_a_template_tells_the_family(template: str, voice: Voice) -> None:
     assert Voice.of(template) == voice
     assert Voice.of(template, calls="none", thoughts="none") == Voice()
+
+
+PLAIN = Turn(model="m", sampling=Sampling(), max_tokens=None, stop=(), is_stream=False)
+
+
+@pytest.mark.parametrize(
+    ("calls", "offered", "ids"),
+    [
+        ("hermes", {"may_call": True}, [7]),
+        ("mistral", {"must_call": "f"}, [9]),
+        ("hermes", {}, []),  # no tools: nothing it says is a call
+        ("none", {"may_call": True}, []),  # it has no form for calls
+        ("llama", {"may_call": True}, None),  # any object may be one
+        ("pythonic", {"may_call": True}, None),
+    ],
+)
+def test_the_token_that_begins_a_call_is_known_where_there_is_one(
+    calls: str, offered: dict[str, Any], ids: list[int] | None
+) -> None:
+    marks = {"<tool_call>": 7, "[TOOL_CALLS]": 9}
+    assert Voice(calls).call_ids(replace(PLAIN, **offered), marks.get) == ids
+
+
+def test_a_mark_that_is_spelt_over_several_tokens_tells_nothing() -> None:
+    assert Voice("hermes").call_ids(replace(PLAIN, may_call=True), lambda _: None) is None
