@@ -35,7 +35,7 @@ GRACE_S = 300.0  # the longest answers take four minutes
 JITTER_S = 3.0  # Mooncake's own recorder batches arrivals in steps of 3 s
 TEST_SEED = 50  # seeds beyond it were not looked at when constants were chosen
 TUNING_SEED = 100  # seeds beyond it draw what constants may be tuned on
-WEKA_DIVISOR = 8  # decision 50: real sessions are made for contexts eight times as long as the 8B shape's
+WEKA_DIVISOR = 8  # real sessions are made for contexts eight times as long as the 8B shape's
 WEKA_SESSIONS_PER_S = 0.1  # at load 1
 USERS = 24
 

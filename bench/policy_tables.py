@@ -21,7 +21,7 @@ Rows = list[list[str]]
 
 CHAT_SHARE_HELD = 0.6  # of its capacity, while the rest grows
 BEYOND = 1.2  # times capacity: where a term's absence shows
-USER_OFFERED_MIN = 50  # decision 47; a smaller run says that it has no such user
+USER_OFFERED_MIN = 50  # a smaller run says that it has no such user
 BATCH = {"workers": 1, "duration_s": 60.0, "warmup_s": 15.0}  # a worker's backlog is all that batch's rate needs
 BATCH_LOAD = 250.0  # of jobs: more than one worker can do
 FIGURES = ["chat %", "agents %", "jobs %", "on line %", "smooth %", "TTFT p99 s", "users p5 %", "hit %", "busy %"]

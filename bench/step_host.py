@@ -1,7 +1,7 @@
 """Host cost of an engine step: everything the loop does around the device, at 1 to 256 sequences, and the trie's walk.
 
-Owns its workload: decoding sequences on a runner that computes nothing. Budgets are decision 43's. CPU time, so that a
-busy machine does not count. Run: python -m bench.step_host"""
+Owns its workload: decoding sequences on a runner that computes nothing. Budgets are the scheduler's. CPU time, so that
+a busy machine does not count. Run: python -m bench.step_host"""
 
 from __future__ import annotations
 

@@ -142,5 +142,5 @@ def serve(
         512 / model.prefill_s(512),
     )
     gc.collect()
-    gc.freeze()  # decision 18: what was made at start lives for ever; no collection walks it again
+    gc.freeze()  # what was made at start lives for ever; no collection walks it again
     return asyncio.run(Worker(core, inbox, config, encode=encode, compile=compile).serve())

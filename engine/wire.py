@@ -54,7 +54,7 @@ class Hello(Message, frozen=True, tag="hello"):
     blocks_total: int
     context_max: int
     vocab_size: int
-    root: bytes  # engine.keys.root of what it computes
+    root: bytes  # engine.kv.keys.root of what it computes
     policy_digest: str
     step_model: StepModelParts
     cached: bytes

@@ -41,7 +41,7 @@ class KeepLimits:
     """Start values. A tool call returns within 13.6 s in 90 % of cases and 0.3 s in the median; a person within 84 s in
     the median (TraceLab), which no lease is worth."""
 
-    abort_s: float = 10.0  # decision 15: a retry costs a restore, not a prefill
+    abort_s: float = 10.0  # a retry costs a restore, not a prefill
     session_s: tuple[float, float, float] = (30.0, 15.0, 0.0)  # by class, behind a call of a tool, or what may be one
     shared_hits: int = 3
     shared_gaps: float = 3.0  # a prefix in demand is kept for so many of its mean gaps between hits ...

@@ -26,7 +26,7 @@ NOBODY: Ints = np.empty(0, dtype=np.int64)
 
 @dataclass(frozen=True, slots=True)
 class PlanLimits:
-    """Start values of policies.md 3d; each is a bound of one step."""
+    """Start values; each is a bound of one step."""
 
     step_s_max: float = 0.25  # a step is also the reaction time to what arrives and to aborts
     margin: float = 0.93  # of the time left: the model is right in the median only

@@ -6,8 +6,10 @@ import importlib
 import re
 import subprocess
 import sys
+import tokenize
 import zipfile
 from pathlib import Path
+from tokenize import COMMENT, STRING
 
 import pytest
 
@@ -56,6 +58,29 @@ def test_the_configuration_page_lists_every_key_and_no_other() -> None:
     keys = {".".join(key) for key in config_load._schema()}
     assert written == {key for key in keys if not key.startswith(twins)}
     assert [row[0] for row in table_rows("docs/configuration.md") if not row[2]] == []
+
+
+def spoken(path: Path) -> list[str]:
+    """A file's comments, docstrings and other strings."""
+    with path.open("rb") as file:
+        return [token.string for token in tokenize.tokenize(file.readline) if token.type in (COMMENT, STRING)]
+
+
+def stands(name: str) -> bool:
+    """Whether a module of this name exists, or one that holds its last part."""
+    module, _, last = name.rpartition(".")
+    whole, holder = (ROOT / part.replace(".", "/") for part in (name, module))
+    text = holder.with_suffix(".py").read_text() if holder.with_suffix(".py").exists() else ""
+    return whole.is_dir() or whole.with_suffix(".py").exists() or re.search(rf"\b{last}\b", text) is not None
+
+
+def test_comments_name_modules_that_exist_and_no_page_that_is_not_here() -> None:
+    named = re.compile(rf"(?<![\w/.-])(?:{'|'.join(PACKAGES)})(?:\.[A-Za-z_]\w*)+(?![\w/]|\.\w)")
+    elsewhere = re.compile(r"\bdecision \d|\(R\d+[,)]|§")
+    texts = {name: "\n".join(spoken(ROOT / name)) for name in source_files()}
+
+    assert [(name, said) for name, text in texts.items() for said in named.findall(text) if not stands(said)] == []
+    assert [(name, said[0]) for name, text in texts.items() if (said := elsewhere.search(text))] == []
 
 
 def test_nothing_speaks_of_the_machine_it_was_written_on() -> None:

@@ -23,7 +23,7 @@ class GrammarError(Exception):
 
 
 class Grammar(Protocol):
-    """Where one sequence stands in its grammar. engine.grammar has the real one; nothing else needs its library."""
+    """Where one sequence stands in its grammar. engine.compute.grammar alone needs a library for it."""
 
     @property
     def mask_words(self) -> int:

@@ -1,7 +1,7 @@
 """The one decoder on a GPU: five kernels a layer for few rows, cuBLAS and row kernels between them for many.
 
 Owns the order of launches and the buffers of a step. Never sees sequences or sampling, never allocates in a step and
-never waits, so that a step can be captured. Norm weights are folded into the products they feed (decision 33)."""
+never waits, so that a step can be captured. Norm weights are folded into the products they feed."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class SchedulerLimits:
 
 
 class Scheduler:
-    """Hot: once a step. Budget 0.5 ms at 256 sequences, 0.3 ms at one (decision 43); bench/step_host.py."""
+    """Hot: once a step. Budget 0.5 ms at 256 sequences, 0.3 ms at one; bench/step_host.py."""
 
     def __init__(
         self,
@@ -333,7 +333,7 @@ class Scheduler:
         known = b"" if sequence.needs_all_rows else sequence.known.tobytes()
         found = self._trie.match(known, sequence.salt, sequence.public_blocks)
         if any(block.is_pending for block in found):
-            return True  # decision 38: in a step the first sequence leads, those behind it wait for its blocks
+            return True  # in a step the first sequence leads, those behind it wait for its blocks
         rivals = self._victims(sequence.request_class, step)
         while not (self._table.has_row and self._fits(sequence, found)):
             if not rivals:

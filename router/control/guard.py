@@ -14,7 +14,7 @@ from policies.api import Admit, Classified, Forecast, Hold, Promise, Refuse, Rou
 from policies.events import Event, PolicyFault
 from policies.request import RequestClass
 
-SLOW_S = 0.005  # reliability.md's test 40: more than 5 ms in one call is felt by every stream
+SLOW_S = 0.005  # more than 5 ms in one call is felt by every stream
 FAULTS_MAX = 64  # of one event; the dispatcher distrusts a stage at the first, so more say nothing new
 
 Stage = Callable[..., Any]

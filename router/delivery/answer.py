@@ -31,7 +31,7 @@ class Teller(Protocol):
 
 
 class Answer:
-    """Implements router.flusher.Flushable."""
+    """Implements router.delivery.flusher.Flushable."""
 
     def __init__(self, order: Order, exchange: Outlet, services: Services, teller: Teller) -> None:
         self._encoder, self._errors, self._is_stream = order.encoder, order.errors, order.turn.is_stream

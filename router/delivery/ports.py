@@ -96,7 +96,7 @@ class FleetPort(Protocol):
     """The fleet, to a relay."""
 
     def submit(self, worker: WorkerId, request_id: RequestId, order: Submit, sink: Sink) -> Attempt:
-        """Send an attempt. Raises router.link.LinkLost when the worker is gone: the sink hears nothing."""
+        """Send an attempt. Raises router.workers.link.LinkLost when the worker is gone: the sink hears nothing."""
 
     def name(self, worker: WorkerId) -> str:
         """The worker's name, for people."""

@@ -37,7 +37,7 @@ BROKEN = ErrorDetail("The router failed on this request.", "server_error", None,
 
 
 class Relay:
-    """Implements router.ports.Client and Sink, and router.answer.Teller. `begin` it, then await `over`."""
+    """Client and Sink of router.delivery.ports, Teller of router.delivery.answer. `begin` it, then await `over`."""
 
     def __init__(self, order: Order, exchange: Outlet, services: Services) -> None:
         self.over: asyncio.Future[str] = asyncio.get_running_loop().create_future()  # the receipt's outcome
@@ -67,7 +67,7 @@ class Relay:
         self._exchange.on_writable = self._answer.flush
         self._services.mind.offer(self._order.request, self)
 
-    # router.ports.Client ----------------------------------------------------------------------------------------------
+    # Client: what the mind says ---------------------------------------------------------------------------------------
 
     def tokenise(self, action: Tokenise) -> None:
         self._request_class, self._class_reason = action.request_class, action.reason
@@ -121,7 +121,7 @@ class Relay:
         if not self.over.done():
             self._end_with_error(500, BROKEN, "failed", [])
 
-    # router.ports.Sink ------------------------------------------------------------------------------------------------
+    # Sink: what the worker says ---------------------------------------------------------------------------------------
 
     def started(self, start: Start) -> None:
         if self._ttft_s is not None:
@@ -164,7 +164,7 @@ class Relay:
         self._attempt = None
         self._failed(reason)
 
-    # router.answer.Teller ---------------------------------------------------------------------------------------------
+    # Teller: what the answer asks -------------------------------------------------------------------------------------
 
     def headers(self) -> Headers:
         headers = [

@@ -24,7 +24,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     request_class: str
     class_reason: str
-    outcome: str  # finished | refused | failed | cancelled: each request ends exactly once (R1)
+    outcome: str  # finished | refused | failed | cancelled: each request ends exactly once
     status: int  # HTTP; 200 for a stream that failed later
     reason: str  # finish reason, refusal or error code
     worker: str = ""  # the last one; empty when it was never placed

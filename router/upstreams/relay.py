@@ -64,7 +64,7 @@ class ForwardServices:
 
 
 class ForwardRelay:
-    """Implements router.ports.Client and http1.Listener. `begin` it, then await `over`."""
+    """Client of router.delivery.ports, Listener of router.upstreams.http1. `begin` it, then await `over`."""
 
     def __init__(self, order: Forwarded, exchange: Outlet, services: ForwardServices) -> None:
         self.over: asyncio.Future[str] = asyncio.get_running_loop().create_future()  # the receipt's outcome
@@ -98,7 +98,7 @@ class ForwardRelay:
             self._arm(self._limits.commit_after_s)
         self._mind.offer(self._order.request, self)
 
-    # router.ports.Client ----------------------------------------------------------------------------------------------
+    # Client: what the mind says ---------------------------------------------------------------------------------------
 
     def tokenise(self, action: Tokenise) -> None:
         """The upstream tokenises; we only count characters."""

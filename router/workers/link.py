@@ -157,7 +157,7 @@ class Link(asyncio.Protocol):
         self._hinted.pop(message_id, None)
 
     def check(self, now: float) -> None:
-        """Eject a worker that holds work and makes no step (R5), or that never says hello."""
+        """Eject a worker that holds work and makes no step, or that never says hello."""
         if self.down.is_set():
             return
         if self.hello is None:

@@ -1,4 +1,4 @@
-"""Workers die, freeze and lie: what that costs the clients, and that nothing else is cost (R1, R2, R4, R5)."""
+"""Workers die, freeze and lie: what that costs the clients, and that nothing else is cost."""
 
 from __future__ import annotations
 
