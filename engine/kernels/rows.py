@@ -128,7 +128,7 @@ def gated(gate_up: Tensor, out: Tensor) -> Tensor:
 def embed_into(
     ids: Tensor, positions: Tensor, table: Tensor, frequencies: Tensor, x: Tensor, turns: Tensor,
     sources: Tensor | None = None, sampled: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> None:  # fmt: skip
     """Fills x [rows, width] with hidden states, turns [rows, head_dim] float32 with all cosines, then all sines.
     Rows with a source (not -1) take `sampled[source]` for their id."""
     is_gathered = sources is not None and sampled is not None
@@ -137,4 +137,3 @@ def embed_into(
         table.shape[1], len(frequencies), W=triton.next_power_of_2(table.shape[1]),
         D=triton.next_power_of_2(len(frequencies)), GATHERED=is_gathered, num_warps=4,
     )  # fmt: skip
-    return x, turns
