@@ -33,10 +33,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (TraceError, ValueError, OSError) as error:
-        print(f"headway-loadgen: {error}", file=sys.stderr)
+        print(f"headway-loadgen: {_plain(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 1
+
+
+def _plain(error: Exception) -> str:
+    """An error of the system without its number: the file, and what is wrong with it."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def parser() -> argparse.ArgumentParser:

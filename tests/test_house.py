@@ -83,6 +83,23 @@ def test_comments_name_modules_that_exist_and_no_page_that_is_not_here() -> None
     assert [(name, said[0]) for name, text in texts.items() if (said := elsewhere.search(text))] == []
 
 
+def headings(page: Path) -> set[str]:
+    """As links name them."""
+    plain = [re.sub(r"[^\w\- ]", "", line.lower()) for line in re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)]
+    return {line.strip().replace(" ", "-") for line in plain}
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    found = [(page, link) for page in pages for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text())]
+    links = [(page, *link.partition("#")[::2]) for page, link in found if "://" not in link]
+    targets = [(page.name, page.parent / file if file else page, heading) for page, file, heading in links]
+
+    assert len(targets) > 50
+    assert [(name, str(target)) for name, target, _ in targets if not target.exists()] == []
+    assert [(name, heading) for name, target, heading in targets if heading and heading not in headings(target)] == []
+
+
 def test_nothing_speaks_of_the_machine_it_was_written_on() -> None:
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     foreign = re.compile(r"/work/|/farm/|/root/\.|\bhelper-\d\b")

@@ -92,7 +92,10 @@ def _with_path(
 
         try:
             run(keys_path(load(arguments.config or default_file(), os.environ, {})), arguments)
-        except (ConfigError, KeysError, OSError) as error:
+        except OSError as error:
+            print(f"headway: {error.filename}: {error.strerror}", file=sys.stderr)
+            return 1
+        except (ConfigError, KeysError) as error:
             print(f"headway: {error}", file=sys.stderr)
             return 1
         return 0

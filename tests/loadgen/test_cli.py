@@ -163,3 +163,8 @@ def test_a_server_that_ends_before_it_is_ready_is_an_error(tmp_path: Path, capsy
     serve = shlex.join([sys.executable, "-c", "raise SystemExit(3)"])
     assert main(["replay", str(trace), "--serve", serve, "--target", "http://127.0.0.1:9"]) == 1
     assert "the server ended with code 3 before it was ready" in capsys.readouterr().err
+
+
+def test_a_file_that_is_not_there_is_named_in_plain_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["judge", "/nowhere/run.jsonl"]) == 1
+    assert capsys.readouterr().err == "headway-loadgen: /nowhere/run.jsonl: No such file or directory\n"
