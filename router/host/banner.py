@@ -52,7 +52,10 @@ def _term(budget: Mapping[str, float | None], title: str, key: str, slope_key: s
 
 def _time(seconds: float) -> str:
     """Three digits: what a machine measured in one second differs by more from start to start."""
-    return f"{seconds:.3g} s" if seconds >= 1.0 else f"{seconds * 1000:.3g} ms"
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
 
 
 def ask_ready(address: Any) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ from urllib.parse import parse_qs, urlsplit
 import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from engine.wire import Load
 from router.access.tenants import Tenants
 from router.errors import RequestError
 from router.listener.exchange import Exchange, Head
@@ -141,6 +142,11 @@ def _is_loopback(url: str) -> bool:
         return False
 
 
+def _load(load: Load) -> dict[str, object]:
+    """By names throughout: on the wire its parts are arrays."""
+    return msgspec.structs.asdict(load) | {"tiers": msgspec.structs.asdict(load.tiers)}
+
+
 def _worker(state: WorkerState, now: float) -> dict[str, object]:
     """One worker for a person: where it is, how it is, what it holds."""
     shown: dict[str, object] = {"worker": state.name, "is_up": state.link is not None, "losses": state.losses}
@@ -158,6 +164,6 @@ def _worker(state: WorkerState, now: float) -> dict[str, object]:
         "context_max": hello.context_max,
         "requests": link.running_count,
         "silent_s": round(link.silent_s(now), 3),
-        "load": msgspec.structs.asdict(link.load) if link.load is not None else None,
+        "load": _load(link.load) if link.load is not None else None,
         "step_model": link.step_model,
     }

@@ -238,7 +238,13 @@ def test_it_needs_nothing_but_the_standard_library() -> None:
 
 def test_the_banner_shows_address_curl_and_budgets() -> None:
     budgets = {
-        "chatbot+": {"ttft_s": 1.0, "ttft_s_per_new_token": 0.0031, "tpot_s": 0.05, "deadline_s": None},
+        "chatbot+": {
+            "ttft_s": 1.0,
+            "ttft_s_per_new_token": 0.0031,
+            "tpot_s": 0.05,
+            "tpot_s_per_prompt_token": 25e-6,
+            "deadline_s": None,
+        },
         "data-processor": {"ttft_s": None, "tpot_s": None, "deadline_s": 900.0},
     }
 
@@ -246,5 +252,6 @@ def test_the_banner_shows_address_curl_and_budgets() -> None:
 
     assert "Headway serves smollm2 at http://127.0.0.1:8080" in text
     assert "curl http://127.0.0.1:8080/v1/chat/completions" in text
-    assert "chatbot+          first token 1 s + 3.1 ms per new prompt token, per output token 50 ms" in text
+    assert "chatbot+          first token 1 s + 3.1 ms per new prompt token" in text
+    assert "per output token 50 ms + 25 us per prompt token" in text
     assert "data-processor    whole answer 900 s" in text

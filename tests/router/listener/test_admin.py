@@ -101,7 +101,7 @@ def test_workers_are_shown_as_they_are() -> None:
 
     assert (up["worker"], up["is_up"], up["model"], up["silent_s"]) == ("w0", True, "tiny", 1.0)
     assert (up["socket"], up["asleep"]) == ("/a", 0)
-    assert up["load"]["running"] == 3
+    assert (up["load"]["running"], up["load"]["tiers"]["host_blocks"]) == (3, 0)
     assert (lost["worker"], lost["is_up"], lost["lost_reason"]) == ("w1", False, "not connected yet")
 
 
