@@ -21,7 +21,7 @@ from typing import Any
 
 from router.host.banner import ask_ready, banner
 from router.host.child import Child, ending
-from router.host.run_directory import run_directory
+from router.host.run_folder import run_folder
 
 BAD_SETTINGS = 2  # a child's exit code: it said in one sentence what cannot be had, and trying again will not help
 START_DEATHS_MAX = 3  # of one child before anything was ever ready: a wrong model or no memory, so say it and stop
@@ -38,7 +38,7 @@ DISTRUSTED_OFFSET, DISTRUSTED_MAX = 64, 32
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to run. In commands, {run} is the run directory, {model} what `prepare` printed last, and {pool} the
+    """What to run. In commands, {run} is the run folder, {model} what `prepare` printed last, and {pool} the
     descriptor of the workers' shared KV memory, -1 without."""
 
     host: str
@@ -82,7 +82,7 @@ class Keeper:
         with contextlib.ExitStack() as stack:
             wake = stack.enter_context(self._signals_to_a_socket())
             try:
-                run = stack.enter_context(run_directory())
+                run = stack.enter_context(run_folder())
                 listen = stack.enter_context(_listen(self.plan.host, self.plan.port, "--port"))
                 admin = stack.enter_context(_listen("127.0.0.1", self.plan.admin_port, "--admin-port"))
                 asks, ask = os.pipe()

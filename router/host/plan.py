@@ -15,7 +15,7 @@ from typing import Any
 from router.host.keeper import Plan
 from router.settings.config import Config
 
-# -P: a directory `engine` or `router` where the user happens to be must not be taken for ours.
+# -P: a folder `engine` or `router` where the user happens to be must not be taken for ours.
 PYTHON = (sys.executable, "-P", "-m")
 GIB = 1024**3
 POOL_PER_KV = 4  # of the workers' own KV: on a CPU both are the same memory, and the machine has other things to do

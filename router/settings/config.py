@@ -55,7 +55,7 @@ class Server(Struct, frozen=True, forbid_unknown_fields=True):
 class Model(Struct, frozen=True, forbid_unknown_fields=True):
     """What is served."""
 
-    name: str = "smollm2"  # the embedded model; else a GGUF file or a directory with safetensors
+    name: str = "smollm2"  # the embedded model; else a GGUF file, a folder with safetensors, or org/name on the hub
     served_as: str = ""  # the name that clients use; empty: the model's own
     calls: str = "auto"  # how it writes tool calls: auto (by its template) | hermes | llama | mistral | pythonic | none
     # Rules for what clients change in their system prompts, and the model need not see; also module:function.

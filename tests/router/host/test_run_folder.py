@@ -1,4 +1,4 @@
-"""The run directory: one keeper's own, and what a killed one left is swept up by the next, nothing else."""
+"""The run folder: one keeper's own, and what a killed one left is swept up by the next, nothing else."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from router.host.run_directory import LOCK, run_directory
+from router.host.run_folder import LOCK, run_folder
 
 HOLD = """
 import signal
-from router.host.run_directory import run_directory
-with run_directory() as path:
+from router.host.run_folder import run_folder
+with run_folder() as path:
     print(path, flush=True)
     signal.pause()
 """
@@ -31,12 +31,12 @@ def test_what_a_killed_keeper_left_is_swept_up_by_the_next(base: Path) -> None:
         assert keeper.stdout is not None
         left = Path(keeper.stdout.readline().strip())
         (left / "w0.sock").touch()
-        with run_directory():
+        with run_folder():
             assert left.exists()  # its keeper lives
         keeper.send_signal(signal.SIGKILL)
     assert left.exists()
 
-    with run_directory() as path:
+    with run_folder() as path:
         assert [found.name for found in base.iterdir()] == [path.name]
 
     assert list(base.iterdir()) == []
@@ -49,7 +49,7 @@ def test_what_is_not_a_keepers_is_left_alone(base: Path, tmp_path_factory: pytes
     (base / "headway-begins").mkdir()  # a keeper that has not locked it yet
     (base / "headway-notes").touch()
 
-    with run_directory():
+    with run_folder():
         pass
 
     assert {found.name for found in base.iterdir()} == {"headway-link", "headway-begins", "headway-notes"}
@@ -57,6 +57,6 @@ def test_what_is_not_a_keepers_is_left_alone(base: Path, tmp_path_factory: pytes
 
 
 def test_nobody_else_may_look_into_it(base: Path) -> None:
-    with run_directory() as path:
+    with run_folder() as path:
         assert path.parent == base
         assert path.stat().st_mode & 0o777 == 0o700

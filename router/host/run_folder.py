@@ -1,6 +1,6 @@
-"""The run directory: private to one keeper, gone when it ends, and swept up by the next one if it was killed.
+"""The run folder: private to one keeper, gone when it ends, and swept up by the next one if it was killed.
 
-Owns the directory and the lock that says its keeper lives. Standard library only; never touches what is not its own."""
+Owns the folder and the lock that says its keeper lives. Standard library only; never touches what is not its own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOCK = "keeper.lock"  # locked as long as the keeper lives, however it ends
 
 
 @contextlib.contextmanager
-def run_directory() -> Iterator[Path]:
+def run_folder() -> Iterator[Path]:
     """0700, gone at the end. Short on purpose: a Unix socket's path holds 104 bytes on macOS."""
     base = _base()
     sweep(base)
