@@ -10,9 +10,10 @@ from policies.actions import Action, Reject
 from policies.dispatcher import Dispatcher
 from policies.events import Tick
 from policies.limits import Limits
+from policies.ordering import WaitingRoom, least_laxity
 from policies.request import Request, RequestClass, Tenant
 from policies.reservations import Reservations
-from tests.policies.scenes import LIMITS, MODEL, dispatched, dispatcher, load, offer, rejected, report, request
+from tests.policies.scenes import LIMITS, MODEL, dispatched, dispatcher, job, load, offer, rejected, report, request
 
 CHATBOT, BACKGROUND, BATCH = RequestClass
 LANE = (MODEL, CHATBOT)
@@ -76,6 +77,18 @@ def test_it_goes_before_newcomers_who_have_waited_for_longer() -> None:
     assert first.is_reserved
     (second,) = dispatched(mind.handle(report(), back_at + 0.2))
     assert not second.is_reserved
+
+
+@pytest.mark.parametrize(("is_reserved", "first"), [(True, "mine"), (False, "other")])
+def test_what_its_tenant_had_before_does_not_hold_it_back(is_reserved: bool, first: str) -> None:
+    room = WaitingRoom(least_laxity, LIMITS)
+    mine, other = (job(number, tenant=Tenant(id=name)) for number, name in enumerate(("mine", "other")))
+    room.given(mine, 10 * LIMITS.fair_quantum_s)
+    room.push(other, 1.0, 0.0)
+    room.push(replace(mine, is_reserved=is_reserved), 1.0, 0.0)
+    head = room.head(MODEL, CHATBOT, 0.0)
+    assert head is not None
+    assert head.job.request.tenant.id == first
 
 
 def test_no_room_is_kept_for_who_comes_too_early_too_late_or_not_at_all() -> None:
