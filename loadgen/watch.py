@@ -38,7 +38,7 @@ def changes(before: States, after: States) -> list[str]:
             reason = f" ({now.lost_reason})" if now.lost_reason and not now.is_up else ""
             said.append(f"worker {name} lost{reason}")
         if now.is_up and (not was.is_up or now.losses > was.losses):
-            said.append(f"worker {name} up again" if name in before else f"worker {name} joined")
+            said.append(f"worker {name} {'up again' if now.losses else 'joined'}")
     return said + [f"worker {name} gone" for name in before if name not in after]
 
 

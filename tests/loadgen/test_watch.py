@@ -32,6 +32,7 @@ def states(*shown: dict[str, object]) -> dict[str, State]:
         (UP, DOWN, ["worker w0 lost (it closed the link)"]),
         (DOWN, DOWN, []),
         (DOWN, BACK, ["worker w0 up again"]),
+        (UP | {"is_up": False}, UP, ["worker w0 joined"]),  # it was starting
         (UP, BACK, ["worker w0 lost", "worker w0 up again"]),  # both between two looks
     ],
 )
