@@ -77,8 +77,8 @@ def _add_replay(commands: options.Commands[argparse.ArgumentParser]) -> None:
     replay.add_argument("--grace", type=options.positive, default=30.0, metavar="S", help="wait for open answers (30)")
     replay.add_argument("--budgets", type=Path, metavar="FILE", help="JSON as /readyz has it, instead of the target's")
     replay.add_argument("--out", type=Path, default=Path("out/replay"), help="base name of the reports (out/replay)")
-    says = "client processes, each with its share of the sessions; one reads some 20,000 tokens a second at ease (1)"
-    replay.add_argument("--clients", type=options.count, default=1, metavar="N", help=says)
+    says = "client processes, each with its share of the sessions (one for 20,000 output tokens a second of the trace)"
+    replay.add_argument("--clients", type=options.count, default=0, metavar="N", help=says)
     replay.add_argument(
         "--admin", default="", metavar="URL", help="a router's admin listener: say when it loses a worker"
     )

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import multiprocessing
 import signal
 import time
@@ -22,6 +23,7 @@ from loadgen.replay import Options, Progress, Replay
 from loadgen.traces import Trace
 
 CLIENTS_MAX = 64
+EASY_TOKENS_PER_S = 20_000.0  # that one process reads without delaying its own sends: bench/judge.py
 LEAD_S = 0.3  # between the go and second 0, for the slowest of them to hear it
 TELL_S = 1.0
 
@@ -120,6 +122,19 @@ class Crew:
             member.process.kill()
             member.process.join()
             member.pipe.close()
+
+
+def enough(trace: Trace, duration_s: float, cores: int) -> int:
+    """How many processes read what a trace asks for, at its mean; one where its sessions cannot be parted."""
+    tokens_per_s = sum(row.output_length for row in trace.rows) / duration_s
+    wanted = min(math.ceil(tokens_per_s / EASY_TOKENS_PER_S), cores, CLIENTS_MAX)
+    if wanted < 2:
+        return 1
+    try:
+        check(trace)
+    except ValueError:
+        return 1
+    return wanted
 
 
 def check(trace: Trace) -> None:

@@ -28,7 +28,7 @@ import uvloop
 
 from loadgen import formats, records, targets, texts, traces, watch
 from loadgen.client import Client, Target
-from loadgen.clients import Crew
+from loadgen.clients import Crew, enough
 from loadgen.dialects import Name
 from loadgen.judge import Verdict, judge
 from loadgen.records import Incident, Record, Run
@@ -56,7 +56,7 @@ class Plan:
     speed: float = 1.0
     duration_s: float = 0.0  # 0: the trace's own span
     warmup_s: float = 0.0
-    clients: int = 1
+    clients: int = 0  # processes; 0: as many as the trace needs
     admin: str = ""  # a router's admin listener, to be watched
     stripped_share: float = 0.2
     dialect: Name = "completions"
@@ -94,7 +94,9 @@ def measure(plan: Plan, trace: traces.Trace, budgets: Budgets | None = None) -> 
     if plan.warmup_s >= options.duration_s:
         raise ValueError(f"a warm-up of {plan.warmup_s:g} s leaves nothing to judge of {options.duration_s:g} s")
     promised, budgets_from = (budgets, "the comparison") if budgets is not None else _budgets(plan, served.budgets)
-    replay = _replay(plan, trace, options)
+    count = plan.clients or enough(trace, span_s(trace, plan.speed), os.cpu_count() or 1)
+    target = Target.parse(plan.target)
+    replay = Replay(trace, Client(target), options) if count == 1 else Crew(trace, target, options, count)
     started, began, cpu = datetime.now(UTC), time.monotonic(), time.process_time()
     incidents: list[Incident] = []
     is_interrupted = _run(replay, watch.watch(plan.admin, replay.now, incidents) if plan.admin else None)
@@ -116,7 +118,7 @@ def measure(plan: Plan, trace: traces.Trace, budgets: Budgets | None = None) -> 
         machine=machine(),
         version=version(),
         client_cpu_s=time.process_time() - cpu + (replay.cpu_s if isinstance(replay, Crew) else 0.0),
-        clients=plan.clients,
+        clients=count,
         is_interrupted=is_interrupted,
         not_reached=replay.not_reached,
         budgets=targets.to_plain(promised),
@@ -124,11 +126,6 @@ def measure(plan: Plan, trace: traces.Trace, budgets: Budgets | None = None) -> 
         incidents=incidents,
     )
     return run, replay.records
-
-
-def _replay(plan: Plan, trace: traces.Trace, options: Options) -> Replay | Crew:
-    target = Target.parse(plan.target)
-    return Replay(trace, Client(target), options) if plan.clients == 1 else Crew(trace, target, options, plan.clients)
 
 
 def publish(run: Run, found: Sequence[Record], budgets: Budgets, out: Path) -> Verdict:

@@ -15,7 +15,7 @@ import pytest
 from loadgen import records
 from loadgen.cli import main
 from loadgen.client import Target
-from loadgen.clients import CLIENTS_MAX, Crew
+from loadgen.clients import CLIENTS_MAX, Crew, enough
 from loadgen.replay import Options
 from loadgen.traces import Header, Row, Trace
 from tests.loadgen.server import answer_all, scripted
@@ -116,3 +116,15 @@ def test_a_turn_that_waits_for_another_family_needs_one_client() -> None:
     with pytest.raises(ValueError, match="use one client"):
         Crew(Trace(Header(), (*two, late)), Target("127.0.0.1", 9), options, 2)
     assert Crew(Trace(Header(), (*two, child)), Target("127.0.0.1", 9), options, 2).count == 2
+
+
+@pytest.mark.parametrize(("duration_s", "cores", "wanted"), [(1.0, 8, 1), (0.01, 8, 2), (0.002, 8, 8), (0.001, 2, 2)])
+def test_a_trace_gets_as_many_clients_as_it_has_tokens_for(duration_s: float, cores: int, wanted: int) -> None:
+    rows = [Row(timestamp=0.0, session_id=str(number), input_length=1, output_length=30) for number in range(10)]
+    assert enough(Trace(Header(block_size=1), rows), duration_s, cores) == wanted
+
+
+def test_sessions_that_wait_for_each_other_have_one_client() -> None:
+    rows = [Row(timestamp=0.0, session_id="a", input_length=1, output_length=10_000)]
+    rows.append(Row(delay=0.0, session_id="b", after=["a#0"], input_length=1, output_length=10_000))
+    assert enough(Trace(Header(block_size=1), rows), 0.1, 8) == 1
