@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.faults.house import DEADLINE_S, house
+from engine.tell import tell
+from engine.wire import Control, Sleep, UpdateWeights, Wake
+from tests.faults.house import DEADLINE_S, House, house
 
 pytestmark = pytest.mark.model
+
+TOKENS = 300  # 2 s of stream: an order sent after its first token, without a process's start, comes long before its end
 
 
 def test_streams_go_on_through_a_change_of_weights(tmp_path: Path, model_folder: Path) -> None:
@@ -18,14 +21,12 @@ def test_streams_go_on_through_a_change_of_weights(tmp_path: Path, model_folder:
 
     async def scene() -> None:
         async with house(tmp_path, model_folder, names=("w0",), engine=engine) as built:
-            stream = await built.ask("Count from one to fifty.", tokens=100).until(lambda seen: len(seen.text) > 0)
+            stream = await built.ask("Count from one to fifty.", tokens=TOKENS).until(lambda seen: len(seen.text) > 0)
             # The same weights under another version: the text must be what it would have been.
-            order = ("--socket", str(tmp_path / "w0.sock"), "--weights", str(model_folder), "--version", "7")
-            tell = await asyncio.create_subprocess_exec(sys.executable, "-m", "engine", "tell", *order)
-            assert await asyncio.wait_for(tell.wait(), DEADLINE_S) == 0
+            await order(built, UpdateWeights(1, str(model_folder), 7))
             is_running = not stream.finish_reason
             await stream.end()
-            after = await built.ask("Count from one to fifty.", tokens=100).end()
+            after = await built.ask("Count from one to fifty.", tokens=TOKENS).end()
 
             assert is_running
             assert (stream.errors, stream.is_done, stream.finish_reason) == ([], True, "length")
@@ -41,25 +42,19 @@ def test_a_stream_outlives_its_only_workers_sleep(tmp_path: Path, model_folder: 
 
     async def scene() -> None:
         async with house(tmp_path, model_folder, names=("w0",), engine=engine) as built:
-
-            async def tell(*order: str) -> None:
-                command = ("-m", "engine", "tell", "--socket", str(tmp_path / "w0.sock"), *order)
-                process = await asyncio.create_subprocess_exec(sys.executable, *command)
-                assert await asyncio.wait_for(process.wait(), DEADLINE_S) == 0
-
-            stream = await built.ask("Count from one to fifty.", tokens=60).until(lambda seen: len(seen.text) > 0)
-            await tell("--sleep", "2")
+            stream = await built.ask("Count from one to fifty.", tokens=TOKENS).until(lambda seen: len(seen.text) > 0)
+            await order(built, Sleep(1, 2))
             await built.until(lambda seen: seen["w0"]["asleep"] == 2)
             said, resident = len(stream.text), resident_bytes(built.workers["w0"].pid)
             shown = (await built.admin.get("/workers")).json()[0]
             metrics = (await built.admin.get("/metrics")).text
             ready = (await built.client.get("/readyz")).status_code
             is_running = not stream.finish_reason
-            await tell("--wake")
+            await order(built, Wake(1))
             await built.until_up(1)
             woken = resident_bytes(built.workers["w0"].pid)
             await stream.end()
-            after = await built.ask("Count from one to fifty.", tokens=60).end()
+            after = await built.ask("Count from one to fifty.", tokens=TOKENS).end()
 
             assert is_running
             assert (shown["is_up"], ready) == (False, 503)
@@ -71,6 +66,12 @@ def test_a_stream_outlives_its_only_workers_sleep(tmp_path: Path, model_folder: 
             assert stream.text == after.text
 
     asyncio.run(scene())
+
+
+async def order(built: House, what: Control) -> None:
+    """As `python -m engine tell` gives it, without that process's second of start."""
+    async with asyncio.timeout(DEADLINE_S):
+        await asyncio.to_thread(tell, str(built.directory / "w0.sock"), what)
 
 
 def resident_bytes(process: int) -> int:
