@@ -36,8 +36,10 @@ def make(shape: Path, tokenizer: Path, out: Path) -> None:
 
 def filled(definition: dict[str, Any], vocab_size: int) -> dict[str, Any]:
     """The tokenizer with an id for each of `vocab_size`; no merge leads to a new one, so no text is read otherwise."""
-    known = definition["model"]["vocab"]
-    taken = {*known.values(), *(mark["id"] for mark in definition.get("added_tokens", ()))}
+    # Marks outside the model's vocabulary are numbered behind it when read: here they keep their ids by being in it.
+    marks = {mark["content"]: mark["id"] for mark in definition.get("added_tokens", ())}
+    known = definition["model"]["vocab"] | marks
+    taken = set(known.values())
     if max(taken) >= vocab_size:
         raise ValueError(f"the tokenizer has {max(taken) + 1} ids, the shape {vocab_size}")
     filler = {f"<{number}>": number for number in range(vocab_size) if number not in taken}
