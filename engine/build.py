@@ -22,11 +22,12 @@ from engine.kv import keys
 from engine.kv.blocks import BlockTrie
 from engine.kv.copies import Hands
 from engine.kv.disk import Disk, DiskError
+from engine.kv.pinning import Pinning
 from engine.kv.pool import EXTENT_SLOTS, PoolError, PoolWriter, attach
 from engine.kv.tiers import Tiers
 from engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from engine.scheduling.speculate import Speculator
-from engine.step import ModelFacts, Runner
+from engine.step import ModelFacts, Pinner, Runner
 from engine.wire import PROTOCOL_VERSION, Hello, Message, encode
 from engine.worker import Worker
 from policies.api import PolicySpec
@@ -105,7 +106,8 @@ def _tiers(trie: BlockTrie, runner: Runner, config: EngineConfig, epoch: int, wa
     )
     disk = _disk(trie, writer, config, epoch) if config.disk_dir else None
     hands = Hands(ThreadPoolExecutor(1, "store"), ThreadPoolExecutor(1, "restore"), wake)
-    return Tiers(trie, memory, writer, disk, hands=hands)
+    pinning = Pinning(pool, writer.extents, memory) if isinstance(memory, Pinner) else None
+    return Tiers(trie, memory, writer, disk, hands=hands, pinning=pinning)
 
 
 def _disk(trie: BlockTrie, writer: PoolWriter, config: EngineConfig, epoch: int) -> Disk | None:

@@ -158,6 +158,7 @@ class Core:
         while not self.is_done:
             self.turn()
         self._tiers.wait(self._clock())
+        self._tiers.close()
 
     def turn(self) -> None:
         """Take orders, compute one step if there is one, tell the links."""
@@ -204,6 +205,8 @@ class Core:
         now = self._clock()
         news.outcomes.append(self._scheduler.collect(step, result, self._fit.model, now))
         self._steps += 1
+        if len(result.ids):
+            self._tiers.pin()
         # What residents wait: the host's share is in it, and so in the model. A step that began before it was asked for
         # took longer than the asking.
         self._step_s = max(now - started, result.seconds)

@@ -6,14 +6,14 @@ repeated block shows as a wrong token. Speed and faults are scripted. Never need
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import xxhash
 
 from engine.kv.keys import Ids
-from engine.step import Bytes, ModelFacts, StepBatch, StepResult
+from engine.step import HOST_BYTES_PER_S, Bytes, Copied, Fence, ModelFacts, StepBatch, StepResult, at_once
 from engine.wire import Message, encode
 from policies.costs import StepFeatures, StepModel
 
@@ -74,13 +74,23 @@ class FakeKV:
     def __init__(self, kv: Ids) -> None:
         self._bytes: Bytes = kv.view(np.uint8)
         self.block_bytes = self._bytes.shape[1]
+        self.first_bytes_per_s = HOST_BYTES_PER_S
 
-    def save(self, block: int, into: Bytes) -> None:
-        """Copy a block out."""
+    def fence(self) -> None:
+        """No step is ever under way."""
+
+    def save(self, blocks: Sequence[int], into: Sequence[Bytes]) -> Copied:
+        """Copy blocks out."""
+        return at_once(self._save, blocks, into)
+
+    def load(self, blocks: Sequence[int], payloads: Sequence[Bytes], _after: Fence) -> Copied:
+        """Copy blocks in."""
+        return at_once(self._load, blocks, payloads)
+
+    def _save(self, block: int, into: Bytes) -> None:
         into[:] = self._bytes[block]
 
-    def load(self, block: int, payload: Bytes) -> None:
-        """Copy a block in."""
+    def _load(self, block: int, payload: Bytes) -> None:
         self._bytes[block] = payload
 
 

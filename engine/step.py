@@ -4,7 +4,8 @@ Owns the shapes between scheduler and runner. Knows no policy and no device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -101,19 +102,56 @@ class ModelFacts:
     eos_ids: tuple[int, ...]
 
 
+HOST_BYTES_PER_S = 2e9  # a device in host memory copies by memcpy: a core's, halved
+Copied = Callable[[], float]  # waits until blocks are copied; the seconds that the copies took, without waiting
+Fence = object  # a device's own mark in the order of its steps
+
+
 class KVMemory(Protocol):
-    """The device's KV as the tiers below it see it: whole blocks as bytes. Called off the step's thread, several calls
-    at once; each returns when its copy is complete. A block being copied is not written by any step meanwhile."""
+    """The device's KV as the tiers below it see it: whole blocks as bytes. Copies begin off the step's thread, those
+    of either way in one thread each. No step launched since writes a block that is being copied; what steps launched
+    before may still write lies behind the fence."""
 
     @property
     def block_bytes(self) -> int:
         """KV of one block over all layers."""
 
-    def save(self, block: int, into: Bytes) -> None:
-        """Copy a block out."""
+    @property
+    def first_bytes_per_s(self) -> float:
+        """How fast blocks come in from ordinary memory: a guess, until some were timed."""
 
-    def load(self, block: int, payload: Bytes) -> None:
-        """Copy a block in."""
+    def fence(self) -> Fence:
+        """Behind all steps launched so far. By the step's thread."""
+
+    def save(self, blocks: Sequence[int], into: Sequence[Bytes], /) -> Copied:
+        """Begin to copy readable blocks out."""
+
+    def load(self, blocks: Sequence[int], payloads: Sequence[Bytes], after: Fence, /) -> Copied:
+        """Begin to copy blocks in, behind the fence."""
+
+
+@runtime_checkable
+class Pinner(Protocol):
+    """KV memory whose device copies at its link's full speed from and to host memory that is locked for it."""
+
+    @property
+    def pinned_bytes_per_s(self) -> float:
+        """How fast blocks come in from there: a guess, until some were timed."""
+
+    def pin(self, memory: Bytes) -> None:
+        """Lock memory for the device, in any thread. A copy lies in one such piece or in none. Raises OSError."""
+
+    def unpin(self, memory: Bytes) -> None:
+        """Undo `pin`, of the same memory. No copy from or to it may be under way."""
+
+
+def at_once(copy: Callable[[int, Bytes], None], blocks: Sequence[int], payloads: Sequence[Bytes]) -> Copied:
+    """Copies of a device that lies in host memory: done when begun."""
+    started = time.perf_counter()
+    for block, payload in zip(blocks, payloads, strict=True):
+        copy(block, payload)
+    seconds = time.perf_counter() - started
+    return lambda: seconds
 
 
 @runtime_checkable

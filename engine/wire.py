@@ -78,6 +78,7 @@ class TierLoad(Message, frozen=True):
     disk_written: int = 0
     disk_dropped: int = 0  # not written: too many waited, or the disk refused
     disk_corrupt: int = 0
+    pinned_bytes: int = 0  # of the pool, registered with the device for copies at its link's full speed
 
 
 class Load(Message, frozen=True):

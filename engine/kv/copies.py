@@ -5,31 +5,22 @@ memory is so short that nothing else is left to take."""
 
 from __future__ import annotations
 
-import enum
 import logging
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 
 from engine.kv.blocks import Block, BlockTrie
+from engine.kv.carrier import Arrived, Below, Carrier, Tier
 from engine.kv.disk import Disk
 from engine.kv.pool import Content, PoolWriter
 from engine.step import KVMemory
 from policies.retention import Band
 
 log = logging.getLogger(__name__)
-
-
-class Tier(enum.IntEnum):
-    """Where a block lies below the device, from near to far."""
-
-    HOST = 0
-    DISK = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +31,6 @@ class CopyLimits:
     store_batch: int = 16  # blocks a copy job: what has not begun can be given up
     restores_max: int = 4096  # blocks on their way in: 262k tokens of 64; beyond, they are computed
     restore_lease_s: float = 5.0  # from arrival until whoever asked has come to use them
-
-
-@dataclass(frozen=True, slots=True)
-class Below:
-    """A block that a lower tier says it has: to be believed once it was read."""
-
-    content: Content
-    salt: bytes
-    tier: Tier
-    slot: int  # of the pool
 
 
 @dataclass(slots=True)
@@ -81,15 +62,6 @@ class Restore:
     def is_awaited(self, now: float) -> bool:
         """Whether it is still worth waiting for."""
         return not self.is_done and now < self.until
-
-
-@dataclass(frozen=True, slots=True)
-class Arrived:
-    """What a restore's job brought: so many blocks from the front, and by tier how many in how long."""
-
-    blocks: int = 0
-    seconds: tuple[float, ...] = ()
-    counts: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -142,7 +114,7 @@ class Copies:
         self._trie = trie
         self._memory = memory
         self._host = host
-        self._disk = disk
+        self._carrier = Carrier(memory, host.memory, disk)
         self._hands = hands
         self._limits = limits
         self._stores: deque[_Store] = deque()
@@ -191,7 +163,7 @@ class Copies:
             store.evicted.append(evicted)
         if store.blocks:
             numbers = [block.id for block in store.blocks]
-            store.future = self._hands.stores.submit(self._copy_out, numbers, store.slots, store.evicted)
+            store.future = self._hands.stores.submit(self._carrier.store, numbers, store.slots, store.evicted)
             store.future.add_done_callback(lambda _: self._hands.wake())
             self._stores.append(store)
 
@@ -199,14 +171,6 @@ class Copies:
         assert block.edge is not None
         parent = block.parent.key if block.parent is not None else self._trie.root_key
         return Content(block.key, parent, np.frombuffer(block.edge[1], dtype=np.int32))
-
-    def _copy_out(self, blocks: list[int], slots: list[int], evicted: list[Content | None]) -> None:
-        """In a copying thread. What a slot held before goes to disk, if there is one."""
-        for block, slot, old in zip(blocks, slots, evicted, strict=True):
-            payload = self._host.memory.payloads[slot]
-            if old is not None and self._disk is not None:
-                self._disk.write(old, payload)
-            self._memory.save(block, payload)
 
     def _end_store(self, store: _Store, now: float) -> None:
         is_whole = not store.future.cancelled() and store.future.exception() is None
@@ -242,26 +206,12 @@ class Copies:
         restore = Restore(parent, blocks, below, band, until, own)
         self._coming |= {item.content.key: restore for item in below}
         self._restores.append(restore)
-        restore.future = self._hands.restores.submit(self._copy_in, restore)
+        numbers = [block.id for block in blocks]
+        restore.future = self._hands.restores.submit(
+            self._carrier.load, numbers, below, self._memory.fence(), lambda: restore.is_given_up
+        )
         restore.future.add_done_callback(lambda _: self._hands.wake())
         return restore
-
-    def _copy_in(self, restore: Restore) -> Arrived:
-        """In a copying thread: block by block, up to the first that a tier does not have after all."""
-        seconds, counts = [0.0] * len(Tier), [0] * len(Tier)
-        for block, item in zip(restore.blocks, restore.below, strict=True):
-            started = time.perf_counter()
-            if restore.is_given_up or not self._read(item, block.id):
-                break
-            seconds[item.tier] += time.perf_counter() - started
-            counts[item.tier] += 1
-        return Arrived(sum(counts), tuple(seconds), tuple(counts))
-
-    def _read(self, item: Below, block: int) -> bool:
-        content, into = item.content, partial(self._memory.load, block)
-        if item.tier == Tier.DISK:
-            return self._disk is not None and self._disk.read(content, into)
-        return self._host.memory.read(item.slot, content.key, content.tokens, into)
 
     def _end_restore(self, restore: Restore, now: float) -> None:
         arrived = self._outcome(restore)

@@ -130,8 +130,8 @@ class PoolMemory:
         cells = np.frombuffer(self._map, np.uint32, shape.directory_sets * WAYS, PAGE_BYTES)
         self._directory = cells.reshape(shape.directory_sets, WAYS)  # slot + 1, 0: none
         self._distrusted = np.frombuffer(self._map, np.uint64, DISTRUSTED_MAX, DISTRUSTED_OFFSET)
-        flat = np.frombuffer(self._map, np.uint8, shape.slots * shape.slot_stride, shape.payload_offset)
-        self.payloads = flat.reshape(shape.slots, shape.slot_stride)[:, : shape.slot_bytes]
+        self._flat = np.frombuffer(self._map, np.uint8, shape.slots * shape.slot_stride, shape.payload_offset)
+        self.payloads = self._flat.reshape(shape.slots, shape.slot_stride)[:, : shape.slot_bytes]
 
     def holds(self, slot: int, key: bytes, tokens: Ids) -> bool:
         """Whether a slot holds exactly this block, complete, from a worker that is believed."""
@@ -180,17 +180,25 @@ class PoolMemory:
     def _set(self, key: bytes) -> int:
         return int.from_bytes(key[:8], "little") % self.shape.directory_sets
 
-    def read(self, slot: int, key: bytes, tokens: Ids, copy: Callable[[Bytes], None]) -> bool:
-        """Let `copy` take the payload; False, and nothing to be believed, unless the block stood there throughout."""
-        if not self.holds(slot, key, tokens):
-            return False
-        generation = int(self.headers[slot]["generation"])
-        copy(self.payloads[slot])
-        return int(self.headers[slot]["generation"]) == generation and self.holds(slot, key, tokens)
+    def standing(self, slot: int, key: bytes, tokens: Ids) -> int:
+        """The generation under which a slot holds this block; 0: it does not. A copy may be believed if it was the same
+        before and after."""
+        generation = int(self.headers["generation"][slot]) if 0 <= slot < self.shape.slots else 0
+        return generation if generation and self.holds(slot, key, tokens) else 0
+
+    def span(self, slots: range) -> Bytes:
+        """The payloads of adjacent slots as one piece of memory, whole pages."""
+        return self._flat[slots.start * self.shape.slot_stride : slots.stop * self.shape.slot_stride]
+
+    def back(self, slots: range) -> None:
+        """Have real memory behind adjacent slots, what they hold untouched. Raises OSError when there is too little,
+        where a first write would end the process. For any thread: others go on meanwhile."""
+        stride = self.shape.slot_stride
+        os.posix_fallocate(self.descriptor, self.shape.payload_offset + slots.start * stride, len(slots) * stride)
 
     def close(self) -> None:
         """Unmap. Arrays taken from it must be gone."""
-        del self.headers, self.payloads, self._directory, self._distrusted
+        del self.headers, self.payloads, self._flat, self._directory, self._distrusted
         self._map.close()
 
 

@@ -9,17 +9,19 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from engine.kv.blocks import Block, BlockTrie
-from engine.kv.copies import Arrived, Below, Copies, CopyLimits, Hands, Restore, Tier
+from engine.kv.carrier import Arrived, Below, Tier
+from engine.kv.copies import Copies, CopyLimits, Hands, Restore
 from engine.kv.disk import Disk
 from engine.kv.keys import ChainKey, Ids, extend, split
+from engine.kv.pinning import Pinning
 from engine.kv.pool import Content, PoolWriter
-from engine.step import KVMemory
+from engine.step import HOST_BYTES_PER_S, KVMemory
 from engine.wire import TierLoad
 from policies.costs import StepModel
 from policies.retention import Band
 
 SPEED_WEIGHT = 0.2  # of the newest copies in what bringing a block up takes
-FIRST_BYTES_PER_S = (2e9, 0.5e9)  # by tier, until copies were timed: a core's memcpy halved, an ordinary SSD
+DISK_BYTES_PER_S = 0.5e9  # until files were timed: an ordinary SSD
 WAIT_S_MIN = 0.05  # a request waits for its blocks as long as computing them would take, and at least so long
 
 
@@ -35,16 +37,19 @@ class Tiers:
         *,
         hands: Hands | None = None,
         limits: CopyLimits = CopyLimits(),  # noqa: B008
+        pinning: Pinning | None = None,
     ) -> None:
         self._trie = trie
         self._host = host
         self._disk = disk
+        self._pinning = pinning
+        self._pinned_bytes = 0  # when last looked
         self._copies: Copies | None = None
-        self._block_bytes = 0
+        self._block_bytes, self._load_bytes_per_s = 0, HOST_BYTES_PER_S
         if memory is not None and host is not None:
-            self._block_bytes = memory.block_bytes
+            self._block_bytes, self._load_bytes_per_s = memory.block_bytes, memory.first_bytes_per_s
             self._copies = Copies(trie, memory, host, disk, hands or Hands(), limits=limits)
-        self._block_s = [self._block_bytes / rate for rate in FIRST_BYTES_PER_S]
+        self._block_s = [self._block_bytes / rate for rate in (self._load_bytes_per_s, DISK_BYTES_PER_S)]
         self.is_asleep = False  # the device has no memory: nothing is brought up
 
     # Copies, if there are any ----------------------------------------------------------------------------------------
@@ -76,6 +81,8 @@ class Tiers:
         if self._copies is not None:
             self._copies.poll(now)
             self._learn(self._copies)
+        if self._pinning is not None and self._pinning.pinned_bytes != self._pinned_bytes:
+            self._unlearn(self._pinning)
 
     def reclaim(self, now: float) -> None:
         """Have copies let go of all blocks; takes milliseconds."""
@@ -86,6 +93,23 @@ class Tiers:
         """Until no copy is under way."""
         if self._copies is not None:
             self._copies.wait(now)
+
+    def pin(self) -> None:
+        """The first token is out: have the pool registered with the device, if that helps. May be called again."""
+        if self._pinning is not None:
+            self._pinning.begin()
+
+    def close(self) -> None:
+        """Give back what `pin` took, after the last copy."""
+        if self._pinning is not None:
+            self._pinning.close()
+
+    def _unlearn(self, pinning: Pinning) -> None:
+        """More of the pool is registered: what restores took before says nothing of what they will take."""
+        self._pinned_bytes = pinning.pinned_bytes
+        share = self._pinned_bytes / pinning.total_bytes
+        byte_s = share / pinning.bytes_per_s + (1.0 - share) / self._load_bytes_per_s
+        self._block_s[Tier.HOST] = self._block_bytes * byte_s
 
     def _learn(self, copies: Copies) -> None:
         arrived: list[Arrived] = copies.arrived
@@ -227,4 +251,5 @@ class Tiers:
             disk_written=disk.written if disk is not None else 0,
             disk_dropped=disk.dropped if disk is not None else 0,
             disk_corrupt=disk.corrupt if disk is not None else 0,
+            pinned_bytes=self._pinning.pinned_bytes if self._pinning is not None else 0,
         )

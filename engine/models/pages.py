@@ -4,6 +4,7 @@ Owns the layout [blocks, layers, 2, kv_heads, tokens, head_dim]. Never decides w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as _attention
 
 from engine.models.config import ModelConfig
-from engine.step import Bytes, Int32, Int64, StepBatch
+from engine.step import HOST_BYTES_PER_S, Bytes, Copied, Fence, Int32, Int64, StepBatch, at_once
 
 CHUNK_SPAN_ROWS = 128  # a chunk attends in pieces this long: each skips the keys behind it, and no mask gets larger
 SPARE_BLOCKS = 2  # one that reads as zero for padding, one that takes the writes of rows that write nowhere
@@ -76,6 +77,7 @@ class KVPool:
         self._shape = (blocks + SPARE_BLOCKS, config.layers, 2, config.kv_heads, block_tokens, config.head_dim)
         self.memory = torch.zeros(self._shape, dtype=dtype, device=device)
         self.block_bytes = self.memory[0].nbytes  # KV of one block over all layers: contiguous
+        self.first_bytes_per_s = HOST_BYTES_PER_S
 
     def close(self) -> None:
         """Give the memory back. No block may be touched until `open`."""
@@ -85,13 +87,22 @@ class KVPool:
         """Have it again, with nothing in it."""
         self.memory = self.memory.new_zeros(self._shape)
 
-    def save(self, block: int, into: Bytes) -> None:
-        """Copy a block out, as engine.step.KVMemory wants it."""
+    def fence(self) -> None:
+        """As engine.step.KVMemory wants it: a step has ended when its call returns."""
+
+    def save(self, blocks: Sequence[int], into: Sequence[Bytes]) -> Copied:
+        """Copy blocks out."""
+        return at_once(self._save, blocks, into)
+
+    def load(self, blocks: Sequence[int], payloads: Sequence[Bytes], _after: Fence) -> Copied:
+        """Copy blocks in."""
+        return at_once(self._load, blocks, payloads)
+
+    def _save(self, block: int, into: Bytes) -> None:
         with torch.inference_mode():
             torch.from_numpy(into).copy_(self.memory[block].view(-1).view(torch.uint8))
 
-    def load(self, block: int, payload: Bytes) -> None:
-        """Copy a block in."""
+    def _load(self, block: int, payload: Bytes) -> None:
         with torch.inference_mode():
             self.memory[block].view(-1).view(torch.uint8).copy_(torch.from_numpy(payload))
 

@@ -9,15 +9,17 @@ import heapq
 import itertools
 import math
 import os
+from collections.abc import Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import replace
 from typing import Any
 
 from engine.kv.blocks import BlockTrie
-from engine.kv.copies import Arrived, Hands
+from engine.kv.carrier import Arrived
+from engine.kv.copies import Hands
 from engine.kv.pool import EXTENT_SLOTS, PoolMemory, PoolShape, PoolWriter, attach
 from engine.kv.tiers import Tiers
-from engine.step import Bytes
+from engine.step import HOST_BYTES_PER_S, Bytes, Copied, Fence
 
 SLOT_BYTES = 1
 
@@ -26,12 +28,18 @@ class _Memory:
     """Stands for the device's KV: every block is whole."""
 
     block_bytes = SLOT_BYTES
+    first_bytes_per_s = HOST_BYTES_PER_S
 
-    def save(self, block: int, into: Bytes) -> None:
-        """Nothing to copy."""
+    def fence(self) -> None:
+        """No step is ever under way."""
 
-    def load(self, block: int, payload: Bytes) -> None:
+    def save(self, _blocks: Sequence[int], _into: Sequence[Bytes]) -> Copied:
         """Nothing to copy."""
+        return float
+
+    def load(self, _blocks: Sequence[int], _payloads: Sequence[Bytes], _after: Fence) -> Copied:
+        """Nothing to copy."""
+        return float
 
 
 class _Copy(Future[Arrived]):
@@ -63,7 +71,7 @@ class Link(Executor):
         """As any executor."""
         found: Arrived = fn(*arguments, **named)
         self._free_at = max(self.now, self._free_at) + found.blocks * self._block_s
-        copy = _Copy(replace(found, seconds=tuple(count * self._block_s for count in found.counts)))
+        copy = _Copy(replace(found, seconds=[count * self._block_s for count in found.counts]))
         heapq.heappush(self._due, (self._free_at, next(self._numbers), copy))
         return copy
 

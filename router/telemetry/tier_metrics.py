@@ -67,8 +67,13 @@ def collect(loads: list[tuple[str, Load]]) -> Iterable[Metric]:
     repairs = CounterMetricFamily(
         "headway_worker_repairs", "Times that block accounts were wrong and a cache started over", labels=["worker"]
     )
+    pinned = GaugeMetricFamily(
+        "headway_worker_pool_pinned_bytes", "Host pool registered with the worker's device", labels=["worker"]
+    )
     for worker, load in loads:
+        pinned.add_metric([worker], load.tiers.pinned_bytes)
         missed.add_metric([worker], load.tiers.missed)
         repairs.add_metric([worker], load.repairs)
     yield missed
+    yield pinned
     yield repairs

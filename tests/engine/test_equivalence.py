@@ -81,8 +81,7 @@ def kv_of(rig: Rig, tokens: list[int]) -> list[bytes]:
     found, kv = rig.trie.match(known.tobytes(), b"", 0), rig.runner.kv
     assert kv is not None
     payloads = [np.empty(kv.block_bytes, dtype=np.uint8) for _ in found]
-    for block, payload in zip(found, payloads, strict=True):
-        kv.save(block.id, payload)
+    kv.save([block.id for block in found], payloads)()
     return [payload.tobytes() for payload in payloads]
 
 

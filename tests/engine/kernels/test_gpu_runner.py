@@ -151,11 +151,11 @@ def test_a_block_copied_out_and_in_is_the_same(made: gpu.Weights) -> None:
     content = np.random.default_rng(3).integers(0, 100, memory.block_bytes).astype(np.uint8)
     back = np.zeros_like(content)
 
-    memory.load(7, content)
-    memory.save(7, back)
+    memory.load([7], [content], memory.fence())()
+    memory.save([7], [back])()
 
     assert (back == content).all()
-    memory.save(6, back)
+    memory.save([6], [back])()
     assert not back.any()
 
 

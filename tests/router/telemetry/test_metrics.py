@@ -103,7 +103,9 @@ def test_workers_are_read_when_scraped() -> None:
     metrics = Metrics()
     fleet = Fleet([("w0", "/a"), ("w1", "/b")], Quiet(), "{}")
     link, _ = linked(fleet, 0, hello())
-    tiers = TierLoad(block_bytes=100, host_blocks=5, stored=7, restored_host=3, disk_blocks=2, missed=1)
+    tiers = TierLoad(
+        block_bytes=100, host_blocks=5, stored=7, restored_host=3, disk_blocks=2, missed=1, pinned_bytes=3000
+    )
     link.load = load(running=3, step_s=0.02, tiers=tiers, repairs=4, joules=[5.0, 0.0, 7.5, 30.0])
     metrics.watch(fleet, live_count=lambda: 7, dropped_events=lambda: 2)
 
@@ -120,6 +122,7 @@ def test_workers_are_read_when_scraped() -> None:
     assert seen["headway_worker_tier_stored_bytes_total", "host", "w0"] == 700
     assert seen["headway_worker_tier_hit_blocks_total", "host", "w0"] == 3
     assert seen["headway_worker_tier_missed_blocks_total", "w0"] == 1
+    assert seen["headway_worker_pool_pinned_bytes", "w0"] == 3000
     assert seen["headway_worker_repairs_total", "w0"] == 4
     assert seen["headway_worker_energy_joules_total", "data-processor", "w0"] == 7.5
     assert seen["headway_worker_energy_joules_total", "idle", "w0"] == 30
