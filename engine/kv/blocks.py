@@ -9,10 +9,12 @@ from bisect import bisect_left
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import xxhash
 
 from engine.kv.keys import ChainKey
+from engine.step import Int32
 from policies.retention import Band
 
 ROOT = -1
@@ -56,6 +58,13 @@ class Block:
         self.queue: OrderedDict[int, Block] | None = None  # where it waits for eviction; None: free or in use
         self.hits = 0
         self.born = 0.0
+
+
+class Reach(NamedTuple):
+    """How far a prompt was found in the trie."""
+
+    depth: int = 0  # blocks
+    serial: int = ROOT  # of the last
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +112,19 @@ class BlockTrie:
             found.append(block)
             serial = block.serial
         return found
+
+    def reach(self, ids: Int32, salt: bytes, public_blocks: int, known: Reach) -> Reach:
+        """How far the chain of `ids` goes by now, from an earlier answer for the same ids: one probe where no further.
+        What was evicted meanwhile still counts: an estimate. `match` tells what can be held."""
+        depth, serial = known
+        step = self.block_tokens
+        while depth < len(ids) // step:
+            tokens = ids[depth * step : (depth + 1) * step].tobytes()
+            block = self._nodes.get((serial, tokens, salt if depth == public_blocks else b""))
+            if block is None:
+                break
+            depth, serial = depth + 1, block.serial
+        return Reach(depth, serial)
 
     def child(self, parent: Block | None, tokens: bytes, salt: bytes = b"") -> Block | None:
         """The block that holds `tokens` right behind `parent` (None: at the start)."""

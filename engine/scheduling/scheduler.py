@@ -13,7 +13,7 @@ import numpy as np
 from msgspec import structs
 
 from engine.compute.masks import Grammar
-from engine.kv.blocks import Block, BlockTrie
+from engine.kv.blocks import Block, BlockTrie, Reach
 from engine.kv.keys import ChainKey
 from engine.kv.tiers import Tiers
 from engine.scheduling.hints import Hints
@@ -46,7 +46,7 @@ class SchedulerLimits:
 
     sequences_max: int = 256  # resident
     waiting_max: int = 1024  # beyond it a submit is refused
-    heads_max: int = 16  # of each class's queue, shown to the planner
+    heads_max: int = 32  # of each class's queue, shown to the planner: as many as it looks at
     preemptions_max: int = 2  # of one sequence, in favour of more urgent ones
     preempt_cooldown_s: float = 5.0
     output_guess_tokens: int = 128  # until a class has finished something
@@ -118,6 +118,7 @@ class Scheduler:
             found = self._trie.match(order.ids, order.salt, order.public_blocks)
             below = self._tiers.find(found, sequence.known, order.salt, order.public_blocks)
             sequence.uncached_estimate = max(1, sequence.length - (len(found) + len(below)) * self._block_tokens)
+            sequence.reach = Reach(len(found), found[-1].serial) if found else Reach()
         self._waiting.add(sequence)
         return Outcome()
 
@@ -145,6 +146,8 @@ class Scheduler:
         heads = self._waiting.heads(self._limits.heads_max, full_links)
         if not len(residents) and not heads:
             return None
+        for sequence in heads:
+            self._look_again(sequence)
         view = self._table.view(residents, heads, full_links, self._owed)
         chosen = self._policy.plan(view, model, now)
         step = Launch(view, chosen, residents, self._table.at(residents) + heads, now)
@@ -262,6 +265,17 @@ class Scheduler:
             self._trie.reset(self._tiers.held)
 
     # Inside a launch -------------------------------------------------------------------------------------------------
+
+    def _look_again(self, sequence: Sequence) -> None:
+        """Count what others have computed of its prompt since it came: a step that planned for all of it would hold
+        two of the siblings of one prefix where there is room for sixteen. Hot: a probe a head."""
+        if sequence.needs_all_rows:
+            return
+        known, ids = sequence.reach, sequence.ids[: sequence.length]
+        sequence.reach = self._trie.reach(ids, sequence.salt, sequence.public_blocks, known)
+        if sequence.reach != known:
+            left = max(1, sequence.length - sequence.reach.depth * self._block_tokens)
+            self._waiting.expect(sequence, min(left, sequence.uncached_estimate))
 
     def _reserve_decodes(self, step: Launch) -> None:
         """A block for each decode that begins one; if none can be had, the least urgent and latest gives way."""

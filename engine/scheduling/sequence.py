@@ -9,7 +9,7 @@ import math
 import numpy as np
 
 from engine.compute.masks import Follower, Grammar, GrammarError
-from engine.kv.blocks import Block
+from engine.kv.blocks import Block, Reach
 from engine.kv.copies import Restore
 from engine.kv.keys import Ids
 from engine.scheduling.habit import Habit
@@ -47,6 +47,7 @@ class Sequence:
         "prompt_len",
         "prompt_scores",
         "public_blocks",
+        "reach",
         "request_class",
         "restore",
         "resumed_at",
@@ -93,7 +94,8 @@ class Sequence:
         self.first_due = now + order.first_left_s
         self.blocks: list[Block] = []
         self.cached_tokens = 0  # prompt tokens that others had computed, until the first preemption
-        self.uncached_estimate = self.length
+        self.uncached_estimate = self.length  # tokens to compute, as far as is known while it waits
+        self.reach = Reach()  # what of it the trie had when last looked at
         self.prefill_at = -1.0  # when its first chunk was launched
         self.restore: Restore | None = None  # what it waits for
         # Of its prompt's tokens from the second on, where asked for and not told by an earlier attempt.

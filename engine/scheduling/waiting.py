@@ -18,7 +18,7 @@ class WaitingQueue:
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._entries: tuple[list[Entry], ...] = tuple([] for _ in RequestClass)
-        self.uncached_tokens = 0  # as estimated when they came
+        self.uncached_tokens = 0  # as estimated when they came, or came to a head
 
     def __len__(self) -> int:
         return sum(map(len, self._entries))
@@ -39,6 +39,11 @@ class WaitingQueue:
         assert entries[at][2] is sequence
         del entries[at]
         self.uncached_tokens -= sequence.uncached_estimate
+
+    def expect(self, sequence: Sequence, uncached: int) -> None:
+        """One that waits here has so much to compute by now."""
+        self.uncached_tokens += uncached - sequence.uncached_estimate
+        sequence.uncached_estimate = uncached
 
     def heads(self, count: int, skip_links: frozenset[int]) -> list[Sequence]:
         """Up to `count` of each class, most urgent first, none of the links to skip."""

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from engine.kv import keys
-from engine.kv.blocks import Block, BlockTrie
+from engine.kv.blocks import Block, BlockTrie, Reach
 from policies.retention import Band
 
 SIZE = 4
@@ -55,6 +55,22 @@ def test_keys_are_those_of_the_chain_that_the_router_makes() -> None:
     fill(trie, ids(1, 2, 3), salt=b"s")
 
     assert trie.take_events()[0] == keys.chain(ROOT, np.frombuffer(ids(1, 2, 3), dtype=np.int32), SIZE, b"s")
+
+
+def test_a_reach_goes_on_where_it_ended_and_no_further_than_a_match() -> None:
+    trie = BlockTrie(16, SIZE, ROOT)
+    wanted = np.frombuffer(ids(1, 2, 3, 4), dtype=np.int32)
+    first = fill(trie, ids(1, 2), salt=b"mine")
+    begun = trie.reach(wanted, b"mine", 0, Reach())
+
+    assert begun == Reach(2, first[-1].serial)
+    assert trie.reach(wanted, b"yours", 0, Reach()) == Reach()
+    assert trie.reach(wanted, b"mine", 0, begun) == begun
+
+    longer = trie.take(1, 0.0) or []
+    trie.publish(longer[0], first[-1], ids(3))
+    assert trie.reach(wanted, b"mine", 0, begun) == Reach(3, longer[0].serial)
+    assert trie.reach(wanted, b"mine", 0, Reach()) == Reach(3, longer[0].serial)
 
 
 def test_what_a_step_still_writes_is_neither_told_nor_readable() -> None:

@@ -13,6 +13,7 @@ from engine.scheduling.scheduler import SchedulerLimits
 from engine.wire import Sampling
 from policies.costs import StepModel
 from policies.request import RequestClass
+from policies.step_plan import PlanLimits
 from tests.engine.rig import AGENT, BATCH, CHAT, FACTS, SIZE, VOCAB, Rig, expected, order, prompt
 
 
@@ -81,6 +82,17 @@ def test_in_one_step_the_first_leads_and_those_behind_it_wait_for_its_blocks() -
     computed = sum(int(launch.tokens[len(launch.plan.decodes) :].sum()) for launch in rig.steps)
     assert computed == 160 + 8 * 5
     assert all(rig.tokens[h] == expected(np.concatenate((prompt(1, 160), prompt(h, 5))), 8) for h in range(1, 9))
+
+
+def test_siblings_of_a_prefix_that_was_computed_after_they_came_share_one_step() -> None:
+    """Each was shown to the planner as all of its prompt when it came: one would fill half a step of 512 rows."""
+    rig = Rig(plan_limits=PlanLimits(quantum_tokens=SIZE, rows_max=512))
+    rig.submit(*(order(h, np.concatenate((prompt(1, 256), prompt(h, 16))), cls=BATCH) for h in range(1, 10)))
+    rig.run()
+
+    chunks = [len(launch.plan.chunks) for launch in rig.steps if launch.plan.chunks]
+    assert chunks == [1, 8]
+    assert all(rig.tokens[h] == expected(np.concatenate((prompt(1, 256), prompt(h, 16))), 8) for h in range(1, 10))
 
 
 def test_equal_requests_share_the_blocks_of_their_equal_answers() -> None:
