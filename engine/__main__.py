@@ -5,12 +5,13 @@ Owns the command line. Errors are one sentence and exit code 2."""
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -20,6 +21,7 @@ from engine.worker import StartError
 
 if TYPE_CHECKING:
     from engine.compute.gpu_runner import GpuRunner
+    from engine.compute.parallel import ParallelRunner
     from engine.compute.runner import TorchRunner
 
 T = TypeVar("T")
@@ -55,30 +57,58 @@ def _worker(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(config.threads)
     if config.device == "auto":
         config = replace(config, device="cuda:0" if torch.cuda.is_available() else "cpu")
-    runner: TorchRunner | GpuRunner
     if config.device.startswith("cuda"):
         config = _for_gpu(config, arguments)
-        if int(config.device.partition(":")[2]) >= torch.cuda.device_count():
-            raise StartError(f"there is no device {config.device} here, or this torch is built for CPUs alone")
-        runner, kv_dtype = _explained(lambda: _gpu_runner(folder, config)), "bfloat16"
-        device = f"{config.device} {torch.cuda.get_device_name(config.device)}"
+        if int(config.device.partition(":")[2]) + config.tensor_parallel > torch.cuda.device_count():
+            raise StartError(_no_card(config, torch.cuda.device_count()))
+    with contextlib.ExitStack() as ending:
+        runner = _explained(lambda: ending.enter_context(_running(folder, config)))
+        facts = ModelFacts(
+            name=config.model_name or Path(config.model).stem,
+            digest=manifest.digest_of(folder),
+            device=_shown(config),
+            kv_dtype="bfloat16" if config.device.startswith("cuda") else "float32",
+            vocab_size=runner.model.vocab_size,
+            context_max=runner.model.context_max,
+            eos_ids=tuple(runner.model.eos_ids),
+        )
+        tokenizer = folder / "tokenizer.json"
+        if not tokenizer.is_file():
+            return build.serve(runner, facts, config)
+        grammars = GrammarCompiler(tokenizer.read_text(encoding="utf-8"), facts.vocab_size, facts.eos_ids)
+        return build.serve(runner, facts, config, compile=grammars.compile)
+
+
+@contextlib.contextmanager
+def _running(folder: Path, config: EngineConfig) -> Iterator[TorchRunner | GpuRunner | ParallelRunner]:
+    """The runner that this configuration asks for."""
+    if config.tensor_parallel > 1:
+        if config.device.startswith("cuda"):
+            raise StartError("tensor parallel runs on CPUs alone as yet; leave --tensor-parallel out")
+        from engine.compute import parallel
+
+        with parallel.started(folder, config) as runner:
+            yield runner
+    elif config.device.startswith("cuda"):
+        yield _gpu_runner(folder, config)
     else:
-        runner, kv_dtype = _explained(lambda: _torch_runner(folder, config)), "float32"
-        device = config.device if config.device != "cpu" else f"cpu x{config.threads}"
-    facts = ModelFacts(
-        name=config.model_name or Path(config.model).stem,
-        digest=manifest.digest_of(folder),
-        device=device,
-        kv_dtype=kv_dtype,
-        vocab_size=runner.model.vocab_size,
-        context_max=runner.model.context_max,
-        eos_ids=tuple(runner.model.eos_ids),
-    )
-    tokenizer = folder / "tokenizer.json"
-    if not tokenizer.is_file():
-        return build.serve(runner, facts, config)
-    grammars = GrammarCompiler(tokenizer.read_text(encoding="utf-8"), facts.vocab_size, facts.eos_ids)
-    return build.serve(runner, facts, config, compile=grammars.compile)
+        yield _torch_runner(folder, config)
+
+
+def _no_card(config: EngineConfig, cards: int) -> str:
+    if config.tensor_parallel == 1:
+        return f"there is no device {config.device} here, or this torch is built for CPUs alone"
+    wanted = f"--tensor-parallel {config.tensor_parallel} from {config.device} on"
+    return f"{wanted} needs more cards than the {cards} that are here"
+
+
+def _shown(config: EngineConfig) -> str:
+    """The device, for people."""
+    import torch
+
+    shown = f"{config.device} {torch.cuda.get_device_name(config.device)}" if config.device.startswith("cuda") else ""
+    shown = shown or (config.device if config.device != "cpu" else f"cpu x{config.threads}")
+    return shown if config.tensor_parallel == 1 else f"{shown}, {config.tensor_parallel} ranks"
 
 
 def _torch_runner(folder: Path, config: EngineConfig) -> TorchRunner:
@@ -202,6 +232,9 @@ def _parser() -> argparse.ArgumentParser:
         "--device", type=_device, default="cpu", help="cpu, cuda, cuda:1, or auto: cuda where one is (cpu)"
     )
     worker.add_argument("--threads", type=_count, default=1, help="CPU threads (1)")
+    worker.add_argument(
+        "--tensor-parallel", type=_count, default=1, help="cards of this host, or processes, that share the model (1)"
+    )
     worker.add_argument("--kv-bytes", type=_count, help="memory for KV (512 MiB; on a GPU all that is free)")
     worker.add_argument("--no-drafts", dest="has_drafts", action="store_false", help="no prompt-lookup speculation")
     worker.set_defaults(command=_worker)

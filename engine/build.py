@@ -92,6 +92,8 @@ def build(
 def _tiers(trie: BlockTrie, runner: Runner, config: EngineConfig, epoch: int, wake: Callable[[], None]) -> Tiers:
     """What lies below the device. A pool or folder that cannot be used is said and done without: it is only a cache."""
     memory = runner.kv
+    if config.tensor_parallel > 1:
+        log.info("worker %s: KV that gives way is computed again, for no tier holds blocks in parts", config.name)
     if config.pool_fd < 0 or memory is None:
         return Tiers(trie)
     try:

@@ -33,15 +33,19 @@ class RunnerConfig:
     device: str = "cpu"
 
 
-def _refuse_what_does_not_fit(folder: Path, config: RunnerConfig) -> None:
+def refuse_what_does_not_fit(folder: Path, model: ModelConfig, config: RunnerConfig) -> None:
     """Raise ModelError, so that no half-loaded worker is killed by the system."""
     if torch.device(config.device).type != "cpu":
         return
-    needed, free = read(folder).parameters * config.dtype.itemsize, room.available_bytes()
+    needed, free = model.parameters * config.dtype.itemsize, room.available_bytes()
     if needed + config.kv_bytes > free:
         sizes = f"{needed / 2**30:.1f} GiB of weights and {config.kv_bytes / 2**30:.1f} of KV"
         left = f"{free / 2**30:.1f} GiB of memory are free"
         raise ModelError(f"{folder} needs {sizes}, and {left}; lower --kv-bytes, or {ELSEWHERE}")
+
+
+def nobody(_message: object) -> None:
+    """Who computes alone tells no other rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,8 @@ class _Source:
 class TorchRunner:
     """engine.step.Runner on one torch device."""
 
-    def __init__(self, decoder: Decoder, config: RunnerConfig):
+    def __init__(self, decoder: Decoder, config: RunnerConfig, tell: Callable[[StepBatch], None] = nobody):
+        """`tell` makes the other ranks `follow`, where the decoder is one's part of a model."""
         block_bytes = config.block_tokens * decoder.config.kv_bytes_per_token(config.dtype.itemsize)
         blocks = config.kv_bytes // block_bytes - SPARE_BLOCKS
         if blocks < 1:
@@ -64,13 +69,14 @@ class TorchRunner:
         self._decoder: Decoder | None = decoder  # None: asleep without weights
         self._model, self._config, self._device = decoder.config, config, torch.device(config.device)
         self._source: _Source | None = None  # to load the weights from again; None: they were made, not loaded
+        self._tell = tell
         self._pool = KVPool(decoder.config, blocks, config.block_tokens, config.dtype, self._device)
 
     @classmethod
     def load(cls, folder: Path, config: RunnerConfig) -> TorchRunner:
         """A runner for a Hugging Face folder. Raises ModelError when the folder cannot be served, or is damaged."""
         manifest.verify(folder)
-        _refuse_what_does_not_fit(folder, config)
+        refuse_what_does_not_fit(folder, read(folder), config)
         with torch.inference_mode():
             runner = cls(weights.load(folder, config.dtype, torch.device(config.device)), config)
         runner._source = _Source(folder, manifest.digest_of(folder))
@@ -97,7 +103,7 @@ class TorchRunner:
         if not folder.is_dir() or manifest.digest_of(folder) != source.digest:
             raise ModelError(f"{folder} does not hold the weights any more that were served; restart the worker")
         manifest.verify(folder)
-        _refuse_what_does_not_fit(folder, self._config)
+        refuse_what_does_not_fit(folder, self.model, self._config)
         return self._load(folder)
 
     def sleep(self, level: int) -> None:
@@ -158,6 +164,11 @@ class TorchRunner:
         seconds = time.perf_counter() - started
         return StepResult(chosen.ids, chosen.is_bad, seconds, chosen.scores, chosen.messages, scores)
 
+    def follow(self, batch: StepBatch) -> None:
+        """Another rank's part of a step that rank 0 computes: no head, no choice."""
+        with torch.inference_mode():
+            self._hidden(batch)
+
     def logits(self, batch: StepBatch) -> Tensor:
         """[sampled, vocab] float32 of one step, for proofs: `run` without the choice."""
         with torch.inference_mode():
@@ -165,6 +176,7 @@ class TorchRunner:
 
     def _hidden(self, batch: StepBatch) -> tuple[Tensor, Int64]:
         """Hidden states as computed, and where each row of the batch is among them."""
+        self._tell(batch)
         pages = self._pool.plan(batch)
         ids = self._tensor(batch.ids[pages.order])
         hidden = self._awake.forward(ids, self._tensor(batch.positions[pages.order]), pages)

@@ -17,21 +17,24 @@ from engine.models.config import ELSEWHERE, Fp8Config, ModelConfig, ModelError, 
 from engine.models.decoder import Decoder, Layer, rope_frequencies
 from engine.models.linear import Linear, pack
 from engine.models.mlp import Experts, Mlp
+from engine.models.shard import WHOLE, Shard
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 
-def load(folder: Path, dtype: torch.dtype, device: torch.device) -> Decoder:
-    """A decoder ready to run. Raises ModelError when a tensor is missing or of another shape than the config says."""
+def load(folder: Path, dtype: torch.dtype, device: torch.device, shard: Shard = WHOLE) -> Decoder:
+    """A decoder ready to run, or a rank's part of one, which needs its `summed` still. Raises ModelError when a tensor
+    is missing or of another shape than the config says."""
     config = read(folder)
+    part = shard.config(config)
     with _opened(folder) as checkpoint:
-        source = _Source(checkpoint, config, dtype, device)
+        source = _Source(checkpoint, config, dtype, device, shard)
         embedding = source.tensor("model.embed_tokens.weight", (config.vocab_size, config.hidden))
         layers = tuple(_layer(source, number) for number in range(config.layers))
         head = embedding if config.is_head_tied else source.tensor("lm_head.weight", (config.vocab_size, config.hidden))
         norm = source.tensor("model.norm.weight", (config.hidden,))
-    return Decoder(config, embedding, layers, norm, pack(head), rope_frequencies(config).to(device))
+    return Decoder(part, embedding, layers, norm, pack(head), rope_frequencies(config).to(device))
 
 
 def shards(folder: Path) -> list[Path]:
@@ -54,6 +57,7 @@ class _Source:
     config: ModelConfig
     dtype: torch.dtype
     device: torch.device
+    shard: Shard = WHOLE
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if name not in self.checkpoint:
@@ -85,12 +89,17 @@ class _Source:
 
     def linear(self, prefix: str, parts: dict[str, int], columns: int) -> Linear:
         """Projections of the same input as one matrix, their rows one below the other, with biases if any has one."""
-        weight = torch.cat(
-            [self._turned(part, f"{prefix}{part}.weight", (rows, columns)) for part, rows in parts.items()]
-        )
+        shapes = {part: (rows, columns) for part, rows in parts.items()}
+        weight = torch.cat([self._own(part, f"{prefix}{part}.weight", shape) for part, shape in shapes.items()])
         if not any(f"{prefix}{part}.bias" in self.checkpoint for part in parts):
             return pack(weight)
         return pack(weight, torch.cat([self._bias(prefix, part, rows) for part, rows in parts.items()]))
+
+    def joined(self, prefix: str, part: str, rows: int, columns: int) -> Linear:
+        """A projection whose results are summed over all ranks: one of them alone adds its bias."""
+        weight = self.shard.columns(self.tensor(f"{prefix}{part}.weight", (rows, columns)))
+        has_bias = f"{prefix}{part}.bias" in self.checkpoint and not self.shard.rank
+        return pack(weight, self.tensor(f"{prefix}{part}.bias", (rows,)) if has_bias else None)
 
     def norm(self, prefix: str, part: str) -> Tensor | None:
         if not self.config.has_qk_norm:
@@ -100,11 +109,11 @@ class _Source:
     def _bias(self, prefix: str, part: str, rows: int) -> Tensor:
         name = f"{prefix}{part}.bias"
         if name not in self.checkpoint:
-            return torch.zeros(rows, dtype=self.dtype, device=self.device)
-        return self._turned(part, name, (rows,))
+            return torch.zeros(rows // self.shard.ranks, dtype=self.dtype, device=self.device)
+        return self._own(part, name, (rows,))
 
-    def _turned(self, part: str, name: str, shape: tuple[int, ...]) -> Tensor:
-        tensor = self.tensor(name, shape)
+    def _own(self, part: str, name: str, shape: tuple[int, ...]) -> Tensor:
+        tensor = self.shard.rows(self.tensor(name, shape), shape[0])
         return rope_order(tensor, self.config.head_dim) if part in ("q_proj", "k_proj") else tensor
 
 
@@ -123,7 +132,7 @@ def _layer(source: _Source, number: int) -> Layer:
         qkv=source.linear(attention, qkv, config.hidden),
         q_norm=source.norm(attention, "q_norm"),
         k_norm=source.norm(attention, "k_norm"),
-        out=source.linear(attention, {"o_proj": config.hidden}, config.q_width),
+        out=source.joined(attention, "o_proj", config.hidden, config.q_width),
         mlp_norm=source.tensor(prefix + "post_attention_layernorm.weight", (config.hidden,)),
         mlp=_experts(source, mlp) if config.moe and number in config.moe.layers else _mlp(source, mlp, config.ffn),
     )
@@ -133,7 +142,7 @@ def _mlp(source: _Source, prefix: str, ffn: int) -> Mlp:
     hidden = source.config.hidden
     return Mlp(
         gate_up=source.linear(prefix, {"gate_proj": ffn, "up_proj": ffn}, hidden),
-        down=source.linear(prefix, {"down_proj": hidden}, ffn),
+        down=source.joined(prefix, "down_proj", hidden, ffn),
     )
 
 

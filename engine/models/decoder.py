@@ -5,6 +5,7 @@ Owns the arithmetic of a step's rows. Never sees sequences, blocks or sampling; 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,9 +31,14 @@ class Layer:
     mlp: Mlp | Experts
 
 
+def alone(part: Tensor) -> Tensor:
+    """A layer's result where one rank holds all of it."""
+    return part
+
+
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """A model's weights and what its rope turns by."""
+    """A model's weights and what its rope turns by; or a rank's part of them, and how parts of a result are summed."""
 
     config: ModelConfig
     embedding: Tensor  # [vocab, hidden]
@@ -40,6 +46,7 @@ class Decoder:
     norm: Tensor  # [hidden]
     head: Linear  # [vocab, hidden]
     frequencies: Tensor  # [head_dim / 2] float32
+    summed: Callable[[Tensor], Tensor] = alone  # over all ranks
 
     def forward(self, ids: Tensor, positions: Tensor, pages: Pages) -> Tensor:
         """[rows] ids and positions, both int64 -> hidden states [rows, hidden]. Writes the rows' KV."""
@@ -48,9 +55,9 @@ class Decoder:
         turn = rotation(self.frequencies, positions)
         for number, layer in enumerate(self.layers):
             normed = functional.rms_norm(x, x.shape[-1:], layer.attention_norm, eps)
-            x += self._attention(number, normed, turn, pages)
+            x += self.summed(self._attention(number, normed, turn, pages))
             normed = functional.rms_norm(x, x.shape[-1:], layer.mlp_norm, eps)
-            x += layer.mlp(normed)
+            x += self.summed(layer.mlp(normed))
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:

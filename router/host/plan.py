@@ -83,6 +83,8 @@ def state_folder(config: Config, env: Mapping[str, str]) -> Path:
 
 def pool_bytes(config: Config, gpus: int) -> int:
     """The host pool's size. Its memory is only touched as KV comes to lie there."""
+    if config.workers.tensor_parallel > 1:
+        return 0
     if config.kv.host_gib is not None:
         return int(config.kv.host_gib * GIB)
     most = min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4, _cgroup_leaves() // 2)
@@ -107,8 +109,9 @@ def _gpus(devices: Path) -> int:
 
 
 def _count(config: Config, gpus: int) -> int:
-    """One worker a card: two would halve each other's KV."""
-    return min(config.workers.count, gpus) if gpus else config.workers.count
+    """One worker a card, or as many cards as it takes: two would halve each other's KV. Where there are too few cards,
+    the one worker says so."""
+    return min(config.workers.count, max(1, gpus // config.workers.tensor_parallel)) if gpus else config.workers.count
 
 
 def _worker(config: Config, number: int, gpus: int) -> tuple[str, ...]:
@@ -122,8 +125,10 @@ def _worker(config: Config, number: int, gpus: int) -> tuple[str, ...]:
     if workers.device == "fake":
         return (*PYTHON, "engine", "fake", *place)
     command = (*PYTHON, "engine", "worker", *place, "--model", "{model}", "--threads", str(workers.threads))
+    if workers.tensor_parallel > 1:
+        command += ("--tensor-parallel", str(workers.tensor_parallel))
     if gpus:
-        return (*command, "--device", f"cuda:{number}")
+        return (*command, "--device", f"cuda:{number * workers.tensor_parallel}")
     device = "cpu" if workers.device == "auto" else workers.device
     return (*command, "--device", device, "--kv-bytes", str(workers.kv_mib * 1024 * 1024))
 

@@ -93,6 +93,19 @@ def test_each_card_gets_one_worker_that_sizes_its_own_memory(tmp_path: Path) -> 
     assert len(alone.workers) == 5
 
 
+def test_a_worker_takes_as_many_cards_as_it_spreads_its_model_over(tmp_path: Path) -> None:
+    for number in range(5):
+        (tmp_path / f"nvidia{number}").touch()
+
+    plan = make_plan(Config(workers=Workers(count=5, tensor_parallel=2)), {}, tmp_path)
+    devices = [command[command.index("--device") + 1] for command in plan.workers.values()]
+    assert devices == ["cuda:0", "cuda:2"]
+    assert all(command[command.index("--tensor-parallel") + 1] == "2" for command in plan.workers.values())
+    assert plan.pool_bytes == 0
+    short = make_plan(Config(workers=Workers(count=5, tensor_parallel=8)), {}, tmp_path)
+    assert list(short.workers) == ["w0"]  # which ends with a sentence about cards
+
+
 def test_children_run_the_same_code_with_their_share_of_threads() -> None:
     plan = make_plan(Config(workers=Workers(count=3, threads=2)), {"PYTHONPATH": "/mine"})
 
