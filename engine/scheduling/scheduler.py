@@ -348,8 +348,9 @@ class Scheduler:
         found = self._trie.match(known, sequence.salt, sequence.public_blocks)
         if any(block.is_pending for block in found):
             return True  # in a step the first sequence leads, those behind it wait for its blocks
-        rivals = self._victims(sequence.request_class, step)
+        rivals: list[Sequence] | None = None
         while not (self._table.has_row and self._fits(sequence, found)):
+            rivals = self._victims(sequence.request_class, step) if rivals is None else rivals
             if not rivals:
                 return False
             self._preempt(rivals.pop(0), step)
