@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 
 from engine.kv.disk import Disk
 from engine.kv.pool import Content, PoolMemory
@@ -143,7 +142,7 @@ class Carrier:
         has_it = self._disk is not None and self._disk.read(below[0].content, into)
         read_s = time.perf_counter() - started
         found = below if has_it else below[:0]
-        return _Batch(found, len(below), [], begun[0] if begun else partial(float), read_s)
+        return _Batch(found, len(below), [], begun[0] if begun else float, read_s)
 
     def _end(self, batch: _Batch, arrived: Arrived) -> bool:
         """Wait for it; False: nothing behind it is of use."""

@@ -45,7 +45,10 @@ class Pinning:
         while self._pinned:
             piece = self._pinned.pop()
             self.pinned_bytes -= piece.nbytes
-            self._pinner.unpin(piece)
+            try:
+                self._pinner.unpin(piece)
+            except OSError as error:  # the process ends: the kernel undoes it then
+                log.warning("the host pool's memory was not unregistered: %s", error)
 
     def _run(self) -> None:
         for slots in self._pieces():

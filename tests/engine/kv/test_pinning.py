@@ -40,6 +40,7 @@ class Pinner:
     held: dict[int, int] = field(default_factory=dict)
     order: list[tuple[int, int]] = field(default_factory=list)
     pinned_bytes_per_s: float = 50e9
+    is_lost: bool = False  # the device fails every call
 
     def pin(self, memory: Bytes) -> None:
         if len(self.order) == self.waits_at:
@@ -52,6 +53,8 @@ class Pinner:
 
     def unpin(self, memory: Bytes) -> None:
         assert self.held.pop(memory.ctypes.data) == memory.nbytes
+        if self.is_lost:
+            raise OSError("cudaHostUnregister: unspecified launch failure")
 
 
 def descriptor_of(extents: int) -> int:
@@ -107,6 +110,18 @@ def test_a_refusal_is_said_once_and_what_was_registered_stays(caplog: pytest.Log
     ]
     pinning.close()
     assert not pinner.held
+
+
+def test_a_lost_device_does_not_keep_a_worker_from_ending(caplog: pytest.LogCaptureFixture) -> None:
+    pinner = Pinner()
+    pinning = Pinning(pool_of(2), [0, 1], pinner, piece_bytes=EXTENT_SLOTS * STRIDE)
+    run(pinning)
+    pinner.is_lost = True
+
+    pinning.close()
+
+    assert not pinner.held
+    assert sum("not unregistered" in record.message for record in caplog.records) == 2
 
 
 def test_a_worker_that_ends_waits_for_one_piece_and_undoes_it() -> None:
