@@ -83,8 +83,6 @@ def _worker(arguments: argparse.Namespace) -> int:
 def _running(folder: Path, config: EngineConfig) -> Iterator[TorchRunner | GpuRunner | ParallelRunner]:
     """The runner that this configuration asks for."""
     if config.tensor_parallel > 1:
-        if config.device.startswith("cuda"):
-            raise StartError("tensor parallel runs on CPUs alone as yet; leave --tensor-parallel out")
         from engine.compute import parallel
 
         with parallel.started(folder, config) as runner:

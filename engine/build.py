@@ -84,7 +84,7 @@ def build(
         inbox=inbox,
         clock=clock,
         control=Control(runner, facts, scheduler, lambda: inbox.put(Wake())),
-        energy=energy.opened(config.device, clock),
+        energy=energy.opened(config.device, clock, config.tensor_parallel),
         speculator=Speculator(config.block_tokens, facts.vocab_size) if can_draft else None,
     )
 

@@ -38,20 +38,22 @@ class Counter(Protocol):
 
 
 class Nvml:
-    """NVML's total energy of one card."""
+    """NVML's total energy of one card, or of several that compute one model."""
 
-    def __init__(self, nvml: Any, uuid: str) -> None:
+    def __init__(self, nvml: Any, *uuids: str) -> None:
         self._nvml = nvml
         try:
             nvml.nvmlInit()
-            self._card = nvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+            names = [uuid if uuid.startswith("GPU-") else f"GPU-{uuid}" for uuid in uuids]
+            self._cards = [nvml.nvmlDeviceGetHandleByUUID(name) for name in names]
         except nvml.NVMLError as error:
             raise CounterError(str(error)) from error
 
     def joules(self) -> float:
         """Drawn since the driver was loaded."""
         try:
-            return float(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._card)) / 1e3  # it counts mJ
+            millijoules = [self._nvml.nvmlDeviceGetTotalEnergyConsumption(card) for card in self._cards]
+            return float(sum(millijoules)) / 1e3
         except self._nvml.NVMLError as error:
             raise CounterError(str(error)) from error
 
@@ -103,15 +105,17 @@ def class_seconds(launch: Launch, model: StepModel) -> Floats:
     return np.bincount(classes, weights=own_s, minlength=IDLE).astype(np.float64)
 
 
-def opened(device: str, clock: Callable[[], float]) -> Energy | None:
-    """The energy of a torch device; None on a CPU, and where NVML cannot tell."""
+def opened(device: str, clock: Callable[[], float], cards: int = 1) -> Energy | None:
+    """The energy of a torch device, or of so many from it on; None on a CPU, and where NVML cannot tell."""
     if not device.startswith("cuda"):
         return None
     try:
         import pynvml
         import torch
 
-        return Energy(Nvml(pynvml, str(torch.cuda.get_device_properties(device).uuid)), clock())
+        first = torch.device(device).index
+        uuids = [str(torch.cuda.get_device_properties(number).uuid) for number in range(first, first + cards)]
+        return Energy(Nvml(pynvml, *uuids), clock())
     except (ImportError, CounterError) as error:
         log.warning("energy is not counted: %s", error)
         return None

@@ -34,10 +34,12 @@ def end_process(why: str) -> None:
 
 
 class Crew:
-    """One process a member. `lost` is called once, in a thread of its own, with the reason."""
+    """One process a member, which gets it as its first message. `lost` is called once, in a thread, with the reason."""
 
-    def __init__(self, members: Sequence[Any], lost: Callable[[str], None] = end_process) -> None:
-        self._lost = lost
+    def __init__(
+        self, members: Sequence[Any], lost: Callable[[str], None] = end_process, module: str = "engine.compute.rank"
+    ) -> None:
+        self._lost, self._module = lost, module
         self._until = math.inf  # when the ranks must have answered
         self._is_over = threading.Event()
         self._links: list[Connection] = []
@@ -51,7 +53,7 @@ class Crew:
         ours, theirs = Pipe()
         with theirs:
             number = theirs.fileno()
-            command = [sys.executable, "-P", "-m", "engine.compute.rank", str(number)]
+            command = [sys.executable, "-P", "-m", self._module, str(number)]
             self._processes.append(subprocess.Popen(command, pass_fds=[number], env=_environment()))
         self._links.append(ours)
         ours.send(member)

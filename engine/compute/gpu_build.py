@@ -7,18 +7,22 @@ from __future__ import annotations
 import json
 import logging
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
-from engine.compute import precompile
+from engine.compute import precompile, ranks
 from engine.compute.arrange import bucket, most
+from engine.compute.device_sum import DeviceSum
 from engine.compute.gpu_runner import FREE_SHARE, GpuRunner
 from engine.compute.runner import RunnerConfig, TorchRunner
 from engine.kernels import check, tuned
 from engine.loading import manifest, weights
 from engine.models import config as model_config
 from engine.models import gpu
+from engine.models.config import ModelError
+from engine.models.shard import WHOLE, Shard
 
 log = logging.getLogger(__name__)
 
@@ -28,15 +32,19 @@ RESERVE_BYTES = 2 * 2**30  # for what is allocated after KV: graphs, libraries, 
 
 
 def load(
-    folder: Path, device: torch.device, *, block_tokens: int, kv_bytes: int, sequences_max: int
+    folder: Path, device: torch.device, *, block_tokens: int, kv_bytes: int, sequences_max: int, shard: Shard = WHOLE
 ) -> GpuRunner | TorchRunner:
-    """A runner for a Hugging Face folder on this device. Raises ModelError when the folder cannot be served."""
+    """A runner for a Hugging Face folder on this device, or for a rank's part of it where all ranks have met and call
+    this at once. Raises ModelError when the folder cannot be served."""
     started = time.perf_counter()
     torch.cuda.set_device(device)
+    is_part = shard.ranks > 1
     with torch.inference_mode():
-        with precompile.beside(folder, device, block_tokens, sequences_max):
-            made = on_device(folder, device)
+        with nullcontext() if shard.rank else precompile.beside(folder, device, block_tokens, sequences_max, shard):
+            made = on_device(folder, device, shard)
             torch.cuda.synchronize()
+        if is_part:
+            ranks.least(0)  # rank 0's compilers are done
         log.info(
             "weights on %s and kernels compiled after %.1f s",
             torch.cuda.get_device_name(device),
@@ -44,25 +52,32 @@ def load(
         )
         shape = gpu.shape_of(made.config, block_tokens)
         wrong = check.failures(device, DTYPE, shape)
+        if is_part and {"attention", "prefill", "sampling"} & set(wrong):
+            raise ModelError(
+                f"tensor parallel needs our own kernels, which failed their self-check on {device}: {wrong}"
+            )
         if {"attention", "prefill", "sampling"} & set(wrong):
             log.warning("serving by plain torch instead: correct, and several times slower")
             options = RunnerConfig(block_tokens, kv_bytes or 4 * 2**30, DTYPE, str(device))
             return TorchRunner.load(folder, options)
         table = tuned.library(str(device)) if "products" in wrong else None
-        runner = GpuRunner(made, block_tokens, blocks_for(made, block_tokens, kv_bytes), sequences_max, table)
+        joined = DeviceSum(shard, most(sequences_max).rows, made.config.hidden, made.embedding) if is_part else None
+        blocks = blocks_for(made, block_tokens, kv_bytes)
+        blocks = ranks.least(blocks) if is_part else blocks
+        runner = GpuRunner(made, block_tokens, blocks, sequences_max, table, ranks=joined)
     log.info("self-check and memory after %.1f s", time.perf_counter() - started)
     runner.warm(bucket(sequences_max))
     log.info("%d KV blocks, steps captured after %.1f s", runner.blocks_total, time.perf_counter() - started)
     return runner
 
 
-def on_device(folder: Path, device: torch.device) -> gpu.Weights:
+def on_device(folder: Path, device: torch.device, shard: Shard = WHOLE) -> gpu.Weights:
     """The folder's weights, or made-up ones if its config.json asks for them."""
     config = model_config.read(folder)
     if is_random(folder):
-        return gpu.random_weights(config, device, DTYPE)
+        return gpu.random_weights(config, device, DTYPE, shard=shard)
     manifest.verify(folder)
-    return gpu.from_decoder(weights.load(folder, DTYPE, device))
+    return gpu.from_decoder(weights.load(folder, DTYPE, device, shard))
 
 
 def is_random(folder: Path) -> bool:

@@ -23,6 +23,7 @@ from engine.compute import arrange, sampling
 from engine.compute.arrange import Arranged, Packing
 from engine.compute.calibrate import Shape, batch_of
 from engine.compute.graphs import HOST_BUFFERS, Graphs, StepInputs
+from engine.compute.runner import nobody
 from engine.kernels import tuned
 from engine.kernels.paged import CHUNK_ROWS, SHARED_PART_TOKENS, Launch
 from engine.kernels.sample import Sampler
@@ -65,9 +66,10 @@ class GpuRunner:
 
     def __init__(
         self, weights: gpu.Weights, block_tokens: int, blocks: int, sequences_max: int,
-        table: tuned.Table | None = None, *, card: str = "",
+        table: tuned.Table | None = None, *, card: str = "", ranks: gpu.Ranks | None = None,
     ):  # fmt: skip
-        """`card` names the device whose launches are rehearsed, where weights lie on none."""
+        """`card` names the device whose launches are rehearsed, where weights lie on none. `ranks`: the weights are a
+        part of a model's."""
         config, device = weights.config, weights.embedding.device
         if blocks < 1:
             raise ModelError("no GPU memory is left for KV beside the weights")
@@ -79,7 +81,7 @@ class GpuRunner:
         )  # fmt: skip
         name = torch.cuda.get_device_name(device) if self._is_cuda else card
         few, many = (FEW, MANY) if name else (INTERPRETED, INTERPRETED)
-        self._decoder = gpu.GpuDecoder(weights, shape, pool, table or tuned.load(name or "none"), few)
+        self._decoder = gpu.GpuDecoder(weights, shape, pool, table or tuned.load(name or "none"), few, ranks)
         self._many = replace(self._decoder, launch=many)
         most = arrange.most(sequences_max)
         width = min(-(-config.context_max // block_tokens), blocks) + 1
@@ -89,11 +91,12 @@ class GpuRunner:
         self._answers = [
             torch.zeros(2, most.sampled, dtype=torch.int32, pin_memory=self._is_cuda) for _ in range(HOST_BUFFERS)
         ]
-        self._flights: list[Flight | None] = [None] * HOST_BUFFERS  # who used a host buffer last
+        self._sent: list[torch.cuda.Event | None] = [None] * HOST_BUFFERS  # when who used a host buffer last is done
         self._stream = torch.cuda.Stream(device) if self._is_cuda else None  # type: ignore[no-untyped-call]
         self._memory = DeviceMemory(pool, self._stream)
         self._graphs = Graphs(GRAPHS_MAX) if self._is_cuda else None
         self._packing = Packing(config.kv_heads, block_tokens, SHARED_PART_TOKENS, PARTS_MAX)
+        self._tell: Callable[[Arranged], None] = nobody
         self._turn = 0
         self._ahead: Flight | None = None
         self._read_at = 0.0
@@ -183,23 +186,38 @@ class GpuRunner:
         )  # fmt: skip
         return self._launch(following, at.astype(np.int32))
 
+    def lead(self, tell: Callable[[Arranged], None]) -> None:
+        """From now on `tell` makes other ranks `follow` each step."""
+        self._tell = tell
+
+    def follow(self, step: Arranged) -> None:
+        """Another rank's part of a step that rank 0 computes."""
+        with torch.inference_mode():
+            if self._stream is None:
+                self._send(step)
+                return
+            with torch.cuda.stream(self._stream):
+                self._send(step)
+
     def _launch(self, batch: StepBatch, sources: Int32 | None) -> Flight:
         launched_at = time.perf_counter()
-        turn, self._turn = self._turn % HOST_BUFFERS, self._turn + 1
-        last = self._flights[turn]
-        if last is not None and last.done is not None:
-            last.done.synchronize()
         step = arrange.arrange(batch, self._packing, sources)
+        self._tell(step)
+        return Flight(batch, *self._send(step), launched_at)
+
+    def _send(self, step: Arranged) -> tuple[Tensor, torch.cuda.Event | None]:
+        """To the device; where its answer will be, and when it is there."""
+        turn, self._turn = self._turn % HOST_BUFFERS, self._turn + 1
+        if (last := self._sent[turn]) is not None:
+            last.synchronize()
         self._inputs.write(turn, step)
         self._compute(step)
-        answer = self._answers[turn]
+        answer, done = self._answers[turn], None
         answer.copy_(self._sampler.answer, non_blocking=True)
-        done = None
         if self._is_cuda:
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done = self._sent[turn] = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
-        flight = self._flights[turn] = Flight(batch, answer, done, launched_at)
-        return flight
+        return answer, done
 
     def _compute(self, step: Arranged) -> None:
         kind = self._kind(step)
@@ -221,6 +239,8 @@ class GpuRunner:
         inputs, knobs = self._inputs.view(step.size)
         logits = decoder.forward(inputs, kind, self._room, self._sampler.answer[0])
         self._sampler.choose(logits, knobs)
+        if decoder.ranks is not None:
+            decoder.ranks.agree(self._sampler.answer)
 
     @contextmanager
     def replayable(self, batch: StepBatch) -> Iterator[Callable[[], None]]:

@@ -8,18 +8,22 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from engine.compute import ranks
 from engine.compute.crew import STEP_S, Crew, end_process
-from engine.compute.runner import RunnerConfig, TorchRunner, nobody, refuse_what_does_not_fit
+from engine.compute.runner import RunnerConfig, TorchRunner, refuse_what_does_not_fit
 from engine.config import EngineConfig
 from engine.loading import manifest, weights
 from engine.models.config import ModelConfig, read
 from engine.models.shard import Shard
 from engine.step import KVMemory, StepBatch, StepResult
+
+if TYPE_CHECKING:
+    from engine.compute.gpu_runner import GpuRunner  # which needs Triton
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +39,7 @@ class Member:
 class ParallelRunner:
     """engine.step.Runner over all ranks. KV stays where it is: no tier below has a form for a block in parts."""
 
-    def __init__(self, runner: TorchRunner, crew: Crew) -> None:
+    def __init__(self, runner: TorchRunner | GpuRunner, crew: Crew) -> None:
         self._runner = runner
         self._crew = crew
 
@@ -79,7 +83,11 @@ def started(folder: Path, config: EngineConfig, lost: Callable[[str], None] = en
     crew = Crew(members[1:], lost)
     try:
         with crew.answering(ranks.START_S):
-            runner = part_of(members[0], lambda batch: crew.tell(_bare(batch)))
+            runner = part_of(members[0])
+        if isinstance(runner, TorchRunner):
+            runner.lead(lambda batch: crew.tell(_bare(batch)))
+        else:
+            runner.lead(crew.tell)
         yield ParallelRunner(runner, crew)
     finally:
         crew.close()
@@ -87,16 +95,24 @@ def started(folder: Path, config: EngineConfig, lost: Callable[[str], None] = en
         meeting.unlink(missing_ok=True)
 
 
-def part_of(member: Member, tell: Callable[[StepBatch], None] = nobody) -> TorchRunner:
-    """A rank's runner, when all ranks have met. `tell` is rank 0's."""
+def part_of(member: Member) -> TorchRunner | GpuRunner:
+    """A rank's runner, when all ranks have one."""
     config, shard, device = member.config, member.shard, torch.device(member.config.device)
     ranks.join(shard, str(member.meeting.resolve()), device)
-    options = RunnerConfig(config.block_tokens, config.kv_bytes // shard.ranks, device=config.device)
+    kv_bytes = config.kv_bytes // shard.ranks
+    if device.type != "cpu":
+        from engine.compute import gpu_build
+
+        return gpu_build.load(
+            member.folder, device, block_tokens=config.block_tokens, kv_bytes=kv_bytes,
+            sequences_max=config.sequences_max, shard=shard,
+        )  # fmt: skip
+    options = RunnerConfig(config.block_tokens, kv_bytes)
     manifest.verify(member.folder)
     refuse_what_does_not_fit(member.folder, shard.config(read(member.folder)), options)
     with torch.inference_mode():
         decoder = replace(weights.load(member.folder, options.dtype, device, shard), summed=ranks.summed)
-        return TorchRunner(decoder, options, tell)
+        return TorchRunner(decoder, options)
 
 
 def _bare(batch: StepBatch) -> StepBatch:

@@ -38,6 +38,7 @@ from engine.kernels import check
 from engine.models import config as model_config
 from engine.models import gpu
 from engine.models.config import ModelConfig
+from engine.models.shard import WHOLE, Shard
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +130,9 @@ def compile_all(wanted: list[Special], jobs: int) -> list[float]:
 
 
 @contextmanager
-def beside(folder: Path, device: torch.device, block_tokens: int, sequences_max: int) -> Iterator[None]:
+def beside(
+    folder: Path, device: torch.device, block_tokens: int, sequences_max: int, shard: Shard = WHOLE
+) -> Iterator[None]:
     """Compile for the card at hand while the body runs, in processes that never see the card; then wait for them.
     Whatever they did not make is compiled where it is launched: later, and no worse."""
     major, minor = torch.cuda.get_device_capability(device)
@@ -137,6 +140,7 @@ def beside(folder: Path, device: torch.device, block_tokens: int, sequences_max:
     command = [
         sys.executable, "-m", __name__, str(folder), card, "--capability", str(10 * major + minor),
         "--block-tokens", str(block_tokens), "--sequences-max", str(sequences_max),
+        "--ranks", str(shard.ranks),
     ]  # fmt: skip
     with running(command) as compilers:
         yield
@@ -177,11 +181,12 @@ def main() -> int:
     parser.add_argument("--capability", type=int, default=90)
     parser.add_argument("--block-tokens", type=int, default=GPU_BLOCK_TOKENS)
     parser.add_argument("--sequences-max", type=int, default=GPU_SEQUENCES_MAX)
+    parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     arguments = parser.parse_args()
     started = time.perf_counter()
     logging.disable(logging.WARNING)  # the self-check fails where nothing runs
-    config = model_config.read(arguments.model)
+    config = Shard(0, arguments.ranks).config(model_config.read(arguments.model))
     mark = stamp(arguments, config)
     if mark.exists():
         return 0

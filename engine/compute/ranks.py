@@ -30,6 +30,8 @@ def join(shard: Shard, meeting: str, device: torch.device) -> None:
     """Meet the other ranks at a file that none of them has used before. Returns when all are there."""
     os.environ.update(ENVIRONMENT)
     is_cuda, hook = device.type == "cuda", sys.excepthook
+    if is_cuda:
+        torch.cuda.set_device(device)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if is_cuda else "gloo", init_method=f"file://{meeting}", rank=shard.rank,
         world_size=shard.ranks, timeout=timedelta(seconds=START_S), device_id=device if is_cuda else None,
@@ -38,8 +40,8 @@ def join(shard: Shard, meeting: str, device: torch.device) -> None:
 
 
 def leave() -> None:
-    """End the group, where there is one."""
-    if dist.is_initialized():
+    """End a group of CPUs. One of cards ends with its process: NCCL waits for captured steps to be let go first."""
+    if dist.is_initialized() and not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         dist.destroy_process_group()
 
 

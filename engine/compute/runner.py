@@ -59,8 +59,7 @@ class _Source:
 class TorchRunner:
     """engine.step.Runner on one torch device."""
 
-    def __init__(self, decoder: Decoder, config: RunnerConfig, tell: Callable[[StepBatch], None] = nobody):
-        """`tell` makes the other ranks `follow`, where the decoder is one's part of a model."""
+    def __init__(self, decoder: Decoder, config: RunnerConfig):
         block_bytes = config.block_tokens * decoder.config.kv_bytes_per_token(config.dtype.itemsize)
         blocks = config.kv_bytes // block_bytes - SPARE_BLOCKS
         if blocks < 1:
@@ -69,7 +68,7 @@ class TorchRunner:
         self._decoder: Decoder | None = decoder  # None: asleep without weights
         self._model, self._config, self._device = decoder.config, config, torch.device(config.device)
         self._source: _Source | None = None  # to load the weights from again; None: they were made, not loaded
-        self._tell = tell
+        self._tell: Callable[[StepBatch], None] = nobody
         self._pool = KVPool(decoder.config, blocks, config.block_tokens, config.dtype, self._device)
 
     @classmethod
@@ -163,6 +162,10 @@ class TorchRunner:
             )
         seconds = time.perf_counter() - started
         return StepResult(chosen.ids, chosen.is_bad, seconds, chosen.scores, chosen.messages, scores)
+
+    def lead(self, tell: Callable[[StepBatch], None]) -> None:
+        """From now on `tell` makes other ranks `follow` each step."""
+        self._tell = tell
 
     def follow(self, batch: StepBatch) -> None:
         """Another rank's part of a step that rank 0 computes: no head, no choice."""

@@ -6,7 +6,7 @@ never waits, so that a step can be captured. Norm weights are folded into the pr
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from engine.kernels.paged import Launch, Shape, Step
 from engine.models.config import ELSEWHERE, ModelConfig, ModelError
 from engine.models.decoder import rope_frequencies
 from engine.models.mlp import Experts, Mlp
+from engine.models.shard import WHOLE, Shard
 
 if TYPE_CHECKING:
     from engine.models.decoder import Decoder
@@ -124,15 +125,33 @@ class Buffers:
         return replace(self, **{name: getattr(self, name)[:row_count] for name in names})
 
 
+class Ranks(Protocol):
+    """How the residual stream becomes the same on all ranks: each adds its part of a product to a term of its own, and
+    the sum of these is the stream. Nothing here allocates or waits."""
+
+    def term(self, x: Tensor) -> Tensor:
+        """What this rank's part is added to: one has the stream so far, the others have zeros."""
+
+    def part(self, x: Tensor) -> Tensor:
+        """Where this rank writes its summand; x itself, or memory that the others read."""
+
+    def sum_into(self, x: Tensor, part: Tensor) -> None:
+        """x = the sum of all ranks' parts."""
+
+    def agree(self, answer: Tensor) -> None:
+        """Take over what rank 0 chose."""
+
+
 @dataclass(frozen=True, slots=True)
 class GpuDecoder:
-    """A model, its KV memory and how its kernels are launched."""
+    """A model, its KV memory and how its kernels are launched; or a rank's part, and how it is summed."""
 
     weights: Weights
     shape: Shape
     pool: Tensor  # [blocks, layers, 2, kv_heads, tokens, head_dim], finite everywhere
     table: tuned.Table
     launch: Launch
+    ranks: Ranks | None = None
 
     # Hot: captured once per bucket, so Python's share is paid at start. Budget: the floor of gpu floors in bench.
     def forward(self, inputs: Inputs, kind: Kind, room: Buffers, sampled_ids: Tensor | None = None) -> Tensor:
@@ -149,7 +168,7 @@ class GpuDecoder:
         for number, layer in enumerate(weights.layers):
             self._attention(number, layer, inputs.step, kind, room, pool_map)
             self._product("gated", room.x, layer.gate_up, room.mid, room)
-            self._product("residual", room.mid, layer.down, room.x, room)
+            self._add(room.mid, layer.down, room)
         sampled = len(inputs.sample_rows)
         normed = rows.rms_norm(room.x, room.normed[:sampled], weights.config.norm_eps, weights.norm, inputs.sample_rows)
         logits = room.logits[:sampled]
@@ -170,33 +189,42 @@ class GpuDecoder:
             paged.run_attend(shape, step, room.lists, self.launch, room.qkv, kv, room.attended, *norms)
         if kind.has_parts or kind.has_shared:
             paged.run_merge(shape, step, room.lists, self.launch, room.attended)
-        self._product("residual", room.attended, layer.out, room.x, room)
+        self._add(room.attended, layer.out, room)
+
+    def _add(self, x: Tensor, weight: Tensor, room: Buffers) -> None:
+        """room.x += x @ weight.T, over all ranks."""
+        if self.ranks is None:
+            self._product("residual", x, weight, room.x, room, residual=room.x)
+            return
+        part = self.ranks.part(room.x)
+        self._product("residual", x, weight, part, room, residual=self.ranks.term(room.x))
+        self.ranks.sum_into(room.x, part)
 
     def _product(
         self, role: tuned.Role, x: Tensor, weight: Tensor, out: Tensor, room: Buffers, bias: Tensor | None = None,
-        *, is_first: bool = False,
+        *, is_first: bool = False, residual: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """out = epilogue(x @ weight.T); `residual` adds to what out holds."""
+        """out = epilogue(x @ weight.T); `residual` is added, and may be what out holds."""
         eps = self.weights.config.norm_eps
         choice = tuned.choose(self.table, role, len(x), out.shape[1], x.shape[1])
         if choice.kernel == "cublas":
-            library_product(role, x, weight, out, room, eps, bias)
+            library_product(role, x, weight, out, room, eps, bias, residual)
             return
         if choice.is_norm_apart:
             x, role = rows.rms_norm(x, room.normed, eps), "gated" if role == "gated" else "plain"
         has_norm = role in ("norm", "gated") and not choice.is_norm_apart
         epilogue = Epilogue(eps if has_norm else None, role == "gated")
-        residual = out if role == "residual" else None
         choice = replace(choice, pdl=0) if is_first else choice
         linear(x, weight, out, choice, room.scratch, epilogue, bias, residual)
 
 
 def library_product(
-    role: tuned.Role, x: Tensor, weight: Tensor, out: Tensor, room: Buffers, eps: float, bias: Tensor | None
-) -> None:
+    role: tuned.Role, x: Tensor, weight: Tensor, out: Tensor, room: Buffers, eps: float, bias: Tensor | None,
+    residual: Tensor | None = None,
+) -> None:  # fmt: skip
     """The same by cuBLAS, with the row kernels that an epilogue of ours replaces."""
-    if role == "residual":
-        torch.addmm(out, x, weight.t(), out=out)
+    if residual is not None:
+        torch.addmm(residual, x, weight.t(), out=out)
     elif role == "plain":
         if x.is_cuda:
             torch.mm(x, weight.t(), out_dtype=torch.float32, out=out)
@@ -219,8 +247,21 @@ def shape_of(config: ModelConfig, block_tokens: int, few_rows: int = 1) -> Shape
     )  # fmt: skip
 
 
-def random_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Weights:
-    """Normal weights of transformers' own initial scale, made on the device: for figures where no text is read."""
+def part_of(layer: GpuLayer, config: ModelConfig, shard: Shard) -> GpuLayer:
+    """A rank's part of a layer of this model."""
+    heads, bias = (config.q_width, config.kv_width, config.kv_width), layer.qkv_bias
+    return replace(
+        layer, qkv=shard.rows(layer.qkv, *heads), qkv_bias=None if bias is None else shard.rows(bias, *heads),
+        out=shard.columns(layer.out), gate_up=shard.rows(layer.gate_up, config.ffn, config.ffn),
+        down=shard.columns(layer.down),
+    )  # fmt: skip
+
+
+def random_weights(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int = 0, shard: Shard = WHOLE
+) -> Weights:
+    """Normal weights of transformers' own initial scale, made on the device: for figures where no text is read. Parts
+    are those of one model: each rank makes all numbers and keeps its own."""
     generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)  # meta: shapes alone
 
     def normal(*shape: int) -> Tensor:
@@ -228,14 +269,17 @@ def random_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype
 
     ones = torch.ones(config.head_dim, device=device, dtype=dtype) if config.has_qk_norm else None
     layers = tuple(
-        GpuLayer(
-            normal(config.q_width + 2 * config.kv_width, config.hidden), None, ones, ones,
-            normal(config.hidden, config.q_width), normal(2 * config.ffn, config.hidden),
-            normal(config.hidden, config.ffn),
+        part_of(
+            GpuLayer(
+                normal(config.q_width + 2 * config.kv_width, config.hidden), None, ones, ones,
+                normal(config.hidden, config.q_width), normal(2 * config.ffn, config.hidden),
+                normal(config.hidden, config.ffn),
+            ),
+            config, shard,
         )
         for _ in range(config.layers)
     )  # fmt: skip
     embedding = normal(config.vocab_size, config.hidden)
     head = embedding if config.is_head_tied else normal(config.vocab_size, config.hidden)
     norm = torch.ones(config.hidden, device=device, dtype=dtype)
-    return Weights(config, embedding, layers, norm, head, rope_frequencies(config).to(device))
+    return Weights(shard.config(config), embedding, layers, norm, head, rope_frequencies(config).to(device))

@@ -39,7 +39,7 @@ class Shard:
 
     def columns(self, weight: Tensor) -> Tensor:
         """What this part's rows of the projection before are multiplied by."""
-        return self._part(weight, 1)
+        return weight if self.ranks == 1 else self._part(weight, 1)
 
     def _part(self, tensor: Tensor, dim: int) -> Tensor:
         return tensor.chunk(self.ranks, dim)[self.rank].contiguous()

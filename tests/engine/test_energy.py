@@ -127,6 +127,7 @@ def test_nvml_counts_millijoules_of_the_card_with_that_number() -> None:
     counter: Counter = Nvml(nvml(2500), "1234")
 
     assert counter.joules() == 2.5
+    assert Nvml(nvml(2500), "1234", "1234").joules() == 5.0  # cards of one model
     with pytest.raises(CounterError, match="no such card"):
         Nvml(nvml(2500), "GPU-99")
     with pytest.raises(CounterError, match="not supported"):

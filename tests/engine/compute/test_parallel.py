@@ -73,7 +73,9 @@ def by_threads(folder: Path, ranks: int) -> Iterator[TorchRunner]:
     ]
     with ThreadPoolExecutor(ranks) as pool:
         others = [TorchRunner(decoder, part) for decoder in decoders[1:]]
-        yield TorchRunner(decoders[0], part, lambda batch: [pool.submit(other.follow, batch) for other in others])
+        first = TorchRunner(decoders[0], part)
+        first.lead(lambda batch: [pool.submit(other.follow, batch) for other in others])
+        yield first
 
 
 @pytest.mark.parametrize("family", [*tiny.FAMILIES])

@@ -16,6 +16,7 @@ collect_ignore = (
     else [
         "test_attention.py",
         "test_check.py",
+        "test_gpu_ranks.py",
         "test_gpu_runner.py",
         "test_gpu_decoder.py",
         "test_linear.py",
