@@ -24,6 +24,7 @@ from engine.compute.arrange import Arranged, Packing
 from engine.compute.calibrate import Shape, batch_of
 from engine.compute.graphs import HOST_BUFFERS, Graphs, StepInputs
 from engine.compute.runner import nobody
+from engine.kernels import rows as row_kernels
 from engine.kernels import tuned
 from engine.kernels.paged import CHUNK_ROWS, SHARED_PART_TOKENS, Launch
 from engine.kernels.sample import Sampler
@@ -213,7 +214,7 @@ class GpuRunner:
         self._inputs.write(turn, step)
         self._compute(step)
         answer, done = self._answers[turn], None
-        answer.copy_(self._sampler.answer, non_blocking=True)
+        row_kernels.carry(self._sampler.answer, answer)
         if self._is_cuda:
             done = self._sent[turn] = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
@@ -256,7 +257,9 @@ class GpuRunner:
     def rehearse(self, batch: StepBatch) -> None:
         """Make the launches of a step and nothing else: tensors may lie on no device (engine/compute/precompile.py)."""
         with torch.inference_mode():
+            self._inputs.send(0, 1)
             self._compute(arrange.arrange(batch, self._packing))
+            row_kernels.carry(self._sampler.answer, self._answers[0])
 
     def warm(self, sequences_max: int) -> None:
         """Compile and capture the steps of decodes alone and of one chunk alone, so that no stream waits for it."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.compute.arrange import Arranged, Size
 from engine.kernels.paged import Step
+from engine.kernels.rows import carry
 from engine.kernels.sample import Knobs
 from engine.models.gpu import Inputs
 
@@ -88,9 +89,13 @@ class StepInputs:
             flat[start + count : start + numbers_of(name, step.size)] = -1 if name in ("slots", "sources") else 0
         end = self.tables_at + step.tables.size
         flat[self.tables_at : end] = step.tables.reshape(-1)
-        self.device[:end].copy_(host[:end], non_blocking=True)
+        self.send(turn, end)
         rows, width = step.tables.shape
         self.table[:rows, :width].copy_(self.device[self.tables_at : end].view(rows, width))
+
+    def send(self, turn: int, count: int) -> None:
+        """Carry the first `count` numbers of this turn's host buffer to the device."""
+        carry(self.hosts[turn % HOST_BUFFERS][:count], self.device[:count])
 
 
 class Graphs:

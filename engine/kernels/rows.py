@@ -1,4 +1,5 @@
-"""Row kernels around the products: embedding with rope's turn, RMS norm of picked rows, silu * mul, rope + write.
+"""Row kernels around the products: embedding with rope's turn, RMS norm of picked rows, silu * mul, rope + write; and
+what carries a step's inputs in and its answer out.
 
 Owns what is done to each row alone. Never mixes rows, never reads old KV.
 
@@ -12,6 +13,15 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.linear import silu_mul
+
+CARRIED_WORDS = 4096  # of one program
+
+
+@triton.jit(do_not_specialize=["COUNT"])
+def carry_words(source, into, COUNT, N: tl.constexpr):
+    """into[:COUNT] = source[:COUNT], one of them in registered host memory."""
+    at = tl.program_id(0) * N + tl.arange(0, N)
+    tl.store(into + at, tl.load(source + at, mask=at < COUNT), mask=at < COUNT)
 
 
 @triton.jit
@@ -123,6 +133,14 @@ def gated(gate_up: Tensor, out: Tensor) -> Tensor:
     rows, width = out.shape
     gate_rows[(rows, triton.cdiv(width, 2048))](gate_up, out, width, W=2048, num_warps=4)
     return out
+
+
+def carry(source: Tensor, into: Tensor) -> None:
+    """Copy int32 to or from registered host memory without a copy engine: that of an H100 serves one stream's queue to
+    its end, so that the inputs of a step waited 91 ms behind the restore of a 32k prefix."""
+    carry_words[(triton.cdiv(source.numel(), CARRIED_WORDS),)](
+        source, into, source.numel(), N=CARRIED_WORDS, num_warps=8
+    )  # fmt: skip
 
 
 def embed_into(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from engine.kernels import ref, rows
@@ -24,6 +25,21 @@ def test_all_rows_are_normed_without_a_weight(dtype: torch.dtype, device: torch.
     out = rows.rms_norm(x, torch.full_like(x, torch.nan), 1e-5)
 
     assert error(out, ref.rms_norm(x, 1e-5)) < 4e-3
+
+
+@pytest.mark.parametrize("count", [1, 4096, 4097, 10_000])
+def test_words_are_carried_and_no_more_than_were_asked_for(count: int, device: torch.device) -> None:
+    source = torch.arange(1, 10_001, dtype=torch.int32, pin_memory=device.type == "cuda")
+    into = torch.zeros(10_000, dtype=torch.int32, device=device)
+    back = torch.zeros(10_000, dtype=torch.int32, pin_memory=device.type == "cuda")
+
+    rows.carry(source[:count], into[:count])
+    rows.carry(into, back)
+
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    assert torch.equal(back[:count], source[:count])
+    assert not back[count:].any()
 
 
 def test_gates_open(dtype: torch.dtype, device: torch.device) -> None:
