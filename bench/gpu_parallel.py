@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import signal
 import statistics
@@ -130,6 +131,8 @@ def measure(options: argparse.Namespace, count: int) -> None:
         keep(texts=said, ahead=texts(runner, is_ahead=True)[0], again=texts(runner, is_ahead=True)[0])
         for batch in BATCHES:
             keep(**{f"tpot_ms_{batch}": round(tpot_ms(runner, batch), 3)})
+    sys.stderr.flush()
+    os._exit(0)  # NCCL waits for captured graphs otherwise
 
 
 def sums(options: argparse.Namespace) -> None:
@@ -155,7 +158,7 @@ def sums(options: argparse.Namespace) -> None:
     if not options.rank:
         options.keep.write_text(json.dumps({name: round(taken, 1) for name, taken in found.items()}))
     ranks.least(0)
-    os._exit(0)  # NCCL waits for captured graphs otherwise
+    os._exit(0)  # as above
 
 
 def microseconds(launch: Callable[[], object], replays: int = 20) -> float:
@@ -228,6 +231,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--meeting", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format=f"  {options.phase} %(name)s: %(message)s")
     if options.phase == "sums":
         sums(options)
     elif options.phase:

@@ -51,6 +51,7 @@ def _worker(arguments: argparse.Namespace) -> int:
 
     from engine import build
     from engine.compute.grammar import GrammarCompiler
+    from engine.compute.grammar_gate import no_grammars
     from engine.loading import manifest
     from engine.step import ModelFacts
 
@@ -72,11 +73,15 @@ def _worker(arguments: argparse.Namespace) -> int:
             context_max=runner.model.context_max,
             eos_ids=tuple(runner.model.eos_ids),
         )
-        tokenizer = folder / "tokenizer.json"
-        if not tokenizer.is_file():
-            return build.serve(runner, facts, config)
-        grammars = GrammarCompiler(tokenizer.read_text(encoding="utf-8"), facts.vocab_size, facts.eos_ids)
-        return build.serve(runner, facts, config, compile=grammars.compile)
+        tokenizer, compiler = folder / "tokenizer.json", no_grammars
+        if tokenizer.is_file():
+            text = tokenizer.read_text(encoding="utf-8")
+            compiler = GrammarCompiler(text, facts.vocab_size, facts.eos_ids).compile
+        code = build.serve(runner, facts, config, compile=compiler)
+    if config.tensor_parallel > 1 and config.device.startswith("cuda"):
+        logging.shutdown()
+        os._exit(code)  # NCCL's own end waits for captured steps, and those live as long as the interpreter
+    return code
 
 
 @contextlib.contextmanager
