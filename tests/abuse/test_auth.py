@@ -11,7 +11,7 @@ from starlette.routing import Route
 from router.access import keys
 from router.listener.app import App
 from tests.router.access.test_tenants import tenants_of
-from tests.router.desk import Desk, chat, desk, run, speak
+from tests.router.desk import DEADLINE_S, Desk, chat, desk, run, speak
 
 # Every route and whether it needs a key. A route that is not here fails the test below.
 TABLE = {
@@ -250,7 +250,7 @@ def test_a_key_that_is_revoked_between_head_and_body_is_refused(tmp_path: Path) 
             keys.revoke(path, keys.digest(key)[:12])
             tenants.reload()
             writer.write(body)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(DEADLINE_S):
                 assert b" 401 " in await reader.readline()
             writer.close()
             assert not d.mind.offered

@@ -27,7 +27,7 @@ from router.settings.config_load import ConfigError, load
 from router.upstreams import peek
 from router.upstreams.loads import read_load
 from router.upstreams.replies import Told, figures, said_wrong, told
-from tests.router.desk import VOCABULARY, chat, desk, run, speak
+from tests.router.desk import DEADLINE_S, VOCABULARY, chat, desk, run, speak
 from tests.router.frames import hello, step
 from tests.router.upstreams.scripted import DONE, WHOLE, Asked, Scripted, delta, upstream_desk
 from tests.router.upstreams.test_forward import at
@@ -237,7 +237,7 @@ async def answered(address: tuple[str, int], sent: bytes) -> bytes:
     try:
         writer.write(sent)
         writer.write_eof()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE_S):
             return await reader.read(-1)
     except ConnectionError:
         return b""

@@ -16,7 +16,7 @@ import pytest
 
 from tests.clients import tiny_agent
 
-START_S = 120.0  # calibration on two busy cores takes some 20
+START_S = 240.0  # calibration on two busy cores takes some 20
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +33,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield _url(process, log)
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(60)
+        process.wait(START_S)
 
 
 def _url(process: subprocess.Popen[bytes], log: Path) -> str:
@@ -41,7 +41,7 @@ def _url(process: subprocess.Popen[bytes], log: Path) -> str:
     until = time.monotonic() + START_S
     while time.monotonic() < until and process.poll() is None:
         if found := re.search(r"Headway serves \S+ at (\S+)", log.read_text()):
-            assert httpx.get(f"{found[1]}/readyz").status_code == 200
+            assert httpx.get(f"{found[1]}/readyz", timeout=START_S).status_code == 200
             return found[1]
         time.sleep(0.1)
     raise AssertionError(f"no server: {log.read_text()[-2000:]}")

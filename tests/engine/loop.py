@@ -108,7 +108,7 @@ class Loop:
         self._inbox.put(Order(1, order, 0.0))
         self.core.turn()
         for loading in self.core._control._loading:
-            wait([loading.renewal], timeout=60)
+            wait([loading.renewal], timeout=240)
 
     def attach(self) -> Hello:
         """What a second link hears first."""

@@ -9,13 +9,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from engine import wire
 from engine.wire import FrameReader, Hello, Message, StepFrame, Welcome, decode_from_worker, encode
 
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 
 
 class Peer:
@@ -67,12 +67,16 @@ class Peer:
         self.loads.append(frame.load)
         return frame
 
+    def until(self, is_so: Callable[[], bool]) -> None:
+        """Read until what came so far is so."""
+        until = time.monotonic() + DEADLINE_S
+        while not is_so():
+            assert time.monotonic() < until, f"started {sorted(self.starts)}, ended {sorted(self.ends)}"
+            self.frame()
+
     def until_ended(self, *handles: int) -> None:
         """Read until all of these have ended."""
-        until = time.monotonic() + DEADLINE_S
-        while not set(handles) <= self.ends.keys():
-            assert time.monotonic() < until, f"only {sorted(self.ends)} ended"
-            self.frame()
+        self.until(lambda: set(handles) <= self.ends.keys())
 
     def until_closed(self) -> None:
         with contextlib.suppress(EOFError, ConnectionResetError):

@@ -110,7 +110,7 @@ def test_one_set_of_weights_is_loaded_at_a_time(folders: tuple[Path, Path, Path]
     control = loop.core._control
     for number in (1, 2):
         control.begin(1, UpdateWeights(number, str(new), number), 0.0)
-    wait([control._loading[0].renewal], timeout=60)
+    wait([control._loading[0].renewal], timeout=240)
 
     assert [(told.request, bool(told.error)) for _, told in control.done(0.0)] == [(2, True), (1, False)]
     assert control.weights_version == 1

@@ -245,7 +245,7 @@ def test_resumed_by_another_worker_after_the_first_was_killed(tiny_llama: Path, 
     os.ftruncate(pool, PoolShape(SIZE, block_bytes, 4 * EXTENT_SLOTS).total_bytes)
     command = [sys.executable, "-c", VICTIM, str(tiny_llama), str(pool), str(SAMPLINGS.index(sampling))]
     root = Path(__file__).resolve().parents[2]
-    killed = subprocess.run(command, pass_fds=[pool], stdout=subprocess.PIPE, cwd=root, timeout=60, check=False)
+    killed = subprocess.run(command, pass_fds=[pool], stdout=subprocess.PIPE, cwd=root, timeout=240, check=False)
     assert killed.returncode == -9
     tokens, payloads = killed.stdout.decode().splitlines()
     sent, written = [int(token) for token in tokens.split()], [bytes.fromhex(payload) for payload in payloads.split()]

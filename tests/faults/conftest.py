@@ -12,5 +12,5 @@ import pytest
 @pytest.fixture(scope="session")
 def model_folder() -> Path:
     command = [sys.executable, "-m", "engine", "convert", "smollm2"]
-    made = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    made = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     return Path(made.stdout.split("\n")[-2])

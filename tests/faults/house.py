@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,7 +22,7 @@ import httpx
 
 from router.settings.config import Config
 
-DEADLINE_S = 40.0  # of each wait: ten times what any takes on two busy cores
+DEADLINE_S = 120.0  # of each wait: thirty times what any takes on two busy cores; only what never comes takes it
 POLL_S = 0.02
 
 
@@ -107,6 +107,8 @@ class House:
         config: Config,
         names: Sequence[str],
         engine: Sequence[str],
+        *,
+        flags: Mapping[str, Sequence[str]],
         **worker: object,
     ) -> None:
         self.directory = directory
@@ -114,6 +116,7 @@ class House:
         self.config = config
         self.names = names
         self.engine = list(engine)
+        self.flags = flags
         self.worker_flags = [f"--{name.replace('_', '-')}={value}" for name, value in worker.items()]
         self.workers: dict[str, subprocess.Popen[bytes]] = {}
         self.router: subprocess.Popen[bytes] | None = None
@@ -126,7 +129,7 @@ class House:
     async def __aenter__(self) -> House:
         (self.directory / "config.json").write_bytes(self.config.to_json())
         for name in self.names:
-            self.start_worker(name)
+            self.start_worker(name, *self.flags.get(name, ()))
         self.start_router()
         url = f"http://127.0.0.1:{self._listen.getsockname()[1]}"
         self.client = httpx.AsyncClient(base_url=url, timeout=DEADLINE_S, limits=httpx.Limits(max_connections=256))
@@ -239,10 +242,13 @@ async def house(
     config: Config | None = None,
     names: Sequence[str] = ("w0", "w1"),
     engine: Sequence[str] = ("engine", "fake"),
+    *,
+    flags: Mapping[str, Sequence[str]] | None = None,
     **worker: object,
 ) -> AsyncIterator[House]:
-    """A house that is ready; what it printed is shown when a test fails in it. `engine`: for `python -m`."""
-    built = House(directory, model, config or Config(), names, engine, **worker)
+    """A house that is ready; what it printed is shown when a test fails in it. `engine`: for `python -m`; `worker`:
+    flags of every worker; `flags`: those of one at its first start."""
+    built = House(directory, model, config or Config(), names, engine, flags=flags or {}, **worker)
     try:
         async with built:
             yield built

@@ -43,6 +43,7 @@ def ask_plainly(built: House, number: int) -> Stream:
 async def kill_and_restart(built: House, name: str) -> None:
     built.hurt(name, signal.SIGKILL)
     built.workers[name].wait()
+    await built.until(lambda seen: not seen[name]["is_up"])  # else the old one may be taken for the new
     built.start_worker(name)
     await built.until_up(2)
 

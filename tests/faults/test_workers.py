@@ -15,6 +15,7 @@ from tests.faults.house import DEADLINE_S, House, Stream, house
 pytestmark = pytest.mark.model
 
 LONG = "word " * 1500  # prefill of this takes a fake worker 0.6 s at 20 times its usual slowness
+IN_PREFILL = ("--calibrate-s", "0", "--fault", "stall@2:60")  # the step behind the warm-up: no token before its death
 
 
 CHAT = {"x-headway-class": "chatbot+"}
@@ -43,7 +44,7 @@ async def running(built: House, count: int, tokens: int) -> list[Stream]:
 
 def test_a_worker_killed_in_prefill_costs_the_client_nothing(tmp_path: Path, model_folder: Path) -> None:
     async def scene() -> None:
-        async with house(tmp_path, model_folder, slower=20) as built:
+        async with house(tmp_path, model_folder, flags={"w0": IN_PREFILL}, slower=20) as built:
             answers = [built.ask(f"{number} {LONG}") for number in range(4)]
             await built.until(lambda seen: seen["w0"]["requests"] > 0)
 
@@ -79,7 +80,7 @@ def test_a_worker_killed_in_mid_stream_costs_a_gap_and_no_token(tmp_path: Path, 
 
 def test_a_stream_that_cannot_go_on_ends_with_an_error(tmp_path: Path, model_folder: Path) -> None:
     async def scene() -> None:
-        async with house(tmp_path, model_folder, patient_for(3.0), slower=20) as built:
+        async with house(tmp_path, model_folder, patient_for(6.0), slower=20) as built:
             stream = await built.ask("a story", tokens=400, **CHAT).until(lambda seen: len(seen.text) > 0)
 
             for name in ("w0", "w1"):
@@ -98,10 +99,9 @@ def test_a_stream_that_cannot_go_on_ends_with_an_error(tmp_path: Path, model_fol
 def test_a_frozen_worker_is_ejected_named_to_the_keeper_and_may_come_back(tmp_path: Path, model_folder: Path) -> None:
     async def scene() -> None:
         async with house(tmp_path, model_folder, slower=20) as built:
+            built.hurt("w0", signal.SIGSTOP)  # before it is asked: else it might answer all before it stops
             answers = [built.ask(f"{number} {LONG}") for number in range(4)]
             await built.until(lambda seen: seen["w0"]["requests"] > 0)
-
-            built.hurt("w0", signal.SIGSTOP)
             ended = [await answer.end() for answer in answers]
             async with asyncio.timeout(DEADLINE_S):
                 asked = await asyncio.get_running_loop().run_in_executor(None, os.read, built.asked_read, 100)

@@ -6,7 +6,6 @@ import asyncio
 import importlib.util
 import json
 import shlex
-import socket
 import sys
 import textwrap
 import threading
@@ -19,8 +18,9 @@ from tokenizers import Tokenizer
 from loadgen.targets import to_plain
 from tests.loadgen.fixture import BUDGETS
 from tests.loadgen.server import Asked, answer_all, scripted
+from tests.ports import reserved_port
 
-WAIT_S = 30.0
+WAIT_S = 60.0
 SERVER = """
     import http.server, json, signal, sys
     signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
@@ -80,11 +80,9 @@ def url() -> Iterator[str]:
 
 
 @pytest.fixture
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def free_port() -> Iterator[int]:
+    with reserved_port() as port:
+        yield port
 
 
 @pytest.fixture(scope="session")

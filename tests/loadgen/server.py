@@ -63,10 +63,9 @@ class Asked:
 
     @property
     def prompt(self) -> list[int]:
-        """The token ids."""
+        """The token ids; none of words."""
         prompt = self.body.get("prompt", [])
-        assert isinstance(prompt, list)
-        return prompt
+        return prompt if isinstance(prompt, list) else []
 
 
 Script = Callable[[Asked], Awaitable[None]]
@@ -137,10 +136,13 @@ class _Served(asyncio.Protocol):
         self.asked.append(self.current)
         task = asyncio.ensure_future(self._answer(self.current))
         self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
 
     async def _answer(self, asked: Asked) -> None:
-        await self.script(asked)
+        try:
+            await self.script(asked)
+        except Exception:
+            asked.transport.abort()  # so that nobody waits for the rest
+            raise
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         if self.current is not None:
@@ -163,10 +165,13 @@ async def scripted(script: Script) -> AsyncIterator[Scripted]:
         yield Scripted(server.sockets[0].getsockname()[1], asked)
     finally:
         server.close()
-        for task in list(tasks):
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        ended = await asyncio.gather(*tasks, return_exceptions=True)
         for connection in connections:
             if connection.transport is not None:
                 connection.transport.abort()
         await server.wait_closed()
+    for fault in ended:
+        if isinstance(fault, Exception):
+            raise fault  # of a script

@@ -17,7 +17,7 @@ from loadgen.targets import to_plain
 from tests.loadgen.conftest import serve_command
 from tests.loadgen.fixture import BUDGETS, RUN, TWENTY
 
-WAIT_S = 30.0
+WAIT_S = 60.0
 
 
 def test_ctrl_c_ends_the_offering_and_the_report_is_written_all_the_same(url: str, tmp_path: Path) -> None:
@@ -29,7 +29,7 @@ def test_ctrl_c_ends_the_offering_and_the_report_is_written_all_the_same(url: st
         [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stderr is not None
-        assert "done 1" in process.stderr.readline()  # the progress line: the first is answered, an hour remains
+        assert any("done 1" in line for line in process.stderr)  # a progress line: one is answered, an hour remains
         process.send_signal(signal.SIGINT)
         said, _ = process.communicate(timeout=WAIT_S)
     assert process.returncode == 1

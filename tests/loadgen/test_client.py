@@ -26,7 +26,7 @@ CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n6
 SIZED = b"HTTP/1.1 200 OK\r\nContent-Length: 11\r\n\r\nhello world"
 ENDLESS = b"HTTP/1.1 200 OK\r\n\r\nhello world"
 INTERIM = b"HTTP/1.1 100 Continue\r\n\r\n" + SIZED
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 class Pipe(asyncio.Transport):
@@ -123,10 +123,10 @@ def test_a_client_that_is_told_no_time_waits_twice_as_long_each_time() -> None:
 
 
 def test_a_date_says_when_to_come_back_too() -> None:
-    soon = formatdate(time.time() + 30, usegmt=True)
+    soon = formatdate(time.time() + 55, usegmt=True)
     wait_s = retry_after_s(Answer(status=503, headers={"retry-after": soon}))
     assert wait_s is not None
-    assert 20 < wait_s <= 30
+    assert 5 < wait_s <= 55
 
 
 def refusing(times: int) -> Script:

@@ -38,7 +38,7 @@ async def through(proxy: FaultProxy, sent: bytes) -> bytes:
 async def with_proxy(work: Any, *, script: tuple[Fault, ...] = (), seed: int = 0) -> Any:
     server = await asyncio.get_running_loop().create_server(Echo, "127.0.0.1", 0)
     async with server, FaultProxy("127.0.0.1", server.sockets[0].getsockname()[1], script, seed) as proxy:
-        return await asyncio.wait_for(work(proxy), 20)
+        return await asyncio.wait_for(work(proxy), 60)
 
 
 def run(work: Coroutine[Any, Any, Any]) -> Any:
@@ -115,7 +115,7 @@ def test_a_script_changes_the_fault_with_time() -> None:
         writer.close()
         return answered + answer.result()[:5]
 
-    script = (Fault(at_s=0, half_open=True), Fault(at_s=0.1))
+    script = (Fault(at_s=0, half_open=True), Fault(at_s=1.0))
     assert run(with_proxy(work, script=script)) == b"heard"
 
 

@@ -21,7 +21,7 @@ from tests.loadgen.test_search import comparison_page
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync")
 FLAGS += ("--disable-background-networking", "--disable-component-update", "--enable-logging=stderr", "--v=0")
 DARK = "--blink-settings=preferredColorScheme=0"
-WAIT_S = 60.0
+WAIT_S = 180.0
 
 # Run in the page: what a reader would see as broken comes back in the document's own text.
 PROBE = """<script>addEventListener('load',()=>{const wrong=[];

@@ -86,7 +86,7 @@ def test_a_fleet_that_flaps_is_told_up_to_the_bound(monkeypatch: pytest.MonkeyPa
     async def run() -> list[Incident]:
         found: list[Incident] = []
         async with scripted(flap) as server:
-            await asyncio.wait_for(watch.watch(server.url, lambda: 1.0, found), 10.0)  # ends by itself
+            await asyncio.wait_for(watch.watch(server.url, lambda: 1.0, found), 60.0)  # ends by itself
         return found
 
     assert [one.text for one in asyncio.run(run())] == ["worker w0 lost", "worker w0 up again", "worker w0 lost"]

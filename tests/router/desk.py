@@ -38,6 +38,7 @@ from router.workers.fleet import ModelView
 from router.workers.link import LinkLost
 
 CONTEXT_MAX = 4096
+DEADLINE_S = 60.0  # of each wait, none of which takes a second: only what never comes takes it
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -123,7 +124,7 @@ class Fleet:
         return (prompt - cached) * 0.001 + output * 0.01
 
     async def next(self) -> Attempt:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE_S):
             return await self.attempts.get()
 
 
@@ -209,7 +210,7 @@ class Desk:
         reader, writer = await asyncio.open_connection(*self.address)
         try:
             writer.write(sent)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(DEADLINE_S):
                 return await reader.read(-1)
         except ConnectionError:
             return b""
@@ -222,7 +223,7 @@ class Desk:
 
     async def until(self, is_so: Callable[[], bool]) -> None:
         """Wait until callbacks of this loop have made it so."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE_S):
             while not is_so():  # noqa: ASYNC110
                 await asyncio.sleep(0)
 
@@ -260,7 +261,7 @@ async def desk(
     """A desk that is open."""
     mind, fleet, hints, sock = Mind(), Fleet(), Hints(), socket.create_server(("127.0.0.1", 0))
     address = sock.getsockname()[:2]
-    client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{address[1]}", timeout=10)
+    client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{address[1]}", timeout=DEADLINE_S)
     receipts: list[Receipt] = []
 
     class Book:

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from router.listener.server import ListenerLimits
-from tests.router.desk import chat, desk, ids_of, run, speak
+from tests.router.desk import DEADLINE_S, chat, desk, ids_of, run, speak
 
 GET = b"GET /livez HTTP/1.1\r\nhost: localhost\r\n\r\n"
 LAST_GET = b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
@@ -115,7 +115,7 @@ async def in_pieces(address: tuple[str, int], sent: bytes) -> bytes:
             writer.write(sent[at : at + 1])
             await asyncio.sleep(0)
         writer.write(sent[300:])
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(DEADLINE_S):
             return await received
     except ConnectionError:
         return b""
@@ -182,7 +182,7 @@ def test_who_does_not_finish_a_request_is_cut_by_its_deadline(sent: bytes) -> No
 
 def test_an_idle_connection_is_closed_after_its_last_answer() -> None:
     async def work() -> None:
-        async with desk(listener_limits=ListenerLimits(idle_s=0.05, sweep_s=0.02)) as d:
+        async with desk(listener_limits=ListenerLimits(idle_s=0.5, sweep_s=0.02)) as d:
             assert (await d.raw(GET)).count(b"HTTP/1.1 200 OK") == 1
 
     run(work())

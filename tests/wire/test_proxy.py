@@ -7,7 +7,6 @@ import contextlib
 import os
 import re
 import shutil
-import socket
 from asyncio.subprocess import DEVNULL
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -16,8 +15,9 @@ import httpx
 import pytest
 
 from router.access import keys
+from tests.ports import reserved_port
 from tests.router.access.test_tenants import tenants_of
-from tests.router.desk import Desk, chat, desk, run, speak
+from tests.router.desk import DEADLINE_S, Attempt, Desk, chat, desk, ids_of, run, speak
 from tests.wire.test_framing import REFUSED, SMUGGLED
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "docs" / "examples"
@@ -68,26 +68,31 @@ def caddy(folder: Path, port: int, router: int) -> tuple[str, ...]:
 async def behind(proxy: str, folder: Path) -> AsyncIterator[tuple[Desk, httpx.AsyncClient, tuple[str, int]]]:
     path = folder / "keys.json"
     key = keys.add(path, "alice", {}, (), "")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    async with desk(tenants=tenants_of(path)) as d:
-        command = (nginx if proxy == "nginx" else caddy)(folder, port, d.address[1])
-        env = {**os.environ, "HOME": str(folder), "XDG_DATA_HOME": str(folder), "XDG_CONFIG_HOME": str(folder)}
-        running = await asyncio.create_subprocess_exec(*command, stdout=DEVNULL, stderr=DEVNULL, env=env)
-        headers = {"authorization": f"Bearer {key}", "host": f"models.example:{port}"}
-        url = f"http://127.0.0.1:{port}"
-        try:
-            async with httpx.AsyncClient(base_url=url, headers=headers, timeout=20) as client:
+    with reserved_port() as port:
+        async with desk(tenants=tenants_of(path)) as d, served(proxy, folder, port, d.address[1]):
+            headers = {"authorization": f"Bearer {key}", "host": f"models.example:{port}"}
+            url = f"http://127.0.0.1:{port}"
+            async with httpx.AsyncClient(base_url=url, headers=headers, timeout=DEADLINE_S) as client:
                 await answering(client)
                 yield d, client, ("127.0.0.1", port)
-        finally:
-            running.terminate()
-            async with asyncio.timeout(20):
-                await running.wait()
+
+
+@contextlib.asynccontextmanager
+async def served(proxy: str, folder: Path, port: int, router: int) -> AsyncIterator[None]:
+    """The proxy's process, on this port before that of the router."""
+    command = (nginx if proxy == "nginx" else caddy)(folder, port, router)
+    env = {**os.environ, "HOME": str(folder), "XDG_DATA_HOME": str(folder), "XDG_CONFIG_HOME": str(folder)}
+    running = await asyncio.create_subprocess_exec(*command, stdout=DEVNULL, stderr=DEVNULL, env=env)
+    try:
+        yield
+    finally:
+        running.terminate()
+        async with asyncio.timeout(DEADLINE_S):
+            await running.wait()
 
 
 async def answering(client: httpx.AsyncClient) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(DEADLINE_S):
         while True:
             with contextlib.suppress(httpx.TransportError):
                 assert (await client.get("/livez")).status_code == 200
@@ -100,13 +105,12 @@ def test_events_leave_one_by_one_and_a_client_that_leaves_is_seen(tmp_path: Path
     async def work() -> None:
         async with behind(proxy, tmp_path) as (d, client, _):
             body = chat(stream=True)
+            beginning = asyncio.create_task(begun(d))  # the head comes with the first token
             async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
-                pieces = answer.aiter_text()
-                asking = asyncio.create_task(d.fleet.next())
-                attempt = await asking
-                attempt.start()
+                pieces, attempt = answer.aiter_text(), await beginning
                 for letter in "abc":  # each is read before the next is said
-                    attempt.say([ord(letter) - ord("a") + token_of_a()])
+                    if letter != "a":
+                        attempt.say(ids_of(letter))
                     said = ""
                     while f'"{letter}"' not in said:
                         said += await anext(pieces)
@@ -117,10 +121,11 @@ def test_events_leave_one_by_one_and_a_client_that_leaves_is_seen(tmp_path: Path
     run(work())
 
 
-def token_of_a() -> int:
-    from tests.router.desk import ids_of
-
-    return ids_of("a")[0]
+async def begun(d: Desk) -> Attempt:
+    attempt = await d.fleet.next()
+    attempt.start()
+    attempt.say(ids_of("a"))
+    return attempt
 
 
 @pytest.mark.parametrize("proxy", PROXIES)
@@ -154,7 +159,7 @@ def test_no_doubtful_bytes_become_a_second_request(tmp_path: Path, sent: bytes) 
             reader, writer = await asyncio.open_connection(*address)
             writer.write(keyed)
             writer.write_eof()
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(DEADLINE_S):
                 answer = await reader.read(-1)
             writer.close()
             assert b'"object":"list"' not in answer  # what the smuggled request would have got

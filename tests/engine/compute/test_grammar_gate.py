@@ -39,7 +39,7 @@ class Door:
         self.gate = GrammarGate(self._slow, self._thread, self.passed.append, tasks)
 
     def _slow(self, kind: str, source: str) -> Grammar:
-        assert self.may_go_on.wait(10)
+        assert self.may_go_on.wait(60)
         compiled: Grammar = self._compile(kind, source)
         return compiled
 
@@ -49,7 +49,7 @@ class Door:
 
     async def open(self, count: int) -> list[Order]:
         self.may_go_on.set()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while len(self.passed) < count:  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
         return [command for command in self.passed if isinstance(command, Order)]

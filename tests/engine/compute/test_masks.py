@@ -17,7 +17,7 @@ from tests.engine.test_answers import COMPILER, EOS, FACTS, SIZE, VOCAB
 
 FREE = Sampling(seed=3, max_tokens=30, ignore_eos=True)
 BOUND = Sampling(seed=4, max_tokens=40, logprobs=1, grammar_kind="regex", grammar="[a-z]{40}")
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 class Slow:

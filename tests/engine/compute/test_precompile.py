@@ -16,7 +16,7 @@ import pytest
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
-SLEEPS = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
+SLEEPS = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(600)"
 
 
 def rehearsed(what: str, cache: Path) -> Any:
@@ -24,7 +24,7 @@ def rehearsed(what: str, cache: Path) -> Any:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env |= {"TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.engine.compute.rehearsal", what]
-    return json.loads(subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=240).stdout)
+    return json.loads(subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=600).stdout)
 
 
 def test_whatever_a_scheduler_asks_for_is_in_the_list(tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_compilers_end_with_the_start_that_began_them(tmp_path: Path) -> None:
 
     def fail() -> None:
         with running([sys.executable, "-c", SLEEPS, str(pid)]):
-            until = time.monotonic() + 20
+            until = time.monotonic() + 60
             while not (pid.exists() and pid.read_text()) and time.monotonic() < until:
                 time.sleep(0.02)
             raise ValueError("no such model")

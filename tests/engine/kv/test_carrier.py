@@ -139,7 +139,8 @@ def test_a_restore_given_up_ends_with_the_batches_under_way() -> None:
     assert memory.under_way == 0
 
 
-def test_a_store_gives_way_to_a_restore() -> None:
+def test_a_store_gives_way_to_a_restore(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(carrier, "STORE_PATIENCE_S", 60.0)
     pool, below = filled(20)
     memory = Slow(blocks={1: bytes(FAKE_BLOCK_BYTES)})
     carries = Carrier(memory, pool, None)

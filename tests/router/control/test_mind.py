@@ -12,6 +12,7 @@ from policies.actions import Action, Dispatch, Reject, Tokenise, WakeAt
 from policies.events import Arrived, Event, Failed, Gone, Offered, PolicyFault, Tick, WorkerLoad, WorkerReport
 from policies.request import Budget, Facts, Request, RequestClass, RequestId, Tenant, WorkerId
 from router.control.mind import Mind
+from tests.router.desk import DEADLINE_S
 
 A, B, W0 = RequestId("a"), RequestId("b"), WorkerId(0)
 CHAT = RequestClass.CHATBOT
@@ -148,7 +149,7 @@ def test_the_alarm_rings_once_at_the_earliest_time_asked_for() -> None:
         mind = Mind(script, deque(), clock=lambda: 10.0)
 
         mind.offer(request(A), Caller())
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(DEADLINE_S):
             await rung.wait()
 
         assert [type(event) for event in script.asked] == [Offered, Tick]

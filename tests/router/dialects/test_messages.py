@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import replace
+from threading import Lock
 from typing import Any
 
 import anthropic
@@ -290,14 +291,16 @@ def test_models_are_found_by_anthropics_sdk() -> None:
 
 
 def test_only_so_many_prompts_are_counted_at_one_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    counting, most = 0, 0
+    counting, most, lock = 0, 0, Lock()
     tokenise = Text.tokenise
 
     def slow(text: Text, cold: Any) -> Any:
         nonlocal counting, most
-        counting, most = counting + 1, max(most, counting + 1)
+        with lock:
+            counting, most = counting + 1, max(most, counting + 1)
         time.sleep(0.01)
-        counting -= 1
+        with lock:
+            counting -= 1
         return tokenise(text, cold)
 
     monkeypatch.setattr(Text, "tokenise", slow)

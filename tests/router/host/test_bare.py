@@ -15,7 +15,7 @@ import httpx
 
 from tests.router.desk import TEMPLATE, tokenizer_json
 
-DEADLINE_S = 40.0
+DEADLINE_S = 120.0
 LEFT_OUT = ("torch", "gguf", "llguidance", "safetensors", "triton", "transformers")
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

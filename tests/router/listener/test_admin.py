@@ -92,7 +92,7 @@ async def browse(receipts: Receipts, profile: Path) -> str:
     async with served(receipts) as url:
         command = (CHROMIUM, *SWITCHES.split(), f"--user-data-dir={profile}", url)
         browser = await asyncio.create_subprocess_exec(*command, stdout=PIPE, stderr=DEVNULL)
-        page, _ = await asyncio.wait_for(browser.communicate(), 60)
+        page, _ = await asyncio.wait_for(browser.communicate(), 180)
     return page.decode()
 
 

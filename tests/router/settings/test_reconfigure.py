@@ -34,7 +34,7 @@ from tests.router.desk import run
 from tests.router.listener.test_readiness import PROFILE
 from tests.router.upstreams.scripted import DONE, Scripted, chat
 
-DEADLINE_S = 40.0
+DEADLINE_S = 120.0
 
 
 class NoFleet:

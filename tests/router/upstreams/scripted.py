@@ -30,12 +30,11 @@ from router.upstreams.fleet import Upstreams
 from router.upstreams.forward import ForwardDesk, forwarding
 from router.upstreams.http1 import Pool, UpstreamLimits
 from router.upstreams.relay import ForwardServices
-from tests.router.desk import keyless
+from tests.router.desk import DEADLINE_S, keyless
 
 OK = b"HTTP/1.1 200 OK\r\n"
 JSON_TYPE = b"content-type: application/json\r\n"
 SSE_HEAD = OK + b"content-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
-DEADLINE_S = 10.0
 
 
 @dataclass

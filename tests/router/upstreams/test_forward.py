@@ -16,7 +16,7 @@ from router.upstreams.fleet import MODELS_MAX
 from router.upstreams.http1 import UpstreamLimits
 from router.upstreams.relay import WEAKER
 from tests.router.access.test_tenants import tenants_of
-from tests.router.desk import run
+from tests.router.desk import DEADLINE_S, run
 from tests.router.upstreams.scripted import (
     DONE,
     SSE_HEAD,
@@ -388,7 +388,7 @@ def test_a_client_that_leaves_closes_its_call(phase: str) -> None:
             if phase == "in the stream":
                 await reader.readuntil(b"delta")
             writer.close()
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(DEADLINE_S):
                 await one.asked[0].gone.wait()
             assert (await d.settled()).outcome == "cancelled"
             assert d.upstreams.up_count == 1
@@ -515,8 +515,9 @@ def test_beyond_its_concurrency_requests_wait_in_the_router() -> None:
             asks = []
             for number in range(5):
                 asks.append(asyncio.create_task(d.client.post("/v1/chat/completions", json=chat(f"{number}"))))
-                await d.until(lambda: d.mind.live_count == len(asks))
-                await asyncio.sleep(0.05)
+                await d.until(lambda: d.mind.live_count == len(asks) and len(one.asked) >= min(2, len(asks)))
+                told = d.upstreams.states[0].heard_at
+                await d.until(lambda told=told: d.upstreams.states[0].heard_at > told)  # its load is told by then
             assert len(one.asked) == 2
             release.set()
             assert [answer.status_code for answer in await asyncio.gather(*asks)] == [200] * 5

@@ -15,8 +15,8 @@ from router.settings.config import Upstream
 from router.upstreams import kv_events
 from router.upstreams.kv_events import KvEvents
 from router.upstreams.residence import Residence
-from tests.router.desk import run
-from tests.router.upstreams.scripted import DEADLINE_S, Scripted, chat, upstream_desk
+from tests.router.desk import DEADLINE_S, run
+from tests.router.upstreams.scripted import Scripted, chat, upstream_desk
 
 W0 = WorkerId(0)
 KEY = bytes(16)

@@ -10,7 +10,7 @@ import pytest
 
 from router.upstreams.http1 import Call, Origin, Pool, UpstreamLimits
 from router.upstreams.transport import Transport
-from tests.router.desk import run
+from tests.router.desk import DEADLINE_S, run
 from tests.router.upstreams.scripted import Asked, Scripted
 
 
@@ -33,7 +33,7 @@ def test_the_pool_survives_cancellation(turns: int) -> None:
 
     async def work() -> None:
         pool = Pool()
-        async with Scripted(slowly) as one, httpx.AsyncClient(transport=Transport(pool), timeout=5) as client:
+        async with Scripted(slowly) as one, httpx.AsyncClient(transport=Transport(pool), timeout=DEADLINE_S) as client:
             for count, times in ((40, 1), (30, 2)):
                 tasks = [asyncio.create_task(client.post(one.url + "/x", json={})) for _ in range(count)]
                 for _ in range(turns):
@@ -41,7 +41,7 @@ def test_the_pool_survives_cancellation(turns: int) -> None:
                 await cancelled(tasks, times)
                 assert (await client.post(one.url + "/x", json={})).status_code == 200
             pool.close()
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(DEADLINE_S):
                 while one._writers:  # noqa: ASYNC110 -- no connection is left that nobody owns
                     await asyncio.sleep(0.01)
 
@@ -67,7 +67,7 @@ def test_the_next_request_works_after_faults_of_every_kind() -> None:
 
     async def work() -> None:
         pool = Pool()
-        async with Scripted(answer) as one, httpx.AsyncClient(transport=Transport(pool), timeout=5) as client:
+        async with Scripted(answer) as one, httpx.AsyncClient(transport=Transport(pool), timeout=DEADLINE_S) as client:
             good = 0
             for _ in range(200):
                 with contextlib.suppress(httpx.TransportError):
@@ -100,9 +100,12 @@ def test_a_reply_that_is_too_late_or_too_large_is_an_httpx_error(monkeypatch: py
             await asked.gone.wait()
 
     async def work() -> None:
-        async with Scripted(answer) as one, httpx.AsyncClient(transport=Transport(Pool()), timeout=0.05) as client:
+        async with (
+            Scripted(answer) as one,
+            httpx.AsyncClient(transport=Transport(Pool()), timeout=DEADLINE_S) as client,
+        ):
             with pytest.raises(httpx.ReadTimeout):
-                await client.get(one.url + "/late")
+                await client.get(one.url + "/late", timeout=0.05)
             with pytest.raises(httpx.ReadError, match="more than 100 bytes"):
                 await client.get(one.url + "/large")
             with pytest.raises(httpx.ReadError, match="cannot connect"):
@@ -113,13 +116,14 @@ def test_a_reply_that_is_too_late_or_too_large_is_an_httpx_error(monkeypatch: py
 
 def test_idle_connections_are_bounded_and_old_ones_are_not_used() -> None:
     async def work() -> None:
-        pool = Pool(UpstreamLimits(kept_max=3, kept_s=0.2))
-        async with Scripted(slowly) as one, httpx.AsyncClient(transport=Transport(pool), timeout=5) as client:
+        pool = Pool(UpstreamLimits(kept_max=3, kept_s=600.0))
+        async with Scripted(slowly) as one, httpx.AsyncClient(transport=Transport(pool), timeout=DEADLINE_S) as client:
             await asyncio.gather(*[client.post(one.url + "/x") for _ in range(8)])
             origin = Origin.of(one.url)
             assert pool.idle_count(origin) == 3
             assert pool.take(origin) is not None
-            await asyncio.sleep(0.25)
+            for connection in pool._idle[origin]:
+                connection.freed_at -= 601.0  # as if so long had passed
             assert pool.take(origin) is None
             assert pool.idle_count(origin) == 0
 

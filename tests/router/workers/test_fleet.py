@@ -15,6 +15,7 @@ from policies.events import WorkerLost, WorkerReport, WorkerUp
 from policies.request import RequestId, WorkerId
 from router.workers.fleet import Fleet, FleetLimits
 from router.workers.link import Link, LinkLimits, LinkLost
+from tests.router.desk import DEADLINE_S
 from tests.router.frames import MODEL, Heard, Pipe, hello, load, step, submit
 
 A, W0, W1 = RequestId("a"), WorkerId(0), WorkerId(1)
@@ -171,7 +172,7 @@ class Worker:
             writer.close()
 
     async def until(self, is_so: Callable[[], bool]) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE_S):
             while not is_so():
                 await self.changed.wait()
                 self.changed.clear()
@@ -216,7 +217,7 @@ def test_a_worker_that_sends_garbage_is_named_to_the_keeper_with_the_epoch_that_
         assert worker.writer is not None
         worker.writer.write(b"\x04\x00\x00\x00\xff\xff\xff\xff")
 
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE_S):
             assert await asked == ("w0", hello().epoch)
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -243,7 +244,7 @@ def test_a_worker_that_stays_stalled_is_named_to_the_keeper(tmp_path: Path) -> N
         sink = Heard()
         fleet.submit(W0, A, submit(), sink)
 
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE_S):
             assert await asked == ("w0", 0)
         assert isinstance(worker.heard[1], Submit)
         assert str(sink.events[0]).startswith("stalled: no step for")
