@@ -68,7 +68,7 @@ def _worker(arguments: argparse.Namespace) -> int:
             name=config.model_name or Path(config.model).stem,
             digest=manifest.digest_of(folder),
             device=_shown(config),
-            kv_dtype="bfloat16" if config.device.startswith("cuda") else "float32",
+            kv_dtype=_kv_dtype(config),
             vocab_size=runner.model.vocab_size,
             context_max=runner.model.context_max,
             eos_ids=tuple(runner.model.eos_ids),
@@ -96,6 +96,12 @@ def _running(folder: Path, config: EngineConfig) -> Iterator[TorchRunner | GpuRu
         yield _gpu_runner(folder, config)
     else:
         yield _torch_runner(folder, config)
+
+
+def _kv_dtype(config: EngineConfig) -> str:
+    """What KV is made of; in parts it lies otherwise, and has other keys."""
+    dtype = "bfloat16" if config.device.startswith("cuda") else "float32"
+    return dtype if config.tensor_parallel == 1 else f"{dtype} in {config.tensor_parallel} parts"
 
 
 def _no_card(config: EngineConfig, cards: int) -> str:

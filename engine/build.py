@@ -27,7 +27,7 @@ from engine.kv.pool import EXTENT_SLOTS, PoolError, PoolWriter, attach
 from engine.kv.tiers import Tiers
 from engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from engine.scheduling.speculate import Speculator
-from engine.step import ModelFacts, Pinner, Runner
+from engine.step import ModelFacts, Pinner, Runner, Sharer
 from engine.wire import PROTOCOL_VERSION, Hello, Message, encode
 from engine.worker import Worker
 from policies.api import PolicySpec
@@ -92,8 +92,6 @@ def build(
 def _tiers(trie: BlockTrie, runner: Runner, config: EngineConfig, epoch: int, wake: Callable[[], None]) -> Tiers:
     """What lies below the device. A pool or folder that cannot be used is said and done without: it is only a cache."""
     memory = runner.kv
-    if config.tensor_parallel > 1:
-        log.info("worker %s: KV that gives way is computed again, for no tier holds blocks in parts", config.name)
     if config.pool_fd < 0 or memory is None:
         return Tiers(trie)
     try:
@@ -101,6 +99,8 @@ def _tiers(trie: BlockTrie, runner: Runner, config: EngineConfig, epoch: int, wa
     except (PoolError, OSError) as error:
         log.warning("worker %s runs without the host pool: %s", config.name, error)
         return Tiers(trie)
+    if isinstance(memory, Sharer):
+        memory.share(pool.span(range(pool.shape.slots)), pool.shape.payload_offset)
     extents = pool.shape.slots // EXTENT_SLOTS
     writer = PoolWriter(pool, extents // config.pool_share, epoch=epoch)
     log.info(

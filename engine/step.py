@@ -145,6 +145,14 @@ class Pinner(Protocol):
         """Undo `pin`, of the same memory. No copy from or to it may be under way."""
 
 
+@runtime_checkable
+class Sharer(Protocol):
+    """KV memory of which other processes copy a part, by themselves where they have mapped the same host memory."""
+
+    def share(self, payloads: Bytes, offset: int) -> None:
+        """What of the pool is mapped here, and where in its file that begins."""
+
+
 def at_once(copy: Callable[[int, Bytes], None], blocks: Sequence[int], payloads: Sequence[Bytes]) -> Copied:
     """Copies of a device that lies in host memory: done when begun."""
     started = time.perf_counter()

@@ -14,10 +14,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from engine.kv.link import Way
 
 log = logging.getLogger(__name__)
 
@@ -34,15 +37,22 @@ def end_process(why: str) -> None:
 
 
 class Crew:
-    """One process a member, which gets it as its first message. `lost` is called once, in a thread, with the reason."""
+    """One process a member, which gets it as its first message, and links for copies of KV by their way. `lost` is
+    called once, in a thread, with the reason."""
 
     def __init__(
-        self, members: Sequence[Any], lost: Callable[[str], None] = end_process, module: str = "engine.compute.rank"
+        self,
+        members: Sequence[Any],
+        lost: Callable[[str], None] = end_process,
+        *,
+        module: str = "engine.compute.rank",
+        fds: Sequence[int] = (),
     ) -> None:
-        self._lost, self._module = lost, module
+        self.lost, self._module, self._fds = lost, module, fds
         self._until = math.inf  # when the ranks must have answered
         self._is_over = threading.Event()
         self._links: list[Connection] = []
+        self.copies: dict[Way, list[Connection]] = {way: [] for way in Way}
         self._processes: list[subprocess.Popen[bytes]] = []
         for member in members:
             self._start(member)
@@ -50,13 +60,17 @@ class Crew:
         self._watcher.start()
 
     def _start(self, member: Any) -> None:
-        ours, theirs = Pipe()
-        with theirs:
-            number = theirs.fileno()
-            command = [sys.executable, "-P", "-m", self._module, str(number)]
-            self._processes.append(subprocess.Popen(command, pass_fds=[number], env=_environment()))
-        self._links.append(ours)
-        ours.send(member)
+        ours, theirs = zip(*(Pipe() for _ in range(1 + len(Way))), strict=True)
+        numbers = [link.fileno() for link in theirs]
+        command = [sys.executable, "-P", "-m", self._module, *map(str, numbers)]
+        self._processes.append(subprocess.Popen(command, pass_fds=[*numbers, *self._fds], env=_environment()))
+        for link in theirs:
+            link.close()
+        steps, *copies = ours
+        self._links.append(steps)
+        for way, link in zip(Way, copies, strict=True):
+            self.copies[way].append(link)
+        steps.send(member)
 
     def tell(self, message: object) -> None:
         """Every rank gets it, in order. What one of them does not take is waited for; the watch bounds that."""
@@ -77,7 +91,7 @@ class Crew:
         """The others end when their link does."""
         self._is_over.set()
         self._watcher.join()
-        for link in self._links:
+        for link in [*self._links, *chain.from_iterable(self.copies.values())]:
             link.close()
         for process in self._processes:
             try:
@@ -90,7 +104,7 @@ class Crew:
         while not self._is_over.wait(POLL_S):
             why = self._trouble()
             if why:
-                self._lost(why)
+                self.lost(why)
                 return
 
     def _trouble(self) -> str:

@@ -15,6 +15,7 @@ import torch
 
 from engine.compute import ranks
 from engine.compute.crew import STEP_S, Crew, end_process
+from engine.compute.parts import PartsMemory
 from engine.compute.runner import RunnerConfig, TorchRunner, refuse_what_does_not_fit
 from engine.config import EngineConfig
 from engine.loading import manifest, weights
@@ -37,11 +38,13 @@ class Member:
 
 
 class ParallelRunner:
-    """engine.step.Runner over all ranks. KV stays where it is: no tier below has a form for a block in parts."""
+    """engine.step.Runner over all ranks."""
 
     def __init__(self, runner: TorchRunner | GpuRunner, crew: Crew) -> None:
         self._runner = runner
         self._crew = crew
+        assert runner.kv is not None
+        self._kv = PartsMemory(runner.kv, crew.copies, crew.lost)
 
     @property
     def blocks_total(self) -> int:
@@ -55,8 +58,8 @@ class ParallelRunner:
 
     @property
     def kv(self) -> KVMemory | None:
-        """None: its blocks cannot be copied."""
-        return None
+        """Whole blocks as bytes, each rank's part of one behind the other's."""
+        return self._kv
 
     @property
     def model(self) -> ModelConfig:
@@ -80,7 +83,7 @@ def started(folder: Path, config: EngineConfig, lost: Callable[[str], None] = en
         Member(folder, replace(config, device=_device(config.device, rank)), Shard(rank, count), meeting)
         for rank in range(count)
     ]
-    crew = Crew(members[1:], lost)
+    crew = Crew(members[1:], lost, fds=[config.pool_fd] if config.pool_fd >= 0 else [])
     try:
         with crew.answering(ranks.START_S):
             runner = part_of(members[0])

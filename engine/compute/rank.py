@@ -1,4 +1,4 @@
-"""`python -m engine.compute.rank FD`: a process that computes one rank's part of every step it is told.
+"""`python -m engine.compute.rank FD FD FD`: a process that computes one rank's part of every step it is told.
 
 Owns nothing but its part. Never decides, never samples, and never outlives the link to rank 0."""
 
@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from engine.compute import parallel
+from engine.compute import parallel, parts
+from engine.kv.link import Way
 from engine.models.config import ModelError
 
 STEPS_MAX = 8  # told and not begun; rank 0 has three in flight at most
@@ -25,7 +26,7 @@ def main() -> int:
     """Build the part, then follow until rank 0 is gone."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # rank 0 drains, and closes the link
-    link = Connection(int(sys.argv[1]))
+    link, *copies = [Connection(int(number)) for number in sys.argv[1:]]
     member: parallel.Member = link.recv()
     logging.basicConfig(level=logging.WARNING, format=f"%(levelname)s rank {member.shard.rank} %(name)s: %(message)s")
     steps: queue.Queue[Any] = queue.Queue(STEPS_MAX)
@@ -36,6 +37,10 @@ def main() -> int:
     except ModelError as error:
         print(f"engine: rank {member.shard.rank}: {error}", file=sys.stderr)
         return 2
+    assert runner.kv is not None
+    for way, copying in zip(Way, copies, strict=True):
+        what = (copying, way, runner.kv, member.shard, member.config.pool_fd)
+        threading.Thread(target=parts.serve, args=what, name=way.name, daemon=True).start()
     while True:
         runner.follow(steps.get())
 

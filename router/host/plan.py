@@ -83,8 +83,6 @@ def state_folder(config: Config, env: Mapping[str, str]) -> Path:
 
 def pool_bytes(config: Config, gpus: int) -> int:
     """The host pool's size. Its memory is only touched as KV comes to lie there."""
-    if config.workers.tensor_parallel > 1:
-        return 0
     if config.kv.host_gib is not None:
         return int(config.kv.host_gib * GIB)
     most = min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4, _cgroup_leaves() // 2)

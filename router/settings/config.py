@@ -211,7 +211,10 @@ def contradictions(config: Config) -> list[tuple[str, ...]]:
         found.append(("server.admin_port", "server.port", "must differ from server.port"))
     if (endpoint := config.telemetry.otlp_endpoint) and not is_web_url(endpoint):
         found.append(("telemetry.otlp_endpoint", f"{endpoint!r:.80} must be http://HOST:PORT/PATH or https://..."))
-    found += _parallel_faults(config)
+    if config.workers.device == "fake" and config.workers.tensor_parallel > 1:
+        found.append(
+            ("workers.device", "workers.tensor_parallel", "must not be fake with workers.tensor_parallel above 1")
+        )
     found += [("upstreams", why) for upstream in config.upstreams if (why := _unusable(upstream))]
     names = Counter(upstream.shown_name for upstream in config.upstreams)
     twice = (name for name, count in names.items() if count > 1)
@@ -226,17 +229,6 @@ def contradictions(config: Config) -> list[tuple[str, ...]]:
     )
     found += [(key, f"must be one of {', '.join(known)}") for key, word, known in words if word not in known]
     return found
-
-
-def _parallel_faults(config: Config) -> list[tuple[str, ...]]:
-    """What workers that spread their model do not have."""
-    key, why = "workers.tensor_parallel", "with {} above 1 each rank has a part of a block, which no tier can hold"
-    asked = (
-        ("workers.device", config.workers.device == "fake", f"must not be fake with {key} above 1"),
-        ("kv.host_gib", bool(config.kv.host_gib), "must be 0: " + why.format(key)),
-        ("kv.disk_dir", bool(config.kv.disk_dir), "must be empty: " + why.format(key)),
-    )
-    return [(name, key, said) for name, is_asked, said in asked if is_asked and config.workers.tensor_parallel > 1]
 
 
 def _unusable(upstream: Upstream) -> str:

@@ -101,7 +101,6 @@ def test_a_worker_takes_as_many_cards_as_it_spreads_its_model_over(tmp_path: Pat
     devices = [command[command.index("--device") + 1] for command in plan.workers.values()]
     assert devices == ["cuda:0", "cuda:2"]
     assert all(command[command.index("--tensor-parallel") + 1] == "2" for command in plan.workers.values())
-    assert plan.pool_bytes == 0
     short = make_plan(Config(workers=Workers(count=5, tensor_parallel=8)), {}, tmp_path)
     assert list(short.workers) == ["w0"]  # which ends with a sentence about cards
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing import Pipe
 from pathlib import Path
 
 import numpy as np
@@ -20,16 +21,22 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from engine.compute import parallel
+from engine.compute import parallel, parts
 from engine.compute.crew import Crew
 from engine.compute.runner import RunnerConfig, TorchRunner
 from engine.config import EngineConfig
+from engine.kv.copies import Inline
+from engine.kv.disk import Disk
+from engine.kv.link import Way
+from engine.kv.pool import EXTENT_SLOTS, PoolShape, PoolWriter, attach
 from engine.loading import weights
 from engine.models import config as model_config
 from engine.models.config import ModelError
+from engine.models.pages import KVPool
 from engine.models.shard import Shard
 from engine.step import ModelFacts
 from engine.wire import Sampling
+from tests.engine import test_equivalence as equivalence
 from tests.engine import tiny
 from tests.engine.driver import Blocks, advance, batch_of, generate
 from tests.engine.process import Peer
@@ -146,9 +153,72 @@ def test_processes_tell_the_story_of_one(tiny_llama: Path, tmp_path: Path) -> No
     wanted = story(TorchRunner.load(tiny_llama, replace(OPTIONS, kv_bytes=kv_bytes)))
 
     with by_processes(tiny_llama, tmp_path, 2, block_tokens=SIZE, kv_bytes=kv_bytes) as runner:
-        assert (runner.blocks_total, runner.kv) == (blocks, None)
+        assert (runner.blocks_total, runner.kv.block_bytes) == (blocks, whole.kv.block_bytes)
         assert story(runner) == wanted
     assert list(tmp_path.iterdir()) == []
+
+
+def pool_of(block_bytes: int, extents: int) -> int:
+    """A descriptor of a pool's memory, as the keeper makes it."""
+    pool = os.memfd_create("pool")
+    os.ftruncate(pool, PoolShape(SIZE, block_bytes, extents * EXTENT_SLOTS).total_bytes)
+    return pool
+
+
+def test_kv_in_parts_comes_back_from_the_pool_and_from_disk(tiny_llama: Path, tmp_path: Path) -> None:
+    """Each rank copies its own part; what a disk holds lies in no memory that both have, and is sent."""
+    greedy, blocks = equivalence.SAMPLINGS[0], 40
+    cold = equivalence.rig_of(tiny_llama)
+    wanted = equivalence.answer(cold, 1, greedy)
+    block_bytes = cold.runner.kv.block_bytes
+    pool, kv_bytes = pool_of(block_bytes, 2), (blocks + 2) * block_bytes
+    disk = Disk(tmp_path / "disk", 1000 * block_bytes, block_bytes, Inline())
+    with by_processes(tiny_llama, tmp_path, 2, block_tokens=SIZE, kv_bytes=kv_bytes, pool_fd=pool) as runner:
+        memory = attach(pool, SIZE, block_bytes)
+        runner.kv.share(memory.span(range(memory.shape.slots)), memory.shape.payload_offset)
+        facts = ModelFacts("tiny", "digest", "cpu", "float32", 211, 512, (5,))
+        rig = Rig(device=runner, facts=facts, block_tokens=SIZE, host=PoolWriter(memory, 2), disk=disk)
+        texts = [equivalence.answer(rig, 1, greedy)]
+        equivalence.push_out(rig)
+        texts.append(equivalence.answer(rig, 2, greedy))
+        restored = rig.tiers.load().restored_host
+        equivalence.push_out(rig, rounds=3)
+        texts.append(equivalence.answer(rig, 3, greedy))
+
+    assert texts == [wanted] * 3
+    assert (restored, rig.tiers.load().restored_disk) == (15, 15)
+
+
+def test_a_part_that_cannot_be_copied_fails_its_copy_alone(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second rank of fewer blocks; behind the failure its answers belong to their questions again."""
+    model, pool = Shard(0, 2).config(model_config.read(tiny_llama)), pool_of(0, 1)
+    first, second = (KVPool(model, count, SIZE, torch.float32, CPU) for count in (9, 3))
+    first.memory.fill_(1.0)
+    second.memory.fill_(2.0)
+    links = {way: Pipe() for way in Way}
+    for way, (_, theirs) in links.items():
+        threading.Thread(target=parts.serve, args=(theirs, way, second, Shard(1, 2), pool), daemon=True).start()
+    lost: list[str] = []
+    memory = parts.PartsMemory(first, {way: [ours] for way, (ours, _) in links.items()}, lost.append)
+    payload = np.zeros(memory.block_bytes, np.uint8)  # not the pool's: parts to load are sent, and saved ones lost
+
+    with pytest.raises(OSError, match="index 7 is out of bounds"):
+        memory.load([7], [payload], None)()
+    with pytest.raises(IndexError):
+        memory.load([50], [payload], None)
+    memory.load([2, 1], [payload, payload], memory.fence())()
+    silent = Pipe()
+    memory._links = {Way.UP: [silent[0]]}
+    with monkeypatch.context() as patched:
+        patched.setattr(parts, "ANSWER_S", 0.01)
+        with pytest.raises(OSError, match="lost"):
+            memory.load([2], [payload], None)()
+    for ours, _ in links.values():
+        ours.close()
+
+    assert lost == ["a rank of tensor parallel copied nothing in 0 s"]
+    assert not any(pool.memory[block].any() for pool in (first, second) for block in (1, 2))
+    assert (first.memory[3].min(), second.memory[3].min()) == (1.0, 2.0)
 
 
 def together(runner: TorchRunner | parallel.ParallelRunner, prompts: list[list[int]]) -> list[list[int]]:

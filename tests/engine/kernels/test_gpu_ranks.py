@@ -25,7 +25,7 @@ def test_two_halves_tell_the_story_of_the_whole(tmp_path: Path, monkeypatch: pyt
     launch = GpuRunner._launch
     monkeypatch.setattr(GpuRunner, "_launch", lambda self, *what: launched.append(what) or launch(self, *what))
     lost: list[str] = []
-    crew = Crew([tmp_path / "meeting"], lost.append, "tests.engine.kernels.second_rank")
+    crew = Crew([tmp_path / "meeting"], lost.append, module="tests.engine.kernels.second_rank")
     try:
         with crew.answering(STEP_S):
             first = second_rank.half(0, tmp_path / "meeting")

@@ -123,14 +123,10 @@ def test_what_several_keys_forbid_is_said_where_one_of_them_stands(tmp_path: Pat
     assert problems(path) == [f"{path}:2: server.admin_port: must differ from server.port"]
 
 
-def test_what_a_worker_over_several_ranks_does_not_have_is_refused(tmp_path: Path) -> None:
-    path = written(tmp_path, '[workers]\ntensor_parallel = 2\n[kv]\nhost_gib = 1.5\ndisk_dir = "/tmp/kv"\n')
-    why = "with workers.tensor_parallel above 1 each rank has a part of a block, which no tier can hold"
+def test_made_up_tokens_have_no_model_to_spread(tmp_path: Path) -> None:
+    path = written(tmp_path, '[workers]\ndevice = "fake"\ntensor_parallel = 2\n')
 
-    said = problems(path)
-
-    assert said == [f"{path}:4: kv.host_gib: must be 0: {why}", f"{path}:5: kv.disk_dir: must be empty: {why}"]
-    assert load(written(tmp_path, "[workers]\ntensor_parallel = 2\n[kv]\nhost_gib = 0\n"), {}, {}).kv.host_gib == 0
+    assert problems(path) == [f"{path}:2: workers.device: must not be fake with workers.tensor_parallel above 1"]
 
 
 def test_a_near_name_is_written_as_toml_wants_it(tmp_path: Path) -> None:
