@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import signal
 import statistics
@@ -92,12 +93,12 @@ def tpot_ms(runner: Runner, batch: int) -> float:
 
 
 @contextmanager
-def runner_of(model: Path, count: int, device: str) -> Iterator[Runner]:
+def runner_of(model: Path, count: int, device: str, *, has_one_shot: bool) -> Iterator[Runner]:
     """As a worker has it."""
     with tempfile.TemporaryDirectory() as folder:
         config = EngineConfig(
             socket=f"{folder}/w.sock", device=device, block_tokens=BLOCK, kv_bytes=KV_BYTES,
-            sequences_max=SEQUENCES_MAX, tensor_parallel=count,
+            sequences_max=SEQUENCES_MAX, tensor_parallel=count, has_one_shot=has_one_shot,
         )  # fmt: skip
         if device == "cpu":
             config = EngineConfig(socket=f"{folder}/w.sock", block_tokens=BLOCK, tensor_parallel=count)
@@ -123,7 +124,7 @@ def measure(options: argparse.Namespace, count: int) -> None:
         found.update(more)
         options.keep.write_text(json.dumps(found))
 
-    with runner_of(options.model, count, options.device) as runner:
+    with runner_of(options.model, count, options.device, has_one_shot=not options.nccl) as runner:
         keep(start_s=round(time.perf_counter() - started, 1), blocks=runner.blocks_total)
         said, logits = texts(runner, is_ahead=False)
         if logits:
@@ -227,6 +228,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     parser.add_argument("--phase", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--nccl", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--keep", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--meeting", type=Path, help=argparse.SUPPRESS)
@@ -268,20 +270,24 @@ def whole(options: argparse.Namespace, folder: Path) -> None:
         meeting = str(folder / "sums.meeting")
         calls = [call("sums", "--rank", str(rank), "--meeting", meeting) for rank in range(options.ranks)]
         phase("sums", 30.0, *calls)
+    several = str(options.ranks)
     phase("1", 45.0, call("1"))
-    phase(str(options.ranks), 60.0, call(str(options.ranks)))
-    one, several = found["1"], found[str(options.ranks)]
-    if "again" in several and "texts" in one:
-        found["compared"] = compared(one, several, folder, ("1", str(options.ranks)))
+    phase(several, 45.0, call(several))
+    if is_cuda:
+        phase(f"{several} nccl", 40.0, call(several, "--nccl", "--keep", str(folder / f"{several} nccl.json")))
+    columns = [name for name in found if name[0].isdigit()]
+    for name in columns[1:]:
+        if "again" in found[name] and "texts" in found["1"]:
+            found[name]["compared"] = compared(found["1"], found[name], folder, ("1", name))
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / f"gpu_parallel-{options.model.name}.json").write_text(json.dumps(found, indent=1))
-    print("\ncompared:", found.get("compared", "not done"))
-    print("sums over ranks, us:", found.get("sums", "not done"))
-    print(f"{'TPOT, ms':>12} {'1 rank':>9} {options.ranks:>4} ranks  times as fast")
+    print("\nsums over ranks, us:", found.get("sums", "not done"))
+    for name in columns[1:]:
+        print(f"{name} ranks against 1:", found[name].get("compared", "not done"))
+    print(f"{'TPOT, ms':>12}" + "".join(f"{name + ' ranks':>14}" for name in columns))
     for batch in BATCHES:
-        before, after = one.get(f"tpot_ms_{batch}"), several.get(f"tpot_ms_{batch}")
-        times = f"{before / after:.2f}" if before and after else "-"
-        print(f"{f'batch {batch}':>12} {before or '-':>9} {after or '-':>10}  {times}")
+        times = [found[name].get(f"tpot_ms_{batch}", math.nan) for name in columns]
+        print(f"{f'batch {batch}':>12}" + "".join(f"{time:8.3f} {times[0] / time:4.2f}x" for time in times))
 
 
 TOLD_LATER = ("texts", "ahead", "again")

@@ -244,6 +244,9 @@ def _parser() -> argparse.ArgumentParser:
     worker.add_argument(
         "--tensor-parallel", type=_count, default=1, help="cards of this host, or processes, that share the model (1)"
     )
+    worker.add_argument(
+        "--no-one-shot", dest="has_one_shot", action="store_false", help="all sums over cards by NCCL, also of few rows"
+    )
     worker.add_argument("--kv-bytes", type=_count, help="memory for KV (512 MiB; on a GPU all that is free)")
     worker.add_argument("--no-drafts", dest="has_drafts", action="store_false", help="no prompt-lookup speculation")
     worker.set_defaults(command=_worker)

@@ -20,6 +20,7 @@ class EngineConfig:
     device: str = "cpu"  # cpu | cuda | cuda:N | auto: cuda if there is one
     threads: int = 1
     tensor_parallel: int = 1  # ranks that hold a part of the model each: this card and the next ones, or processes
+    has_one_shot: bool = True  # sums over cards by one kernel for few rows; else NCCL's
     block_tokens: int = 16  # 64 on a GPU
     kv_bytes: int = 512 * 1024 * 1024  # 11,600 tokens of SmolLM2-135M in float32: its whole context and room beside it
     ahead_tokens: int = 0  # 1 on a GPU: the next step is launched before this one's tokens are known

@@ -23,12 +23,12 @@ ERROR_MAX = 1e-2  # of a sum in bfloat16, relative to the largest
 class DeviceSum:
     """engine.models.gpu.Ranks. Made by all ranks at once."""
 
-    def __init__(self, shard: Shard, rows: int, width: int, like: Tensor) -> None:
+    def __init__(self, shard: Shard, rows: int, width: int, like: Tensor, *, has_one_shot: bool = True) -> None:
         """For up to so many rows of that width."""
         self._is_first = shard.rank == 0
         self._zeros = None if self._is_first else torch.zeros(rows, width, dtype=like.dtype, device=like.device)
         few = min(rows, READ_BYTES_MAX // (shard.ranks - 1) // (width * like.itemsize))
-        self._shared = _shared(few, width, like) if like.is_cuda else None
+        self._shared = _shared(few, width, like) if like.is_cuda and has_one_shot else None
         if self._shared is not None:
             log.info("sums of up to %d rows are one kernel's, others NCCL's", few)
 

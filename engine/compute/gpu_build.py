@@ -32,7 +32,14 @@ RESERVE_BYTES = 2 * 2**30  # for what is allocated after KV: graphs, libraries, 
 
 
 def load(
-    folder: Path, device: torch.device, *, block_tokens: int, kv_bytes: int, sequences_max: int, shard: Shard = WHOLE
+    folder: Path,
+    device: torch.device,
+    *,
+    block_tokens: int,
+    kv_bytes: int,
+    sequences_max: int,
+    shard: Shard = WHOLE,
+    has_one_shot: bool = True,
 ) -> GpuRunner | TorchRunner:
     """A runner for a Hugging Face folder on this device, or for a rank's part of it where all ranks have met and call
     this at once. Raises ModelError when the folder cannot be served."""
@@ -61,7 +68,10 @@ def load(
             options = RunnerConfig(block_tokens, kv_bytes or 4 * 2**30, DTYPE, str(device))
             return TorchRunner.load(folder, options)
         table = tuned.library(str(device)) if "products" in wrong else None
-        joined = DeviceSum(shard, most(sequences_max).rows, made.config.hidden, made.embedding) if is_part else None
+        joined = None
+        if is_part:
+            rows, like = most(sequences_max).rows, made.embedding
+            joined = DeviceSum(shard, rows, made.config.hidden, like, has_one_shot=has_one_shot)
         blocks = blocks_for(made, block_tokens, kv_bytes)
         blocks = ranks.least(blocks) if is_part else blocks
         runner = GpuRunner(made, block_tokens, blocks, sequences_max, table, ranks=joined)

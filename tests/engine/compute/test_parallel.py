@@ -382,3 +382,11 @@ def test_a_model_that_cannot_be_divided_ends_the_command_with_a_sentence(tiny_ll
 
     assert code == 2
     assert said.endswith("engine: 6 query heads cannot be divided by 4 for tensor parallel\n")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() >= 2, reason="there are cards enough")
+def test_too_few_cards_end_the_command_with_a_sentence(tiny_llama: Path, tmp_path: Path) -> None:
+    code, said = Worker(tiny_llama, tmp_path, "--device", "cuda", "--tensor-parallel", "2").ended()
+
+    assert code == 2
+    assert "engine: --tensor-parallel 2 from cuda:0 on needs more cards than the" in said
