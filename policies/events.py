@@ -79,6 +79,7 @@ class WorkerUp:
     context_max: int
     step_model: StepModel
     cached: bytes = b""
+    requests_max: int = 0  # that it may hold at one time; 0: as many as its KV holds
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,6 +84,7 @@ class Ledger:
         "prompts",
         "q90",
         "reported_at",
+        "requests_max",
         "residual",
         "row_s",
         "sequence_s",
@@ -99,6 +100,7 @@ class Ledger:
         self.model_name = up.model
         self.learn(up.step_model)
         self.block_tokens, self.context_max = up.block_tokens, up.context_max
+        self.requests_max = up.requests_max or math.inf
         self.load = WorkerLoad(0, 0, 0, up.blocks_total, 0, 0, 0.0)
         self.reported_at, self.frame, self.residual = now, 0, 1.0
         self.pending_s, self.streams, self.staged = [0.0, 0.0, 0.0], [0, 0, 0], 0
@@ -234,6 +236,8 @@ class Ledger:
         step2 = self._step_s(rows + agent + batch, context2)
         free = load.blocks_free * self.block_tokens
         room0, room1, room2 = self._rooms(free + load.blocks_cached * self.block_tokens - queued)
+        if committed >= self.requests_max:
+            room0 = room1 = room2 = -math.inf
         silent_s = max(SILENCE_S, 3 * step2, 3 * load.step_s) if committed else math.inf
         return (
             self.row_s,

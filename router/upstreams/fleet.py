@@ -271,8 +271,9 @@ class Upstreams:
             if not served.is_up:
                 served.is_up = True
                 self._view(served, state)
+                most = state.config.concurrency
                 self._watcher.worker_up(
-                    WorkerUp(served.id, served.model, BLOCK_TOKENS, BLOCKS, CONTEXT_MAX, step_model=PRIOR)
+                    WorkerUp(served.id, served.model, BLOCK_TOKENS, BLOCKS, CONTEXT_MAX, PRIOR, requests_max=most)
                 )
             self._report(state, served)
 

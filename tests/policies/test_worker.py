@@ -109,6 +109,17 @@ def test_growth_of_residents_is_kept_free() -> None:
     assert fleet.room_tokens[:, 0].tolist() == free
 
 
+def test_a_worker_that_takes_so_many_requests_has_room_for_no_more_of_any_class() -> None:
+    fleet, asked = Fleet(Limits()), job(tokens=10)
+    fleet.up(up(requests_max=2), 0.0)
+    charges = [fleet.charge(asked, forecast(fleet, asked), 0.0) for _ in range(2)]
+    assert not any(forecast(fleet, job(cls=cls, tokens=10)).has_room for cls in RequestClass)
+    fleet.release(charges[0], has_started=True)
+    assert forecast(fleet, asked).has_room
+    frame(fleet, load(running=1, waiting=1))  # one of them is another router's
+    assert not forecast(fleet, asked).has_room
+
+
 def test_what_less_urgent_residents_computed_is_room_for_a_person() -> None:
     fleet, asked = fleet_of(), job(tokens=1_000, output=2_000.0, cls=BACKGROUND)
     free = fleet.room_tokens[:, 0].tolist()
