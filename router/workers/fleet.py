@@ -210,16 +210,24 @@ class Fleet:
         return link
 
     async def _watch(self) -> None:
+        looked_at = self._clock()
         while True:
             await asyncio.sleep(self._limits.check_s)
             now = self._clock()
-            for state in self._workers:
-                if state.dialled is not None:
-                    state.dialled.check(now)
-                if state.stalled_at is not None and now - state.stalled_at > self._limits.kill_after_s:
-                    state.stalled_at = None
-                    log.warning("worker %s stays stalled; asking the keeper to restart it", state.name)
-                    self._restart(state.name, 0)
+            self._look(now, max(0.0, now - looked_at - self._limits.check_s))
+            looked_at = now
+
+    def _look(self, now: float, away_s: float) -> None:
+        for state in self._workers:
+            if state.dialled is not None:
+                state.dialled.check(now, away_s)
+            if state.stalled_at is None:
+                continue
+            state.stalled_at = min(now, state.stalled_at + away_s)
+            if now - state.stalled_at > self._limits.kill_after_s:
+                state.stalled_at = None
+                log.warning("worker %s stays stalled; asking the keeper to restart it", state.name)
+                self._restart(state.name, 0)
 
     # What links tell --------------------------------------------------------------------------------------------------
 

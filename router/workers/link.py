@@ -156,10 +156,13 @@ class Link(asyncio.Protocol):
         """Answers to it are dropped from here on. Idempotent."""
         self._hinted.pop(message_id, None)
 
-    def check(self, now: float) -> None:
-        """Eject a worker that holds work and makes no step, or that never says hello."""
+    def check(self, now: float, away_s: float = 0.0) -> None:
+        """Eject a worker that holds work and makes no step, or that never says hello. `away_s`: how long we did not run
+        ourselves since the last check. That says nothing of a worker, which may have been paused with us."""
         if self.down.is_set():
             return
+        self._opened_at = min(now, self._opened_at + away_s)
+        self._progress_at = min(now, self._progress_at + away_s)
         if self.hello is None:
             if now - self._opened_at > self._limits.hello_s:
                 self.eject(f"no hello within {self._limits.hello_s:g} s")

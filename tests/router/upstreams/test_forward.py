@@ -516,10 +516,8 @@ def test_beyond_its_concurrency_requests_wait_in_the_router() -> None:
         nonlocal release, d
         release = asyncio.Event()
         async with one, upstream_desk(at(one, concurrency=2)) as d:
-            asks = [
-                asyncio.create_task(d.client.post("/v1/chat/completions", json=chat(f"{number}")))
-                for number in range(7)
-            ]
+            bodies = [chat(f"{number}") for number in range(7)]
+            asks = [asyncio.create_task(d.client.post("/v1/chat/completions", json=body)) for body in bodies]
             await d.until(lambda: d.mind.live_count == 7 and len(one.asked) == 2)
             release.set()
             assert [answer.status_code for answer in await asyncio.gather(*asks)] == [200] * 7

@@ -257,6 +257,45 @@ def test_a_worker_that_stays_stalled_is_named_to_the_keeper(tmp_path: Path) -> N
     asyncio.run(scene())
 
 
+class Clock:
+    """Stands until it is moved; tells whenever somebody reads it."""
+
+    def __init__(self, on_look: Callable[[], None]) -> None:
+        self.now, self.looks = 0.0, 0
+        self._on_look = on_look
+
+    def __call__(self) -> float:
+        self.looks += 1
+        self._on_look()
+        return self.now
+
+
+def test_a_pause_of_the_whole_machine_costs_no_worker(tmp_path: Path) -> None:
+    async def scene() -> None:
+        worker = Worker(hello())
+        clock = Clock(worker.changed.set)
+        watcher = Quiet(on_event=worker.changed.set)
+        limits = FleetLimits(check_s=0.01)
+        address = str(tmp_path / "w0.sock")
+        fleet = Fleet([("w0", address)], watcher, "{}", limits=limits, clock=clock)
+        server = await asyncio.start_unix_server(worker.serve, address)
+        running = asyncio.create_task(fleet.run())
+        await worker.until(lambda: bool(fleet.models()))
+        fleet.submit(W0, A, submit(), Heard())
+
+        clock.now += 3600.0
+        looks = clock.looks + 5
+        await worker.until(lambda: clock.looks > looks)
+        assert [type(event) for event in watcher.events] == [WorkerUp]
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        server.close()
+        await server.wait_closed()
+
+    asyncio.run(scene())
+
+
 def test_a_worker_that_sleeps_is_linked_and_said_but_never_placed_on() -> None:
     fleet, watcher = fleet_of_two()
     state = fleet.workers[0]

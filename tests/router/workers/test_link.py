@@ -253,6 +253,18 @@ def test_a_worker_that_holds_work_and_makes_no_step_is_ejected() -> None:
     assert bench.link.is_stalled
 
 
+def test_a_worker_is_not_blamed_for_the_time_in_which_the_router_did_not_run_either() -> None:
+    bench = Bench()
+    bench.link.submit(A, submit(), Heard())
+
+    bench.link.check(61.0, away_s=60.0)  # a machine that was paused, a laptop that was closed
+    bench.link.check(63.0)
+    assert bench.owner.downs == []
+    bench.link.check(63.1)
+
+    assert bench.link.is_stalled
+
+
 def test_slow_steps_get_ten_times_their_own_duration() -> None:
     bench = Bench()
     bench.link.submit(A, submit(), Heard())
