@@ -22,7 +22,7 @@ import httpx
 
 from router.settings.config import Config
 
-DEADLINE_S = 120.0  # of each wait: thirty times what any takes on two busy cores; only what never comes takes it
+DEADLINE_S = 300.0  # of each wait: six times what any took beside two busy loops; only what never comes takes it
 POLL_S = 0.02
 
 

@@ -105,6 +105,15 @@ def test_a_recorded_run_replays_byte_for_byte(
     assert re.match(r"\d{2,} events, \d{2,} actions: equal byte for byte", capsys.readouterr().out)
 
 
+LONG = 6000  # tokens: computing them again takes a fake worker 0.13 s, and so long it waits for them from the pool
+BLOCK_TOKENS = 16
+
+
+def stored_blocks(workers_url: str, name: str) -> int:
+    (worker,) = [worker for worker in httpx.get(workers_url, timeout=DEADLINE_S).json() if worker["worker"] == name]
+    return int(worker["load"]["tiers"]["stored"])
+
+
 def takes_connections(base: str) -> bool:
     url = httpx.URL(base)
     with (
@@ -126,32 +135,33 @@ def test_serve_answers_survives_a_killed_worker_and_leaves_no_process(tmp_path: 
         until(lambda: "Ctrl-C drains and stops." in printed.read_text(), f"ready: {printed.read_text()}")
         text = printed.read_text()
         children = [int(pid) for pid in Path(f"/proc/{keeper.pid}/task/{keeper.pid}/children").read_text().split()]
-        base = re.search(r"http://127\.0\.0\.1:\d+", text)
+        base, admin = (re.search(rf"{where}(http://127\.0\.0\.1:\d+)", text) for where in ("at ", "dashboard: "))
         assert base is not None
+        assert admin is not None
         assert "chatbot+ " in text
 
-        with httpx.Client(base_url=base[0], timeout=DEADLINE_S) as client:
+        with httpx.Client(base_url=base[1], timeout=DEADLINE_S) as client:
             body = json.loads(re.search(r"-d '(.*)'", text)[1]) | {"max_tokens": 5}  # type: ignore[index]
+            body["messages"][0]["content"] += " word" * LONG
             first = client.post("/v1/chat/completions", json=body)
             assert first.json()["choices"][0]["message"]["content"]
             worker = first.headers["x-headway-worker"]
+            until(lambda: stored_blocks(f"{admin[1]}/workers", worker) * BLOCK_TOKENS >= LONG, "its KV is in the pool")
             os.kill(children[int(worker[1:])], signal.SIGKILL)
             until(lambda: f"{worker} is up" in printed.read_text().partition("ended (SIGKILL)")[2], "it is back")
             again = client.post("/v1/chat/completions", json=body).json()
-            assert again["usage"]["prompt_tokens_details"]["cached_tokens"] >= 32  # the KV outlived the worker
+            assert again["usage"]["prompt_tokens_details"]["cached_tokens"] >= LONG  # the KV outlived the worker
             assert again["choices"] == first.json()["choices"]
 
             client.post("/v1/chat/completions", json=body, headers={"x-session-id": "s1"})
-            admin = re.search(r"dashboard: (http://127\.0\.0\.1:\d+)/", text)
-            assert admin is not None
             action = {"action_id": "a", "action_type": "retain", "payload": {"session": "s1", "ttl_s": 60}}
             hint = {"protocol_version": 1, "message_id": "m", "actions": [action]}
             (done,) = client.post(f"{admin[1]}/kv_hints", json=hint).json()["actions"]
             assert (done["status"], done["blocks"] >= 2, len(done["workers"])) == ("done", True, 2)
 
-        with httpx.stream("POST", f"{base[0]}/v1/chat/completions", json=body | {"max_tokens": 200, "stream": True}):
+        with httpx.stream("POST", f"{base[1]}/v1/chat/completions", json=body | {"max_tokens": 200, "stream": True}):
             keeper.terminate()
-            until(lambda: not takes_connections(base[0]), "who comes during the drain is refused, not left waiting")
+            until(lambda: not takes_connections(base[1]), "who comes during the drain is refused, not left waiting")
         assert keeper.wait(DEADLINE_S) == 0
         assert not any(map(is_alive, children))
         assert not list(tmp_path.glob("headway-*"))
