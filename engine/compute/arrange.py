@@ -54,8 +54,8 @@ def bucket(count: int, buckets: tuple[int, ...] = DECODE_BUCKETS) -> int:
 
 
 def most(sequences_max: int) -> Size:
-    """The largest step."""
-    sequences = bucket(sequences_max)
+    """The largest step: decodes beside chunks are padded more than decodes alone."""
+    sequences = bucket(sequences_max, BESIDE_BUCKETS)
     return Size(sequences + CHUNK_BUCKETS[-1], sequences + CHUNKED_BUCKETS[-1], sequences)
 
 
@@ -77,7 +77,7 @@ def arrange(batch: StepBatch, packing: Packing, sources: Int32 | None = None) ->
     if len(chunked):
         decodes, chunk_slots = bucket(len(single), BESIDE_BUCKETS), bucket(len(chunked), CHUNKED_BUCKETS)
         chunk_rows = bucket(int(counts[chunked].sum()), CHUNK_BUCKETS)
-        sampled = bucket(max(1, len(batch.sample_rows)))
+        sampled = min(bucket(max(1, len(batch.sample_rows)), BESIDE_BUCKETS), decodes + chunk_rows)
     else:
         decodes, chunk_slots, chunk_rows = bucket(len(single)), 0, 0
         sampled = decodes

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterator, Sequence
 
 from engine.kv.pool import EXTENT_SLOTS, PoolMemory
@@ -16,6 +17,9 @@ log = logging.getLogger(__name__)
 # 0.05-0.075 s of the driver's time a GiB, and 0.25 s for the kernel to make the pages (H100's host). Whoever ends the
 # worker waits for one piece at most.
 PIECE_BYTES = 2**30
+# Steps wait for the driver meanwhile (90 ms at most) and for the host's memory: 47.5 GiB at once, at a worker's start under
+# load, held first tokens up for 12 s. A quarter of the time is what this may disturb.
+REST_PER_PIECE = 3.0
 
 
 class Pinning:
@@ -54,7 +58,7 @@ class Pinning:
         for slots in self._pieces():
             if self._is_over.is_set():
                 return
-            piece = self._pool.span(slots)
+            piece, begun_at = self._pool.span(slots), time.monotonic()
             try:
                 self._pool.back(slots)
                 self._pinner.pin(piece)
@@ -68,6 +72,7 @@ class Pinning:
                 return
             self._pinned.append(piece)
             self.pinned_bytes += piece.nbytes
+            self._is_over.wait(REST_PER_PIECE * (time.monotonic() - begun_at))
         log.info("the host pool is registered with the device: %.1f GiB", self.pinned_bytes / 2**30)
 
     def _pieces(self) -> Iterator[range]:
