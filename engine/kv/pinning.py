@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 # 0.05-0.075 s of the driver's time a GiB, and 0.25 s for the kernel to make the pages (H100's host). Whoever ends the
 # worker waits for one piece at most.
 PIECE_BYTES = 2**30
-# Steps wait for the driver meanwhile (90 ms at most) and for the host's memory: 47.5 GiB at once, at a worker's start under
-# load, held first tokens up for 12 s. A quarter of the time is what this may disturb.
+# Steps wait for the driver meanwhile (90 ms at most) and for the host's memory: 47.5 GiB at once, at a worker's start
+# under load, held first tokens up for 12 s. A quarter of the time is what this may disturb.
 REST_PER_PIECE = 3.0
 
 
