@@ -197,7 +197,6 @@ class Dispatcher:
             self._seen.note(stored, now)
         if event.evicted:
             self.fleet.evicted(event.worker, sample(event.evicted, self._limits.index_every_block).sampled())
-        self.fleet.publish(event.worker)
         self._pump.run(now, actions)
 
     def _on_worker_lost(self, event: WorkerLost, now: float, actions: list[Action]) -> None:
@@ -330,6 +329,7 @@ class Dispatcher:
             self._room.push(job, forecast.cost_s if forecast is not None else 0.0, now)
 
     def _ask(self, job: Job, now: float, *, is_next: bool) -> tuple[Verdict, Forecast | None]:
+        self.fleet.publish()
         forecasts = self._trust.policy("place", now).place(job, self.fleet, now)
         flow = QueueFlow(self._limits, self._room, self.fleet, is_next)
         return self._trust.policy("admit", now).admit(job, forecasts, flow, now), forecasts[0] if forecasts else None

@@ -12,7 +12,7 @@ from policies.costs import StepModel
 from policies.events import WorkerLoad, WorkerUp
 from policies.request import RequestClass
 
-# Hot: `Ledger.column` runs once per frame and per charge. Budget 15 us a frame with everything; bench/dispatcher.py.
+# Hot: `Ledger.column` runs before a placement, once for each worker that has news; bench/dispatcher.py.
 
 Z80, Z90 = 0.8416, 1.2816  # standard normal quantiles
 RESIDUAL_GAIN = 0.05  # weight of one TTFT in actual / predicted: about the last 20 count

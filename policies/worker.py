@@ -53,6 +53,7 @@ class Fleet:
         self._profiles: dict[str, StepModel] = {}  # as measured by the fastest worker of each model when it came up
         self._away_since: dict[str, float] = {}  # when the last worker of a model was lost
         self._blocks: dict[str, int] = {}
+        self._stale: dict[WorkerId, Ledger] = {}  # whose row is older than its ledger
         self._serving: dict[str, Bools] = {}
         self._table: Floats = np.zeros((0, HEIGHT))  # a row a slot, so that publishing packs one row
         self._buffer = memoryview(b"")
@@ -104,6 +105,7 @@ class Fleet:
     def lost(self, worker: WorkerId, now: float) -> None:
         """A worker and all that it held are gone. Charges to it can still be released; that changes nothing."""
         ledger = self._ledgers.pop(worker, None)
+        self._stale.pop(worker, None)
         if ledger is not None:
             self._slots[ledger.slot] = None
             self.silent_after[ledger.slot] = math.inf
@@ -113,8 +115,8 @@ class Fleet:
                 self._away_since[ledger.model_name] = now
 
     def report(self, worker: WorkerId, load: WorkerLoad, model: StepModel | None, now: float) -> None:
-        """A frame's common part. `publish` follows once its other news is booked."""
-        ledger = self._ledgers[worker]
+        """A frame's common part; its other news is booked beside it."""
+        ledger = self._stale[worker] = self._ledgers[worker]
         ledger.report(load, now)
         if model is not None:
             ledger.learn(model)
@@ -122,16 +124,17 @@ class Fleet:
             if not self._profiles[ledger.model_name].version:
                 self._measure(ledger.model_name, model)
 
-    def publish(self, worker: WorkerId) -> None:
-        """Make a worker's ledger visible to placement."""
-        self._publish(self._ledgers[worker])
+    def publish(self) -> None:
+        """Make the arrays as new as the ledgers. Before anybody looks, not at each change: most are never looked at."""
+        for ledger in self._stale.values():
+            self._publish(ledger)
+        self._stale.clear()
 
     def charge(self, job: Job, forecast: Forecast, now: float) -> Charge:
         """Book a placement: at once, so that the next request in this millisecond sees it."""
-        ledger = self._ledgers[forecast.worker]
+        ledger = self._stale[forecast.worker] = self._ledgers[forecast.worker]
         charge = ledger.charge(job, forecast, now)
         self.dispatched += 1
-        self._publish(ledger)
         chain = job.prompt.chain
         known = bisect_left(chain.at, forecast.hit_tokens // ledger.block_tokens)
         self.index.add(ledger.slot, chain.sampled(known))
@@ -140,7 +143,8 @@ class Fleet:
     def release(self, charge: Charge, has_started: bool) -> None:
         """Undo a charge."""
         charge.ledger.release(charge, has_started)
-        self._publish(charge.ledger)
+        if self._ledgers.get(charge.ledger.worker) is charge.ledger:
+            self._stale[charge.ledger.worker] = charge.ledger
 
     def stored(self, worker: WorkerId, keys: Sequence[bytes]) -> None:
         """A worker published these blocks."""
@@ -196,10 +200,9 @@ class Fleet:
         return self.index.hit_blocks(chain, len(self._slots)) * self.block_tokens(model)
 
     def _publish(self, ledger: Ledger) -> None:
-        if self._slots[ledger.slot] is ledger:
-            column = ledger.column()
-            PACKED.pack_into(self._buffer, ledger.slot * PACKED.size, *column)  # a third of numpy's own time
-            self._silent_from = min(self._silent_from, column[SILENT_AFTER])
+        column = ledger.column()
+        PACKED.pack_into(self._buffer, ledger.slot * PACKED.size, *column)  # a third of numpy's own time
+        self._silent_from = min(self._silent_from, column[SILENT_AFTER])
 
     def _survey(self) -> None:
         """What changes only when workers or their models do."""

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from policies.api import Forecast, Job
 from policies.events import WorkerLoad
+from policies.ledger import Charge
 from policies.limits import Limits
 from policies.placement import budget_place
 from policies.request import RequestClass, WorkerId
@@ -29,24 +30,31 @@ def fleet_of(workers: int = 1, limits: Limits = Limits(index_every_block=1)) -> 
 
 
 def forecast(fleet: Fleet, asked: Job, now: float = 0.0) -> Forecast:
+    fleet.publish()
     return budget_place()(asked, fleet, now)[0]
+
+
+def charged(fleet: Fleet, asked: Job) -> Charge:
+    charge = fleet.charge(asked, forecast(fleet, asked), 0.0)
+    fleet.publish()
+    return charge
 
 
 def frame(fleet: Fleet, said: WorkerLoad, now: float = 1.0, worker: int = 0) -> None:
     fleet.report(WorkerId(worker), said, None, now)
-    fleet.publish(WorkerId(worker))
+    fleet.publish()
 
 
 def test_the_next_request_in_the_same_millisecond_sees_the_charge() -> None:
     fleet, asked = fleet_of(), job(tokens=2_000)
-    fleet.charge(asked, forecast(fleet, asked), 0.0)
+    charged(fleet, asked)
     assert fleet.ahead_s[:, 0].tolist() == pytest.approx([STEP_MODEL.prefill_s(2_000)] * 3)
     assert fleet.streams[0] == 1
 
 
 def test_less_urgent_prompts_are_not_ahead_of_more_urgent_ones() -> None:
     fleet, asked = fleet_of(), job(cls=BATCH, tokens=2_000, ttft_s=math.inf, tpot_s=math.inf)
-    fleet.charge(asked, forecast(fleet, asked), 0.0)
+    charged(fleet, asked)
     assert fleet.ahead_s[CHATBOT, 0] == fleet.ahead_s[BACKGROUND, 0] == 0.0
     assert fleet.ahead_s[BATCH, 0] > 0.09
 
@@ -57,7 +65,7 @@ def test_what_is_charged_is_released(placed: list[tuple[RequestClass, int, bool]
     fleet = fleet_of()
     before = fleet.ledger(W0).column()
     jobs = [job(number, cls=cls, tokens=tokens) for number, (cls, tokens, _) in enumerate(placed)]
-    charges = [fleet.charge(asked, forecast(fleet, asked), 0.0) for asked in jobs]
+    charges = [charged(fleet, asked) for asked in jobs]
     for charge, (_, _, has_started) in zip(charges, placed, strict=True):
         if has_started:
             charge.ledger.start(charge, charge.predicted_ttft_s)
@@ -69,7 +77,7 @@ def test_what_is_charged_is_released(placed: list[tuple[RequestClass, int, bool]
 
 def test_a_frame_tells_how_much_of_a_prompt_is_still_ahead() -> None:
     fleet, asked = fleet_of(), job(tokens=8_000)
-    fleet.charge(asked, forecast(fleet, asked), 0.0)
+    charged(fleet, asked)
     whole_s = float(fleet.ahead_s[0, 0])
     for _ in range(3):  # a charge counts beside two frames: they may have left before it came
         frame(fleet, load(running=1, waiting_uncached_tokens=2_000))
@@ -78,7 +86,7 @@ def test_a_frame_tells_how_much_of_a_prompt_is_still_ahead() -> None:
 
 def test_a_frame_that_left_before_our_dispatch_does_not_hide_it() -> None:
     fleet, asked = fleet_of(), job(tokens=8_000)
-    fleet.charge(asked, forecast(fleet, asked), 0.0)
+    charged(fleet, asked)
     frame(fleet, load())
     assert fleet.ahead_s[0, 0] == pytest.approx(STEP_MODEL.prefill_s(8_000))
 
@@ -95,17 +103,18 @@ def test_the_tightest_pace_of_residents_as_urgent_or_more_is_kept() -> None:
     fleet = fleet_of()
     for number, (cls, tpot_s) in enumerate(((CHATBOT, 0.05), (CHATBOT, 0.04), (BATCH, 0.01))):
         asked = job(number, cls=cls, tpot_s=tpot_s)
-        fleet.charge(asked, forecast(fleet, asked), 0.0)
+        charged(fleet, asked)
     assert fleet.pace_s[:, 0].tolist() == [0.04, 0.04, 0.01]
 
 
 def test_growth_of_residents_is_kept_free() -> None:
     fleet, asked = fleet_of(), job(tokens=1_000, output=2_000.0)
     free = fleet.room_tokens[:, 0].tolist()
-    charge = fleet.charge(asked, forecast(fleet, asked), 0.0)
+    charge = charged(fleet, asked)
     for number in range(3):  # its prompt and half of its answer, and some for the spread
         assert fleet.room_tokens[number, 0] < free[number] - 1_000 - 1_000
     fleet.release(charge, has_started=False)
+    fleet.publish()
     assert fleet.room_tokens[:, 0].tolist() == free
 
 
@@ -123,11 +132,12 @@ def test_a_worker_that_takes_so_many_requests_has_room_for_no_more_of_any_class(
 def test_what_less_urgent_residents_computed_is_room_for_a_person() -> None:
     fleet, asked = fleet_of(), job(tokens=1_000, output=2_000.0, cls=BACKGROUND)
     free = fleet.room_tokens[:, 0].tolist()
-    charge = fleet.charge(asked, forecast(fleet, asked), 0.0)
+    charge = charged(fleet, asked)
     chat, agent, batch = fleet.room_tokens[:, 0].tolist()
     assert chat == free[0]
     assert agent == batch < free[1] - 2_000
     fleet.release(charge, has_started=False)
+    fleet.publish()
     assert fleet.room_tokens[:, 0].tolist() == free
 
 
@@ -135,15 +145,16 @@ def test_predictions_that_are_always_too_short_are_corrected() -> None:
     fleet = fleet_of()
     for number in range(200):
         asked = job(number)
-        charge = fleet.charge(asked, forecast(fleet, asked), 0.0)
+        charge = charged(fleet, asked)
         charge.ledger.start(charge, 1.5 * charge.predicted_ttft_s)
         fleet.release(charge, has_started=True)
+    fleet.publish()
     assert 1.3 < fleet.residual[0] <= 2.0
 
 
 def test_a_busy_worker_that_falls_silent_looks_later_and_later() -> None:
     fleet, asked = fleet_of(), job()
-    fleet.charge(asked, forecast(fleet, asked), 0.0)
+    charged(fleet, asked)
     assert forecast(fleet, job(1), now=10.0).ttft_s > 9.0
     assert forecast(fleet_of(), job(1), now=10.0).ttft_s < 1.0  # an idle one has nothing to say
 
@@ -155,6 +166,7 @@ def test_a_lost_worker_frees_its_slot_and_its_prefixes() -> None:
     fleet.lost(W0, 1.0)
     fleet.release(charge, has_started=False)  # late news of a lost worker changes nothing
     fleet.up(up(7), 1.0)
+    fleet.publish()
     assert fleet.worker.tolist() == [7, 1]
     assert fleet.streams.tolist() == [0.0, 0.0]
     assert fleet.hit_tokens(asked.prompt.chain, "m").tolist() == [0.0, 0.0]
