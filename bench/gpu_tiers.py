@@ -187,7 +187,7 @@ class Bench:
         """Turn as a worker's loop does; how long it took, and how long its turns."""
         started = last = time.perf_counter()
         turns: list[float] = []
-        while not is_done():
+        while not turns or not is_done():  # what ended before the first look took a turn all the same
             work()
             self.tiers.poll(time.monotonic())
             now = time.perf_counter()

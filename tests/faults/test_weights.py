@@ -9,21 +9,25 @@ import pytest
 
 from engine.tell import tell
 from engine.wire import Control, Sleep, UpdateWeights, Wake
+from router.settings.config import Classes, Config, Promise
 from tests.faults.house import DEADLINE_S, House, Stream, house
 
 pytestmark = pytest.mark.model
 
 TOKENS = 300  # 2 s of stream: an order sent after its first token, without a process's start, comes long before its end
 
+# Who waits while the only worker loads weights beside others' work; 30 s else.
+PATIENT = Config(classes=Classes(chatbot=Promise(patience_s=DEADLINE_S)))
+
 
 def test_streams_go_on_through_a_change_of_weights(tmp_path: Path, model_folder: Path) -> None:
     engine = ("engine", "worker", "--model", str(model_folder))
 
     async def scene() -> None:
-        async with house(tmp_path, model_folder, names=("w0",), engine=engine) as built:
+        async with house(tmp_path, model_folder, PATIENT, names=("w0",), engine=engine) as built:
             stream, tokens = await changed_in_mid_stream(built, model_folder)
             await stream.end()
-            after = await built.ask("Count from one to fifty.", tokens=tokens).end()
+            after = await ask(built, tokens).end()
 
             assert (stream.errors, stream.is_done, stream.finish_reason) == ([], True, "length")
             assert stream.text == after.text
@@ -37,8 +41,8 @@ def test_a_stream_outlives_its_only_workers_sleep(tmp_path: Path, model_folder: 
     engine = ("engine", "worker", "--model", str(model_folder))
 
     async def scene() -> None:
-        async with house(tmp_path, model_folder, names=("w0",), engine=engine) as built:
-            stream = await built.ask("Count from one to fifty.", tokens=TOKENS).until(lambda seen: len(seen.text) > 0)
+        async with house(tmp_path, model_folder, PATIENT, names=("w0",), engine=engine) as built:
+            stream = await ask(built, TOKENS).until(lambda seen: len(seen.text) > 0)
             await order(built, Sleep(1, 2))
             await built.until(lambda seen: seen["w0"]["asleep"] == 2)
             said, resident = len(stream.text), resident_bytes(built.workers["w0"].pid)
@@ -50,7 +54,7 @@ def test_a_stream_outlives_its_only_workers_sleep(tmp_path: Path, model_folder: 
             await built.until_up(1)
             woken = resident_bytes(built.workers["w0"].pid)
             await stream.end()
-            after = await built.ask("Count from one to fifty.", tokens=TOKENS).end()
+            after = await ask(built, TOKENS).end()
 
             assert is_running
             assert (shown["is_up"], ready) == (False, 503)
@@ -64,10 +68,14 @@ def test_a_stream_outlives_its_only_workers_sleep(tmp_path: Path, model_folder: 
     asyncio.run(scene())
 
 
+def ask(built: House, tokens: int) -> Stream:
+    return built.ask("Count from one to fifty.", tokens=tokens, **{"x-headway-class": "chatbot+"})
+
+
 async def changed_in_mid_stream(built: House, model: Path) -> tuple[Stream, int]:
     """A stream that runs on when the weights are others, and its length: as long as loading takes on this machine."""
     for version, tokens in enumerate((TOKENS, 4 * TOKENS, 16 * TOKENS), start=7):
-        stream = await built.ask("Count from one to fifty.", tokens=tokens).until(lambda seen: len(seen.text) > 0)
+        stream = await ask(built, tokens).until(lambda seen: len(seen.text) > 0)
         # The same weights under another version: the text must be what it would have been.
         await order(built, UpdateWeights(1, str(model), version))
         if not stream.finish_reason:

@@ -22,7 +22,7 @@ CHAT = {"x-headway-class": "chatbot+"}
 
 
 def patient_for(seconds: float) -> Config:
-    """Clients of chatbot+ that leave sooner than usual."""
+    """Clients of chatbot+ that leave after this."""
     return Config(classes=Classes(chatbot=Promise(patience_s=seconds)))
 
 
@@ -117,14 +117,14 @@ def test_a_frozen_worker_is_ejected_named_to_the_keeper_and_may_come_back(tmp_pa
 
 def test_a_request_without_workers_is_held_until_one_is_back(tmp_path: Path, model_folder: Path) -> None:
     async def scene() -> None:
-        async with house(tmp_path, model_folder) as built:
+        async with house(tmp_path, model_folder, patient_for(DEADLINE_S)) as built:
             expected = await healthy_answer(built, "hello")
             for name in ("w0", "w1"):
                 built.hurt(name, signal.SIGKILL)
             await built.until(lambda seen: not any(worker["is_up"] for worker in seen.values()))
             assert (await built.client.get("/readyz")).status_code == 503
 
-            held = built.ask("hello")
+            held = built.ask("hello", **CHAT)
             built.start_worker("w1")
 
             await held.end()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine.compute import ranks
-from engine.compute.crew import STEP_S, Crew
+from engine.compute.crew import Crew
 from engine.compute.gpu_runner import GpuRunner
 from engine.compute.runner import RunnerConfig, TorchRunner
 from tests.engine.kernels import conftest, second_rank
@@ -27,7 +27,7 @@ def test_two_halves_tell_the_story_of_the_whole(tmp_path: Path, monkeypatch: pyt
     lost: list[str] = []
     crew = Crew([tmp_path / "meeting"], lost.append, module="tests.engine.kernels.second_rank")
     try:
-        with crew.answering(STEP_S):
+        with crew.answering(ranks.START_S):
             first = second_rank.half(0, tmp_path / "meeting")
             first.lead(crew.tell)
             told = story(first)

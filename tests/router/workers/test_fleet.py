@@ -246,6 +246,7 @@ def test_a_worker_that_stays_stalled_is_named_to_the_keeper(tmp_path: Path) -> N
 
         async with asyncio.timeout(DEADLINE_S):
             assert await asked == ("w0", 0)
+        await worker.until(lambda: len(worker.heard) == 2)
         assert isinstance(worker.heard[1], Submit)
         assert str(sink.events[0]).startswith("stalled: no step for")
         running.cancel()
