@@ -13,7 +13,7 @@ import numpy as np
 from msgspec import structs
 
 from engine.compute.masks import Grammar
-from engine.kv.blocks import Block, BlockTrie, Reach
+from engine.kv.blocks import BlockTrie, Reach
 from engine.kv.keys import ChainKey
 from engine.kv.tiers import Tiers
 from engine.scheduling.hints import Hints
@@ -23,6 +23,7 @@ from engine.scheduling.memory import PeakMemory
 from engine.scheduling.outcome import Outcome
 from engine.scheduling.repeat import advance, run_length
 from engine.scheduling.report import held
+from engine.scheduling.room import GivingWay, Room
 from engine.scheduling.sequence import WAITING, Sequence, fault, refusal, yields_first
 from engine.scheduling.table import Table
 from engine.scheduling.waiting import WaitingQueue
@@ -33,7 +34,7 @@ from policies.builtin import headway_engine
 from policies.costs import StepModel
 from policies.request import RequestClass
 from policies.retention import CLASS_BANDS
-from policies.step_plan import Bools, Chunk, PlanLimits, owe, victims
+from policies.step_plan import Bools, Chunk, PlanLimits, owe
 
 log = logging.getLogger(__name__)
 
@@ -85,8 +86,11 @@ class Scheduler:
         self.hints = Hints(trie, self._tiers)
         self._holdings = Holdings(trie, self._tiers, self._table, self._policy.keep)
         self._memory = PeakMemory(limits.output_guess_tokens, trie.block_tokens)
-        self.preemptions = 0
-        self.parks = 0
+        self.room = Room(
+            trie, self._tiers, self._table, self._holdings,
+            waiting=self._waiting, memory=self._memory,
+            giving_way=GivingWay(limits.preemptions_max, limits.preempt_cooldown_s),
+        )  # fmt: skip
         self.repairs = 0
 
     @property
@@ -147,7 +151,7 @@ class Scheduler:
         if not len(residents) and not heads:
             return None
         for sequence in heads:
-            self._look_again(sequence)
+            self._waiting.look_again(sequence, self._trie)
         view = self._table.view(residents, heads, full_links, self._owed)
         chosen = self._policy.plan(view, model, now)
         step = Launch(view, chosen, residents, self._table.at(residents) + heads, now)
@@ -170,7 +174,7 @@ class Scheduler:
             return self.launch(model, now, full_links)
         if self._table.count > 1:
             # Prompts that fill the memory together and none can go on: the last to come gives way.
-            self._preempt(max(step.preemptable(), key=yields_first), step)
+            self.room.preempt(max(step.preemptable(), key=yields_first), step)
             return self.launch(model, now, full_links)
         return None
 
@@ -228,13 +232,13 @@ class Scheduler:
 
     def renew(self, root: ChainKey, now: float) -> None:
         """The weights are others: all KV is void. Who runs keeps its tokens and computes their KV anew."""
-        self._park_all(now)
+        self.room.give_up_all(now)
         self._trie.root_key = root
         self._trie.reset(self._tiers.held)
 
     def sleep(self, now: float) -> None:
         """The device's KV goes, once what is being written through lies in the pool. Who runs waits for `wake`."""
-        self._park_all(now)
+        self.room.give_up_all(now)
         self._tiers.wait(now)
         self._trie.reset(())
         self._tiers.is_asleep = True
@@ -242,13 +246,6 @@ class Scheduler:
     def wake(self) -> None:
         """The device's memory is there again: who was parked goes on, as far as the pool has it without computing."""
         self._tiers.is_asleep = False
-
-    def _park_all(self, now: float) -> None:
-        for sequence in self._table.at(np.flatnonzero(self._table.is_used)):
-            sequence.parks += 1
-            self._holdings.drop(sequence, now)
-            self._table.remove(sequence)
-            self._waiting.add(sequence)
 
     def obey(self, policy: EnginePolicy) -> None:
         """Plan and keep by another policy from the next step on."""
@@ -266,17 +263,6 @@ class Scheduler:
 
     # Inside a launch -------------------------------------------------------------------------------------------------
 
-    def _look_again(self, sequence: Sequence) -> None:
-        """Count what others have computed of its prompt since it came: a step that planned for all of it would hold
-        two of the siblings of one prefix where there is room for sixteen. Hot: a probe a head."""
-        if sequence.needs_all_rows:
-            return
-        known, ids = sequence.reach, sequence.ids[: sequence.length]
-        sequence.reach = self._trie.reach(ids, sequence.salt, sequence.public_blocks, known)
-        if sequence.reach != known:
-            left = max(1, sequence.length - sequence.reach.depth * self._block_tokens)
-            self._waiting.expect(sequence, min(left, sequence.uncached_estimate))
-
     def _reserve_decodes(self, step: Launch) -> None:
         """A block for each decode that begins one; if none can be had, the least urgent and latest gives way."""
         for ahead in (self._limits.ahead_tokens, 0):
@@ -293,10 +279,10 @@ class Scheduler:
             sequence = step.sequence(number)
             if sequence.row == WAITING:
                 continue  # it gave way to one before it
-            if not self._make_room(1, sequence.request_class, step):
+            if not self.room.make(1, sequence.request_class, step):
                 self._tiers.reclaim(step.now)
             while not self._trie.available:
-                self._preempt(max(step.preemptable(), key=yields_first), step)
+                self.room.preempt(max(step.preemptable(), key=yields_first), step)
             if sequence.row != WAITING:
                 self._holdings.take(sequence, 1, step.now)
 
@@ -323,7 +309,7 @@ class Scheduler:
         context = int(table.context[sequence.row])
         tokens = min(chunk.tokens, sequence.length - context)
         missing = -(-(context + tokens) // size) - len(sequence.blocks)
-        if missing > 0 and not self._make_room(missing, sequence.request_class, step):
+        if missing > 0 and not self.room.make(missing, sequence.request_class, step):
             missing = self._trie.available
             tokens = min(tokens, (len(sequence.blocks) + missing) * size - context)
         if tokens <= 0:
@@ -349,11 +335,11 @@ class Scheduler:
         if any(block.is_pending for block in found):
             return True  # in a step the first sequence leads, those behind it wait for its blocks
         rivals: list[Sequence] | None = None
-        while not (self._table.has_row and self._fits(sequence, found)):
-            rivals = self._victims(sequence.request_class, step) if rivals is None else rivals
+        while not (self._table.has_row and self.room.fits(sequence, found)):
+            rivals = self.room.victims(sequence.request_class, step) if rivals is None else rivals
             if not rivals:
                 return False
-            self._preempt(rivals.pop(0), step)
+            self.room.preempt(rivals.pop(0), step)
         self._waiting.remove(sequence)
         self._trie.hold(found)
         sequence.blocks = found
@@ -370,7 +356,7 @@ class Scheduler:
         found = sequence.blocks
         below = self._tiers.find(found, sequence.known, sequence.salt, sequence.public_blocks)
 
-        make_room = partial(self._make_room, urgent=sequence.request_class, step=step)
+        make_room = partial(self.room.make, urgent=sequence.request_class, step=step)
         band = CLASS_BANDS[sequence.request_class]
         restore = self._tiers.bring_up(found, below, band, make_room=make_room, model=model, now=step.now)
         if restore is None:
@@ -389,44 +375,6 @@ class Scheduler:
                 sequence.restore = None
                 self._table.is_restoring[sequence.row] = False
                 self._holdings.adopt(sequence)
-
-    def _fits(self, sequence: Sequence, found: list[Block]) -> bool:
-        """Whether KV suffices at the coming peak; what sequences share counts for each of them."""
-        held = self._trie.counts().held - self._tiers.lent
-        shared = int(self._table.blocks[self._table.is_used].sum()) - held + sum(1 for block in found if block.refs)
-        return self._memory.fits(self._table, sequence, self._blocks_total + shared)
-
-    def _victims(self, urgent: RequestClass, step: Launch) -> list[Sequence]:
-        """Residents that may give way, first victim first: those that nobody reads, then less urgent ones."""
-        parked = [sequence for sequence in step.preemptable() if sequence.link in step.full_links]
-        since, most = step.now - self._limits.preempt_cooldown_s, self._limits.preemptions_max
-        allowed = {s.serial for s in step.preemptable() if s.preempted_at <= since and s.preemptions < most}
-        rows = victims(step.view, urgent, step.now).tolist()
-        return parked + [s for s in map(step.sequence, rows) if s.serial in allowed and s not in parked]
-
-    def _make_room(self, blocks: int, urgent: RequestClass, step: Launch) -> bool:
-        """Have so many blocks available, at the cost of less urgent sequences if need be."""
-        if self._trie.available >= blocks:
-            return True
-        for victim in self._victims(urgent, step):
-            self._preempt(victim, step)
-            if self._trie.available >= blocks:
-                return True
-        return False
-
-    def _preempt(self, sequence: Sequence, step: Launch) -> None:
-        """Drop its KV and let it wait again; what the cache keeps of it, it finds again."""
-        now, step.has_preempted = step.now, True
-        if sequence.link in step.full_links:
-            self.parks += 1  # until its link is read again it is shown to no planner; then it goes on
-            sequence.parks += 1
-        else:
-            self.preemptions += 1
-            sequence.preemptions += 1
-            sequence.preempted_at = now
-        self._holdings.drop(sequence, now)
-        self._table.remove(sequence)
-        self._waiting.add(sequence)
 
     # Inside a collect ------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 
+from engine.kv.blocks import BlockTrie
 from engine.scheduling.sequence import Sequence
 from policies.request import RequestClass
 
@@ -40,10 +41,18 @@ class WaitingQueue:
         del entries[at]
         self.uncached_tokens -= sequence.uncached_estimate
 
-    def expect(self, sequence: Sequence, uncached: int) -> None:
-        """One that waits here has so much to compute by now."""
-        self.uncached_tokens += uncached - sequence.uncached_estimate
-        sequence.uncached_estimate = uncached
+    def look_again(self, sequence: Sequence, trie: BlockTrie) -> None:
+        """Count what others have computed of its prompt since it came: a step that planned for all of it would hold
+        two of the siblings of one prefix where there is room for sixteen. Hot: a probe a head."""
+        if sequence.needs_all_rows:
+            return
+        known, ids = sequence.reach, sequence.ids[: sequence.length]
+        sequence.reach = trie.reach(ids, sequence.salt, sequence.public_blocks, known)
+        if sequence.reach != known:
+            uncached = max(1, sequence.length - sequence.reach.depth * trie.block_tokens)
+            uncached = min(uncached, sequence.uncached_estimate)
+            self.uncached_tokens += uncached - sequence.uncached_estimate
+            sequence.uncached_estimate = uncached
 
     def heads(self, count: int, skip_links: frozenset[int]) -> list[Sequence]:
         """Up to `count` of each class, most urgent first, none of the links to skip."""

@@ -129,7 +129,7 @@ def test_preempted_and_resumed(tiny_llama: Path, sampling: Sampling, cold: Cold)
     for number in range(2, 8):
         ask(rig, number, Sampling(temperature=0.0, max_tokens=4), prompt_of(number, 110), cls=CHAT, first_left_s=0.0)
     rig.run()
-    assert rig.scheduler.preemptions >= 1
+    assert rig.scheduler.room.preemptions >= 1
     assert rig.tiers.load().restored_host > 0
     assert rig.tokens[1] == cold[0]
 
@@ -143,8 +143,8 @@ def test_parked_and_back(tiny_llama: Path, sampling: Sampling, cold: Cold) -> No
     rig.submit(order(2, prompt_of(2, 110), cls=BATCH, max_tokens=4), link=2)
     while 2 not in rig.ends:
         rig.step(full_links=frozenset({1}))
-    assert rig.scheduler.parks == 1
-    assert rig.scheduler.preemptions == 0
+    assert rig.scheduler.room.parks == 1
+    assert rig.scheduler.room.preemptions == 0
     assert len(rig.tokens[1]) == 13
     rig.run()
     assert rig.tiers.load().restored_host > 0

@@ -79,7 +79,7 @@ def test_a_preempted_answer_goes_on_from_the_pool() -> None:
     for number in range(2, 6):
         rig.submit(order(number, prompt(number, 20 * SIZE), first_left_s=0.01))
     rig.run()
-    assert rig.scheduler.preemptions >= 1
+    assert rig.scheduler.room.preemptions >= 1
     assert rig.tiers.load().restored_host >= 12
     assert rig.tokens[1] == expected(ids, 100)
     for number in range(2, 6):
