@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from bench.gpu_timing import BF16, CUDA, READ_GB_S, error, microseconds
+from bench.gpu_timing import BF16, CUDA, ceilings, error, microseconds
 from engine.kernels import paged, plan, ref
 from engine.kernels.paged import Launch, Shape, Step
 
@@ -118,7 +118,7 @@ DECODES = [(1, 576), (8, 576), (16, 576), (32, 576), (64, 576), (128, 576), (256
 def attend_section(models: list[str], deadline_s: float) -> dict[str, Any]:
     """Decode by batch, context, part size and launch; verify rows; shared prefixes."""
     table: list[list[Any]] = []
-    for model in models:
+    for model in (name for name in models if name in SHAPES):
         pool = Pool(SHAPES[model], 30)
         token_bytes = 2 * pool.shape.kv_heads * pool.shape.head_dim * 2
         for batch, context in DECODES if model == "8b" else DECODES[:6]:
@@ -141,7 +141,7 @@ def attend_section(models: list[str], deadline_s: float) -> dict[str, Any]:
                 cell[name] = round(time_us, 2)
                 if not wrong < 1e-2:
                     print("WRONG", model, batch, context, name, wrong, flush=True)
-            floor = batch * context * token_bytes / READ_GB_S / 1e3
+            floor = batch * context * token_bytes / ceilings().read_bytes_s * 1e6
             best = min(cell, key=lambda k: cell[k])
             table.append([model, "decode", batch, context, round(floor, 1), cell])
             rate = batch * context * token_bytes / cell[best] / 1e3

@@ -22,7 +22,7 @@ import torch
 
 from bench.gpu_attention import SHAPES, Pool, attend_section, prefill_section
 from bench.gpu_products import all_choices, compile_all, product_section, summary, tuned_table
-from bench.gpu_timing import BF16, CUDA, READ_GB_S, microseconds, precompile
+from bench.gpu_timing import BF16, CUDA, ceilings, microseconds, precompile
 from engine.kernels import paged, ref, rows
 from engine.kernels.sample import Knobs, Sampler
 from engine.kernels.tuned import slug
@@ -68,7 +68,7 @@ def sample_section(_models: list[str], deadline_s: float) -> dict[str, Any]:
                 "spread",
                 spread,
                 "floor",
-                round(logits.numel() * 4 / READ_GB_S / 1e3, 1),
+                round(logits.numel() * 4 / ceilings().read_bytes_s * 1e6, 1),
                 cell,
                 flush=True,
             )
@@ -110,7 +110,7 @@ SECTIONS = {"linear": product_section, "attend": attend_section, "prefill": pref
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sections", default="attend,prefill,sample,rows,linear")
-    parser.add_argument("--models", default="8b,0.6b")
+    parser.add_argument("--models", default="8b,0.6b,8b/2")
     parser.add_argument("--out", default=os.environ.get("OUT", "."))
     parser.add_argument("--seconds", type=float, default=480.0)
     parser.add_argument("--compile")

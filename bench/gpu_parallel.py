@@ -151,7 +151,8 @@ def sums(options: argparse.Namespace) -> None:
         join = DeviceSum(shard, len(x), width, x)
         answer = torch.zeros(2, SEQUENCES_MAX, dtype=torch.int32, device=device)
         for rows in SUM_ROWS:
-            few, part = x[:rows], join.part(x[:rows])
+            few = x[:rows]
+            part = join.part(few)  # few itself where it is too many rows for other cards' memory
             found[f"nccl {rows}"] = microseconds(lambda few=few: dist.all_reduce(few))
             if part is not few:
                 found[f"one-shot {rows}"] = microseconds(lambda few=few, part=part: join.sum_into(few, part))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench.gpu_timing import BF16, CUDA, PAST_L2_BYTES, READ_GB_S, error, microseconds
+from bench.gpu_timing import BF16, CUDA, PAST_L2_BYTES, ceilings, error, microseconds
 from engine.kernels import ref, rows
 from engine.kernels.linear import Epilogue, Scratch, linear
 from engine.kernels.tuned import CUBLAS, Choice
@@ -36,8 +36,12 @@ PRODUCTS: dict[str, dict[str, tuple[Role, int, int]]] = {
         "qkv": ("norm", 4096, 1024), "o": ("residual", 1024, 2048), "gate_up": ("gated", 3072, 1024),
         "down": ("residual", 1024, 3072), "head": ("plain", 151936, 1024),
     },
+    "8b/2": {  # a rank's part of two; the head is whole
+        "qkv": ("norm", 3072, 4096), "o": ("residual", 4096, 2048), "gate_up": ("gated", 7168, 4096),
+        "down": ("residual", 4096, 7168),
+    },
 }  # fmt: skip
-LAYERS = {"8b": 32, "0.6b": 28}
+LAYERS = {"8b": 32, "0.6b": 28, "8b/2": 32}
 
 
 def candidates(role: Role, row_count: int, outputs: int, columns: int) -> Iterator[Choice]:
@@ -173,7 +177,7 @@ def one_product(
     library = cublas_call(role, x, out, residual)
     entry: dict[str, Any] = {
         "model": model, "shape": name, "role": role, "rows": row_count, "outputs": outputs, "columns": columns,
-        "floor_us": weights[0].numel() * 2 / READ_GB_S / 1e3,
+        "floor_us": weights[0].numel() * 2 / ceilings().read_bytes_s * 1e6,
         "cublas_us": microseconds([lambda w=w: library(w) for w in weights]),
         "bare_cublas_us": microseconds([lambda w=w: functional.linear(x, w) for w in weights]),
         "trials": [], "own_us": math.inf, "own": None,

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import torch
 
+from bench.gpu_timing import ceilings
 from engine.compute import gpu_build
 from engine.compute.calibrate import Shape, batch_of
 from engine.compute.gpu_runner import GpuRunner
@@ -25,7 +26,6 @@ from engine.config import GPU_BLOCK_TOKENS
 from engine.models.config import ModelConfig
 from engine.step import StepBatch
 
-READ_BYTES_S, FLOP_S = 3.18e12, 790e12  # measured on an H100: a one-block Triton sum; an 8192-wide product
 DECODES = ((1, 576), (8, 576), (32, 576), (64, 576), (128, 576), (256, 576), (8, 8192), (1, 32768))
 CHUNKS = (Shape(0, 512, 0), Shape(0, 2048, 0), Shape(64, 512, 576), Shape(0, 2048, 8192), Shape(0, 2048, 30720))
 DETAILED = (1, 64, 256)
@@ -39,7 +39,8 @@ def floor_ms(config: ModelConfig, shape: Shape) -> float:
     kv = shape.decodes * shape.context * config.kv_bytes_per_token(2)
     pairs = shape.chunk * (shape.context + shape.chunk / 2)
     flop = 2 * ((shape.decodes + shape.chunk) * linear + sampled * head) + 4 * config.layers * config.q_width * pairs
-    return max((2 * (linear + head) + kv) / READ_BYTES_S, flop / FLOP_S) * 1e3
+    card = ceilings()
+    return max((2 * (linear + head) + kv) / card.read_bytes_s, flop / card.flop_s) * 1e3
 
 
 def spread(shape: Shape, blocks: int) -> StepBatch:

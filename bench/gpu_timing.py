@@ -10,14 +10,30 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 CUDA = torch.device("cuda")
 BF16 = torch.bfloat16
-READ_GB_S = 3180.0  # measured on an H100: one-block Triton sum over 4 GiB
 PAST_L2_BYTES = 240e6
+
+
+@dataclass(frozen=True, slots=True)
+class Ceilings:
+    """What a card reads from its memory (one-block Triton sum over 4 GiB) and multiplies (8192-wide bf16 product)."""
+
+    read_bytes_s: float
+    flop_s: float
+
+
+MEASURED = {"NVIDIA H100 80GB HBM3": Ceilings(3.18e12, 790e12), "NVIDIA H200": Ceilings(4.45e12, 778e12)}
+
+
+def ceilings() -> Ceilings:
+    """The card's at hand; a KeyError names a card that nobody has measured."""
+    return MEASURED[torch.cuda.get_device_name()]
 
 
 def captured(launches: list[Callable[[], object]]) -> torch.cuda.CUDAGraph:
