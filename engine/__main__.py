@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from engine.config import GPU_BLOCK_TOKENS, GPU_KV_BYTES, GPU_SEQUENCES_MAX, EngineConfig
+from engine.config import GPU_BLOCK_TOKENS, GPU_KV_BYTES, GPU_SEQUENCES_MAX, WEIGHTS, EngineConfig
 from engine.worker import StartError
 
 if TYPE_CHECKING:
@@ -62,6 +62,8 @@ def _worker(arguments: argparse.Namespace) -> int:
         config = _for_gpu(config, arguments)
         if int(config.device.partition(":")[2]) + config.tensor_parallel > torch.cuda.device_count():
             raise StartError(_no_card(config, torch.cuda.device_count()))
+    elif config.has_fp8_weights:
+        raise StartError("weights of 8 bits (--weights fp8) need a GPU; leave them bf16 on a CPU")
     with contextlib.ExitStack() as ending:
         runner = _explained(lambda: ending.enter_context(_running(folder, config)))
         facts = ModelFacts(
@@ -99,8 +101,9 @@ def _running(folder: Path, config: EngineConfig) -> Iterator[TorchRunner | GpuRu
 
 
 def _kv_dtype(config: EngineConfig) -> str:
-    """What KV is made of; in parts it lies otherwise, and has other keys."""
+    """What KV is made of, and by what: weights of 8 bits give other KV, and in parts it lies otherwise: other keys."""
     dtype = "bfloat16" if config.device.startswith("cuda") else "float32"
+    dtype = f"{dtype} by 8-bit weights" if config.has_fp8_weights else dtype
     return dtype if config.tensor_parallel == 1 else f"{dtype} in {config.tensor_parallel} parts"
 
 
@@ -152,6 +155,7 @@ def _gpu_runner(folder: Path, config: EngineConfig) -> TorchRunner | GpuRunner:
         block_tokens=config.block_tokens,
         kv_bytes=config.kv_bytes,
         sequences_max=config.sequences_max,
+        has_fp8_weights=config.has_fp8_weights,
     )
 
 
@@ -241,6 +245,9 @@ def _parser() -> argparse.ArgumentParser:
         "--device", type=_device, default="cpu", help="cpu, cuda, cuda:1, or auto: cuda where one is (cpu)"
     )
     worker.add_argument("--threads", type=_count, default=1, help="CPU threads (1)")
+    worker.add_argument(
+        "--weights", choices=WEIGHTS, default="bf16", help="of layers, on a GPU; fp8: half the bytes (bf16)"
+    )
     worker.add_argument(
         "--tensor-parallel", type=_count, default=1, help="cards of this host, or processes, that share the model (1)"
     )

@@ -19,6 +19,7 @@ class EngineConfig:
     model_name: str = ""  # as clients ask for it; empty: the model's own
     device: str = "cpu"  # cpu | cuda | cuda:N | auto: cuda if there is one
     threads: int = 1
+    weights: str = "bf16"  # of a layer's projections on a GPU; fp8: half the bytes, a scale a row, and other answers
     tensor_parallel: int = 1  # ranks that hold a part of the model each: this card and the next ones, or processes
     has_one_shot: bool = True  # sums over cards by one kernel for few rows; else NCCL's
     block_tokens: int = 16  # 64 on a GPU
@@ -37,7 +38,13 @@ class EngineConfig:
     disk_dir: str = ""  # where KV files go; empty: nowhere
     disk_bytes: int = 0  # of this worker
 
+    @property
+    def has_fp8_weights(self) -> bool:
+        """Whether a layer's projections are of 8 bits."""
+        return self.weights == "fp8"
 
+
+WEIGHTS = ("bf16", "fp8")
 GPU_BLOCK_TOKENS = 64  # what the kernels' tiles are made for
 GPU_SEQUENCES_MAX = 256  # the largest bucket of decode rows (engine/compute/arrange.py)
 GPU_ROWS_MAX = 4096  # of a step: 100 ms of an 8B model, and what a newcomer waits at most; fewer steps mix better

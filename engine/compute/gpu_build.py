@@ -40,6 +40,7 @@ def load(
     sequences_max: int,
     shard: Shard = WHOLE,
     has_one_shot: bool = True,
+    has_fp8_weights: bool = False,
 ) -> GpuRunner | TorchRunner:
     """A runner for a Hugging Face folder on this device, or for a rank's part of it where all ranks have met and call
     this at once. Raises ModelError when the folder cannot be served."""
@@ -47,8 +48,11 @@ def load(
     torch.cuda.set_device(device)
     is_part = shard.ranks > 1
     with torch.inference_mode():
-        with nullcontext() if shard.rank else precompile.beside(folder, device, block_tokens, sequences_max, shard):
-            made = on_device(folder, device, shard)
+        compiling = precompile.beside(
+            folder, device, block_tokens, sequences_max, shard, has_fp8_weights=has_fp8_weights
+        )
+        with nullcontext() if shard.rank else compiling:
+            made = on_device(folder, device, shard, has_fp8_weights=has_fp8_weights)
             torch.cuda.synchronize()
         if is_part:
             ranks.least(0)  # rank 0's compilers are done
@@ -58,7 +62,9 @@ def load(
             time.perf_counter() - started,
         )
         shape = gpu.shape_of(made.config, block_tokens)
-        wrong = check.failures(device, DTYPE, shape)
+        wrong = check.failures(device, DTYPE, shape, has_fp8=made.has_fp8)
+        if has_fp8_weights and {"attention", "prefill", "sampling"} & set(wrong):
+            raise ModelError(f"8-bit weights need our own kernels, which failed their self-check on {device}: {wrong}")
         if is_part and {"attention", "prefill", "sampling"} & set(wrong):
             raise ModelError(
                 f"tensor parallel needs our own kernels, which failed their self-check on {device}: {wrong}"
@@ -67,6 +73,9 @@ def load(
             log.warning("serving by plain torch instead: correct, and several times slower")
             options = RunnerConfig(block_tokens, kv_bytes or 4 * 2**30, DTYPE, str(device))
             return TorchRunner.load(folder, options)
+        if {check.FP8_OWN, check.FP8_LIBRARY} & set(wrong):
+            log.warning("weights are widened to bfloat16 again: twice the memory, and the time of bfloat16")
+            made = gpu.widened(made)
         table = tuned.library(str(device)) if "products" in wrong else None
         joined = None
         if is_part:
@@ -81,13 +90,15 @@ def load(
     return runner
 
 
-def on_device(folder: Path, device: torch.device, shard: Shard = WHOLE) -> gpu.Weights:
+def on_device(
+    folder: Path, device: torch.device, shard: Shard = WHOLE, *, has_fp8_weights: bool = False
+) -> gpu.Weights:
     """The folder's weights, or made-up ones if its config.json asks for them."""
     config = model_config.read(folder)
     if is_random(folder):
-        return gpu.random_weights(config, device, DTYPE, shard=shard)
+        return gpu.random_weights(config, device, DTYPE, shard=shard, is_fp8=has_fp8_weights)
     manifest.verify(folder)
-    return gpu.from_decoder(weights.load(folder, DTYPE, device, shard))
+    return gpu.from_decoder(weights.load(folder, DTYPE, device, shard), is_fp8=has_fp8_weights)
 
 
 def is_random(folder: Path) -> bool:
@@ -104,5 +115,6 @@ def blocks_for(made: gpu.Weights, block_tokens: int, kv_bytes: int) -> int:
         rows = most(256).rows
         widths = 2 * made.config.hidden + 2 * made.config.q_width + 2 * made.config.kv_width + 3 * made.config.ffn
         step_bytes = rows * widths * DTYPE.itemsize + 256 * made.config.vocab_size * 4
+        step_bytes += rows * gpu.widest(made.config) if made.has_fp8 else 0
         kv_bytes = int(FREE_SHARE * free) - RESERVE_BYTES - step_bytes
     return kv_bytes // block_bytes

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from engine.kernels import paged, ref, tuned
+from engine.kernels import fp8, paged, ref, scaled, tuned
 from engine.kernels.linear import Epilogue, Scratch, linear
 from engine.kernels.paged import Launch, Shape, Step
 from engine.kernels.sample import Knobs, Sampler
@@ -21,8 +21,9 @@ ERROR_MAX = 1e-2  # relative, 2-norm: bf16 operands give 2-5e-3
 OUTPUTS, COLUMNS = 256, 1024
 
 
-def failures(device: torch.device, dtype: torch.dtype, shape: Shape) -> dict[str, str]:
-    """Which of products, attention, prefill and sampling cannot be trusted here, and why."""
+def failures(device: torch.device, dtype: torch.dtype, shape: Shape, *, has_fp8: bool = False) -> dict[str, str]:
+    """Which of products, attention, prefill and sampling cannot be trusted here, and why; products of 8 bits too, where
+    they are served."""
     found = {}
     checks: dict[str, Callable[[], float]] = {
         "products": lambda: max(_product(device, dtype, role, count) for role in ROLES for count in (1, 16)),
@@ -30,6 +31,11 @@ def failures(device: torch.device, dtype: torch.dtype, shape: Shape) -> dict[str
         "prefill": lambda: _attention(device, dtype, shape, [150, 90], [100, 33]),
         "sampling": lambda: _sampling(device),
     }
+    if has_fp8:
+        checks[FP8_OWN] = lambda: max(
+            _product(device, dtype, role, count, is_fp8=True) for role in FP8_ROLES for count in (1, 16, 64)
+        )
+        checks[FP8_LIBRARY] = lambda: max(_rounded_product(device, dtype, role) for role in FP8_ROLES)
     for name, check in checks.items():
         try:
             error = check()
@@ -44,23 +50,48 @@ def failures(device: torch.device, dtype: torch.dtype, shape: Shape) -> dict[str
 
 
 ROLES: tuple[tuned.Role, ...] = ("norm", "gated", "residual", "plain")
+FP8_ROLES: tuple[tuned.Role, ...] = ("norm", "gated", "residual")  # "plain" is the head's, which is never of 8 bits
+FP8_OWN, FP8_LIBRARY = "8-bit products", "the library's 8-bit products"
 
 
 def _error(got: Tensor, wanted: Tensor) -> float:
     return float((got.float() - wanted.float()).norm() / wanted.float().norm())
 
 
-def _product(device: torch.device, dtype: torch.dtype, role: tuned.Role, count: int) -> float:
+def _operands(device: torch.device, dtype: torch.dtype, role: tuned.Role, count: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator(device).manual_seed(count)
     height = OUTPUTS * (2 if role == "gated" else 1)
     x = torch.randn(count, COLUMNS, generator=generator, device=device).to(dtype)
-    weight = (torch.randn(height, COLUMNS, generator=generator, device=device) / 30).to(dtype)
+    return x, (torch.randn(height, COLUMNS, generator=generator, device=device) / 30).to(dtype)
+
+
+def _product(device: torch.device, dtype: torch.dtype, role: tuned.Role, count: int, *, is_fp8: bool = False) -> float:
+    x, plain = _operands(device, dtype, role, count)
+    weight = scaled.stored(plain, dtype, is_fp8=is_fp8)
     epilogue = Epilogue(1e-5 if role in ("norm", "gated") else None, role == "gated")
     residual = x[:, :OUTPUTS].contiguous() if role == "residual" else None
     out = torch.full((count, OUTPUTS), torch.nan, device=device, dtype=torch.float32 if role == "plain" else dtype)
-    choice = tuned.rule(role, count, OUTPUTS, COLUMNS)
+    choice = tuned.rule(role, count, OUTPUTS, COLUMNS, is_fp8=is_fp8)
     linear(x, weight, out, choice, Scratch.make(device, 1 << 20, 1024), epilogue, residual=residual)
     return _error(out, ref.linear(x, weight, epilogue.norm_eps, epilogue.is_gated, None, residual))
+
+
+def _rounded_product(device: torch.device, dtype: torch.dtype, role: tuned.Role, count: int = 128) -> float:
+    """Both operands of 8 bits; behind the gated one its own result is rounded, as the down projection takes it."""
+    x, plain = _operands(device, dtype, role, count)
+    weight = scaled.rounded(plain)
+    eps = None if role == "residual" else 1e-5
+    residual = x[:, :OUTPUTS].contiguous() if role == "residual" else None
+    out = torch.full((count, OUTPUTS), torch.nan, device=device, dtype=dtype)
+    gate_up = torch.full((count, 2 * OUTPUTS), torch.nan, device=device, dtype=dtype)
+    room = fp8.Room(fp8.Rounding.make(count, COLUMNS, device), torch.full_like(out, torch.nan), gate_up)
+    rows = scaled.widened(scaled.rounded(x if eps is None else ref.rms_norm(x, eps)))
+    fp8.product(role, x, weight, out, room, eps or 0.0, None, residual)
+    error = _error(out, ref.linear(rows, weight, None, role == "gated", None, residual))
+    if role != "gated":
+        return error
+    wanted = scaled.widened(scaled.rounded(ref.gated(gate_up)))
+    return max(error, _error(scaled.widened(room.rounding.gated(gate_up)), wanted))
 
 
 def _attention(device: torch.device, dtype: torch.dtype, shape: Shape, contexts: list[int], counts: list[int]) -> float:

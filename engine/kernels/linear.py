@@ -3,8 +3,10 @@
 Owns y = epilogue(x @ w.T) for up to 256 rows. Never chooses its tile (tuned.py does), never packs a weight.
 
 Hot: four launches a layer. The floor is the weight's bytes over the memory rate; bench/gpu_micro.py holds both to it.
-Epilogues, in this order: NORM multiplies by 1 / rms(x) (the norm's weight is folded into w at load), BIAS adds a row,
-GATED computes silu(gate) * up from rows n and N + n of w, RESIDUAL adds [rows, N]. All arithmetic is float32.
+Weights of 8 bits (scaled.py) are read as they are and widened in registers: half the bytes, the same float32 sums.
+Epilogues, in this order: SCALED multiplies by the weight row's scale, NORM by 1 / rms(x) (the norm's weight is folded
+into w at load), BIAS adds a row, GATED computes silu(gate) * up from rows n and N + n of w, RESIDUAL adds [rows, N].
+All arithmetic is float32.
 Programmatic launch (PDL 1: signal at once, 2: signal after the loop): weights do not depend on the kernel before, x
 does, so everything up to `gdc_wait` may run beside that kernel's tail."""
 
@@ -18,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels.scaled import Scaled, Weight
 from engine.kernels.tuned import Choice
 
 
@@ -30,6 +33,7 @@ def silu_mul(gate, up):
 def gemv(
     x,
     w,
+    scale,
     bias,
     residual,
     y,
@@ -45,12 +49,16 @@ def gemv(
     BIAS: tl.constexpr,
     GATED: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    SCALED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """BN outputs of ROWS rows. The first HEAD columns of the weight sit in registers before x is waited for."""
+    """BN outputs of ROWS rows. The first HEAD columns of the weight sit in registers before x is waited for.
+
+    A thread takes 8 neighbours of w and of x: with 16, as 8-bit weights would have it, x lies in other threads than its
+    weights, and every load of w goes through shared memory and a barrier."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.arange(0, ROWS)
-    head = tl.arange(0, HEAD)
+    head = tl.max_contiguous(tl.arange(0, HEAD), 8)
     wp = w + n.to(tl.int64)[:, None] * K
     up = wp + N.to(tl.int64) * K
     if PDL == 1:
@@ -71,7 +79,7 @@ def gemv(
         part = tl.zeros([ROWS, BN, BK], tl.float32)
         part_up = part
         squares = tl.zeros([ROWS, 1, BK], tl.float32)
-        k = tl.arange(0, BK)
+        k = tl.max_contiguous(tl.arange(0, BK), 8)
         for start in range(HEAD, K, BK):
             xk = tl.load(xp + (start + k)[None, None, :], mask=rows, other=0.0).to(tl.float32)
             wv = tl.load(wp + (start + k)[None, :], eviction_policy="evict_first").to(tl.float32)
@@ -87,11 +95,15 @@ def gemv(
             acc_up += tl.sum(part_up, 2)
     if PDL == 2:
         tl.extra.cuda.gdc_launch_dependents()
-    if NORM:
-        scale = tl.rsqrt(square / K + EPS)
-        acc *= scale
+    if SCALED:
+        acc *= tl.load(scale + n)[None, :]
         if GATED:
-            acc_up *= scale
+            acc_up *= tl.load(scale + N + n)[None, :]
+    if NORM:
+        norm = tl.rsqrt(square / K + EPS)
+        acc *= norm
+        if GATED:
+            acc_up *= norm
     if BIAS:
         acc += tl.load(bias + n).to(tl.float32)[None, :]
     if GATED:
@@ -118,6 +130,7 @@ def tile(w, row, n, k, K, BK: tl.constexpr, TMA: tl.constexpr):
 def gemm(
     x,
     w,
+    scale,
     bias,
     residual,
     y,
@@ -139,6 +152,7 @@ def gemm(
     BIAS: tl.constexpr,
     GATED: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    SCALED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A [ROWS, BN] tile over one of SPLITS parts of K; SWAP computes it transposed, so that wgmma's 64 rows are
@@ -164,15 +178,15 @@ def gemm(
         else:
             xv = tl.load(x + m[:, None] * K + (k + tl.arange(0, BK))[None, :], mask=(m < M)[:, None], other=0.0)
         if SWAP:
-            acc = tl.dot(wv, tl.trans(xv), acc)
+            acc = tl.dot(wv.to(xv.dtype), tl.trans(xv), acc)
         else:
-            acc = tl.dot(xv, tl.trans(wv), acc)
+            acc = tl.dot(xv, tl.trans(wv.to(xv.dtype)), acc)
         if GATED:
             uv = tile(w, N + pn * BN, n, k, K, BK, TMA)
             if SWAP:
-                acc_up = tl.dot(uv, tl.trans(xv), acc_up)
+                acc_up = tl.dot(uv.to(xv.dtype), tl.trans(xv), acc_up)
             else:
-                acc_up = tl.dot(xv, tl.trans(uv), acc_up)
+                acc_up = tl.dot(xv, tl.trans(uv.to(xv.dtype)), acc_up)
         if NORM:  # a thread holds 8 neighbours of a row: this sum crosses no lanes
             xf = tl.reshape(xv.to(tl.float32), [ROWS, BK // 8, 8])
             squares += tl.sum(xf * xf, 2)
@@ -182,9 +196,9 @@ def gemm(
         acc = tl.trans(acc)
         acc_up = tl.trans(acc_up)
     if NORM:
-        scale = tl.rsqrt(tl.sum(squares, 1) / K + EPS)[:, None]
-        acc *= scale
-        acc_up *= scale
+        norm = tl.rsqrt(tl.sum(squares, 1) / K + EPS)[:, None]
+        acc *= norm
+        acc_up *= norm
     if SPLIT:
         slot = (tl.program_id(2) * tl.num_programs(0) + pn) * SPLITS
         cell = tl.arange(0, ROWS)[:, None] * BN + n[None, :]
@@ -195,15 +209,22 @@ def gemm(
             for part in range(SPLITS):
                 total += tl.load(partials + (slot + part) * (ROWS * BN) + cell, cache_modifier=".cg")
             tl.store(arrivals + slot // SPLITS, 0)
-            finish(total, total, bias, residual, y, m, pn * BN + n, M, N, BIAS, False, RESIDUAL)
+            finish(total, total, scale, bias, residual, y, m, pn * BN + n, M, N, BIAS, False, RESIDUAL, SCALED)
     else:
-        finish(acc, acc_up, bias, residual, y, m, pn * BN + n, M, N, BIAS, GATED, RESIDUAL)
+        finish(acc, acc_up, scale, bias, residual, y, m, pn * BN + n, M, N, BIAS, GATED, RESIDUAL, SCALED)
 
 
 @triton.jit
-def finish(acc, acc_up, bias, residual, y, m, n, M, N, BIAS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr):
+def finish(
+    acc, acc_up, scale, bias, residual, y, m, n, M, N,
+    BIAS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
     inside = (m < M)[:, None]
     at = m[:, None] * N + n[None, :]
+    if SCALED:
+        acc *= tl.load(scale + n)[None, :]
+        if GATED:
+            acc_up *= tl.load(scale + N + n)[None, :]
     if BIAS:
         acc += tl.load(bias + n).to(tl.float32)[None, :]
     if GATED:
@@ -239,7 +260,7 @@ PLAIN = Epilogue()
 
 def linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     out: Tensor,
     choice: Choice,
     scratch: Scratch,
@@ -250,25 +271,27 @@ def linear(
     """out = epilogue(x @ weight.T) [+ bias] [+ residual], by one of this file's kernels; `residual` may be `out`."""
     assert bias is None or not epilogue.is_gated
     (rows, columns), outputs = x.shape, out.shape[1]
+    matrix, scales = (weight.values, weight.scales) if isinstance(weight, Scaled) else (weight, out)
     flags: dict[str, Any] = {
         "EPS": epilogue.norm_eps or 0.0,
         "NORM": epilogue.norm_eps is not None,
         "BIAS": bias is not None,
         "GATED": epilogue.is_gated,
         "RESIDUAL": residual is not None,
+        "SCALED": isinstance(weight, Scaled),
         "PDL": choice.pdl,
         "num_warps": choice.warps,
         "launch_pdl": choice.pdl > 0,
     }
-    tail = (out if bias is None else bias, out if residual is None else residual, out)
+    tail = (scales, out if bias is None else bias, out if residual is None else residual, out)
     padded = max(1 if choice.kernel == "gemv" else 16, triton.next_power_of_2(rows))
     if choice.kernel == "gemv":
         grid: tuple[int, ...] = (outputs // choice.block_n,)
-        gemv[grid](x, weight, *tail, rows, outputs, columns, ROWS=padded, BN=choice.block_n, HEAD=choice.head_k,
+        gemv[grid](x, matrix, *tail, rows, outputs, columns, ROWS=padded, BN=choice.block_n, HEAD=choice.head_k,
                    BK=choice.block_k, **flags)  # fmt: skip
         return out
     tile_rows = min(padded, choice.rows_max)
-    x_in, w_in = (x, weight) if choice.kernel == "dot" else _described(x, weight, tile_rows, choice)
+    x_in, w_in = (x, matrix) if choice.kernel == "dot" else _described(x, matrix, tile_rows, choice)
     grid = (outputs // choice.block_n, choice.splits, triton.cdiv(rows, tile_rows))
     gemm[grid](x_in, w_in, *tail, scratch.partials, scratch.arrivals, rows, outputs, columns,
                columns // choice.splits, choice.splits,

@@ -8,17 +8,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from engine.kernels.scaled import Weight, widened
+
 
 def linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     norm_eps: float | None = None,
     is_gated: bool = False,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
     """[rows, K] and [N or 2 * N, K] -> [rows, N]; the norm's weight is folded into `weight`."""
-    y = x.float() @ weight.float().T
+    y = x.float() @ widened(weight).T
     if norm_eps is not None:
         y = y * rms_scale(x, norm_eps)
     if bias is not None:

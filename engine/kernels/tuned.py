@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,9 @@ Role = Literal["norm", "gated", "residual", "plain"]  # the epilogue; "gated" ha
 
 GEMV_ROWS_MAX = 2  # row-dot loses to tensor cores from 4 rows on, except on the smallest shapes (1.6-2.3x at 8)
 OWN_ROWS_MAX = 64  # beyond, a shape nobody has measured goes to cuBLAS
+# Up to so many rows 8-bit weights are the product's second operand: copied to shared memory by 16 bytes, read by 8. As
+# its first, which wgmma takes widened from registers, by 8 and by 2; from 64 rows on the second would be written again.
+FP8_STRAIGHT_ROWS_MAX = 32
 GEMV_BYTES_AHEAD = 16384  # weight bytes a GEMV program holds in registers before its input is ready
 
 
@@ -45,6 +48,7 @@ class Table:
 
     device: str
     linear: dict[tuple[str, int, int], dict[int, Choice]]
+    fp8: dict[tuple[str, int, int], dict[int, Choice]] = field(default_factory=dict)  # the same for weights of 8 bits
 
     is_library: bool = False  # every product by cuBLAS: the fall-back when our kernels fail their self-check
 
@@ -72,39 +76,48 @@ def load(device: str, folder: Path = Path(__file__).parent / "tuned") -> Table:
 
 
 def parse(raw: dict[str, Any]) -> Table:
-    """A table from its JSON: {"device", "linear": [{"role", "outputs", "columns", "rows": {"16": {...}}}]}."""
-    linear = {
+    """A table from its JSON: {"device", "linear": [{"role", "outputs", "columns", "rows": {"16": {...}}}], "fp8": [the
+    same, where measured]}."""
+    return Table(raw["device"], _measured(raw["linear"]), _measured(raw.get("fp8", [])))
+
+
+def _measured(shapes: list[dict[str, Any]]) -> dict[tuple[str, int, int], dict[int, Choice]]:
+    return {
         (shape["role"], shape["outputs"], shape["columns"]): {
             int(rows): Choice(**choice) for rows, choice in shape["rows"].items()
         }
-        for shape in raw["linear"]
+        for shape in shapes
     }
-    return Table(raw["device"], linear)
 
 
-def choose(table: Table, role: Role, rows: int, outputs: int, columns: int) -> Choice:
+def choose(table: Table, role: Role, rows: int, outputs: int, columns: int, *, is_fp8: bool = False) -> Choice:
     """The measured choice of the next larger row count, else the rule's. `outputs` counts what is stored."""
     if table.is_library:
         return CUBLAS
-    measured = table.linear.get((role, outputs, columns), {})
+    measured = (table.fp8 if is_fp8 else table.linear).get((role, outputs, columns), {})
     at_least = [count for count in measured if count >= rows]
-    return measured[min(at_least)] if at_least else rule(role, rows, outputs, columns)
+    return measured[min(at_least)] if at_least else rule(role, rows, outputs, columns, is_fp8=is_fp8)
 
 
-def rule(role: Role, rows: int, outputs: int, columns: int) -> Choice:
-    """For shapes nobody has measured: the tiles that did well on ten shapes of an H100, where they divide evenly."""
+def rule(role: Role, rows: int, outputs: int, columns: int, *, is_fp8: bool = False) -> Choice:
+    """For shapes nobody has measured: the tiles that did well on ten shapes of an H100, where they divide evenly. Those
+    for weights of 8 bits are reasoned from what the compiler makes of them, not measured."""
     if rows > OWN_ROWS_MAX:
         return CUBLAS
-    choice = _gemv(role, outputs, columns) if rows <= GEMV_ROWS_MAX else None
-    return choice or _dot(role, outputs, columns) or CUBLAS
+    choice = _gemv(role, outputs, columns, is_fp8=is_fp8) if rows <= GEMV_ROWS_MAX else None
+    choice = choice or _dot(role, outputs, columns)
+    if choice and is_fp8 and choice.kernel == "dot":
+        return replace(choice, is_swapped=choice.is_swapped and rows > FP8_STRAIGHT_ROWS_MAX)
+    return choice or CUBLAS
 
 
-def _gemv(role: Role, outputs: int, columns: int) -> Choice | None:
+def _gemv(role: Role, outputs: int, columns: int, *, is_fp8: bool) -> Choice | None:
     head = max((size for size in (4096, 2048, 1024, 512) if size <= columns), default=0)
-    block_k = min(head, 1024)
-    if not head or (columns - head) % block_k:
+    sizes = (2048, min(head, 1024)) if is_fp8 else (min(head, 1024),)  # of 8 bits twice as many for as many bytes
+    block_k = next((size for size in sizes if 0 < size <= head and (columns - head) % size == 0), 0)
+    if not block_k:
         return None
-    weights_a_row = 2 * head * (2 if role == "gated" else 1)
+    weights_a_row = (1 if is_fp8 else 2) * head * (2 if role == "gated" else 1)
     block_n = max(1, min(4, GEMV_BYTES_AHEAD // weights_a_row))
     warps = max(1, min(4, block_k // 256))  # fewer columns a warp and x goes through shared memory in every iteration
     return Choice("gemv", block_n, block_k, head, warps=warps) if outputs % block_n == 0 else None

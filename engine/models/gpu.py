@@ -1,7 +1,8 @@
 """The one decoder on a GPU: five kernels a layer for few rows, cuBLAS and row kernels between them for many.
 
 Owns the order of launches and the buffers of a step. Never sees sequences or sampling, never allocates in a step and
-never waits, so that a step can be captured. Norm weights are folded into the products they feed."""
+never waits, so that a step can be captured. Norm weights are folded into the products they feed. A layer's projections
+may be of 8 bits (engine/kernels/scaled.py); embedding and head never are."""
 
 from __future__ import annotations
 
@@ -11,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from engine.kernels import paged, plan, rows, tuned
+from engine.kernels import fp8, paged, plan, rows, scaled, tuned
 from engine.kernels.linear import Epilogue, Scratch, linear
 from engine.kernels.paged import Launch, Shape, Step
+from engine.kernels.scaled import Scaled, Weight
 from engine.models.config import ELSEWHERE, ModelConfig, ModelError
 from engine.models.decoder import rope_frequencies
 from engine.models.mlp import Experts, Mlp
@@ -27,13 +29,13 @@ if TYPE_CHECKING:
 class GpuLayer:
     """One layer's weights. Rows of q and k are in rope order (engine/loading/weights.py)."""
 
-    qkv: Tensor  # [q_width + 2 * kv_width, hidden], attention norm folded in
+    qkv: Weight  # [q_width + 2 * kv_width, hidden], attention norm folded in
     qkv_bias: Tensor | None
     q_norm: Tensor | None  # [head_dim]
     k_norm: Tensor | None
-    out: Tensor  # [hidden, q_width]
-    gate_up: Tensor  # [2 * ffn, hidden], mlp norm folded in
-    down: Tensor  # [hidden, ffn]
+    out: Weight  # [hidden, q_width]
+    gate_up: Weight  # [2 * ffn, hidden], mlp norm folded in
+    down: Weight  # [hidden, ffn]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +49,22 @@ class Weights:
     head: Tensor  # [vocab, hidden]
     frequencies: Tensor  # [head_dim / 2] float32
 
+    @property
+    def has_fp8(self) -> bool:
+        """Whether any projection is of 8 bits."""
+        return any(isinstance(getattr(layer, name), Scaled) for layer in self.layers for name in PROJECTIONS)
 
-def from_decoder(decoder: Decoder) -> Weights:
-    """The same model with folded norms; the projections must lie unpacked (`Linear.product` None)."""
 
-    def folded(weight: Tensor, norm: Tensor) -> Tensor:
-        return (weight.float() * norm.float()).to(weight.dtype)
+PROJECTIONS = ("qkv", "out", "gate_up", "down")
+
+
+def from_decoder(decoder: Decoder, *, is_fp8: bool = False) -> Weights:
+    """The same model with folded norms; the projections must lie unpacked (`Linear.product` None). Of 8 bits, a rank's
+    part has its own scales: what is rounded is what it holds."""
+
+    def stored(weight: Tensor, norm: Tensor | None = None) -> Weight:
+        wide = weight if norm is None else weight.float() * norm.float()
+        return scaled.stored(wide, weight.dtype, is_fp8=is_fp8)
 
     def dense(mlp: Mlp | Experts) -> Mlp:
         if isinstance(mlp, Experts):
@@ -61,8 +73,9 @@ def from_decoder(decoder: Decoder) -> Weights:
 
     layers = tuple(
         GpuLayer(
-            folded(layer.qkv.weight, layer.attention_norm), layer.qkv.bias, layer.q_norm, layer.k_norm,
-            layer.out.weight, folded(dense(layer.mlp).gate_up.weight, layer.mlp_norm), dense(layer.mlp).down.weight,
+            stored(layer.qkv.weight, layer.attention_norm), layer.qkv.bias, layer.q_norm, layer.k_norm,
+            stored(layer.out.weight), stored(dense(layer.mlp).gate_up.weight, layer.mlp_norm),
+            stored(dense(layer.mlp).down.weight),
         )
         for layer in decoder.layers
     )  # fmt: skip
@@ -103,6 +116,7 @@ class Buffers:
     logits: Tensor  # [sampled, vocab] float32
     scratch: Scratch
     lists: plan.WorkLists
+    rounding: fp8.Rounding | None = None  # of weights of 8 bits alone
 
     @classmethod
     def make(cls, weights: Weights, shape: Shape, row_count: int, sampled: int, sequences: int, parts: int) -> Buffers:
@@ -117,12 +131,24 @@ class Buffers:
             room(2 * config.ffn), room(config.ffn),
             torch.empty(sampled, config.vocab_size, device=like.device), Scratch.make(like.device),
             paged.work_lists(shape, sequences, row_count, parts, like.device),
+            fp8.Rounding.make(row_count, widest(config), like.device) if weights.has_fp8 else None,
         )  # fmt: skip
 
     def first(self, row_count: int) -> Buffers:
         """The same for a step of fewer rows."""
         names = ("x", "normed", "qkv", "attended", "gate_up", "mid")
         return replace(self, **{name: getattr(self, name)[:row_count] for name in names})
+
+    @property
+    def wide(self) -> fp8.Room:
+        """What the library's products of 8 bits use: `normed` is free where they have a residual."""
+        assert self.rounding is not None
+        return fp8.Room(self.rounding, self.normed, self.gate_up)
+
+
+def widest(config: ModelConfig) -> int:
+    """Columns of the widest projection's input."""
+    return max(config.hidden, config.q_width, config.ffn)
 
 
 class Ranks(Protocol):
@@ -167,8 +193,7 @@ class GpuDecoder:
         pool_map = paged.pool_map(self.shape, self.pool) if has_chunks else None
         for number, layer in enumerate(weights.layers):
             self._attention(number, layer, inputs.step, kind, room, pool_map)
-            self._product("gated", room.x, layer.gate_up, room.mid, room)
-            self._add(room.mid, layer.down, room)
+            self._add(self._gated(layer, room), layer.down, room)
         sampled = len(inputs.sample_rows)
         normed = rows.rms_norm(room.x, room.normed[:sampled], weights.config.norm_eps, weights.norm, inputs.sample_rows)
         logits = room.logits[:sampled]
@@ -191,7 +216,18 @@ class GpuDecoder:
             paged.run_merge(shape, step, room.lists, self.launch, room.attended)
         self._add(room.attended, layer.out, room)
 
-    def _add(self, x: Tensor, weight: Tensor, room: Buffers) -> None:
+    def _gated(self, layer: GpuLayer, room: Buffers) -> Tensor | Scaled:
+        """silu(gate) * up; rounded at once where the library multiplies both, in 8 bits."""
+        x, weight, down = room.x, layer.gate_up, layer.down
+        if isinstance(weight, Scaled) and isinstance(down, Scaled):
+            before = self._choice("gated", len(x), room.mid.shape[1], x.shape[1], weight)
+            behind = self._choice("residual", len(x), x.shape[1], room.mid.shape[1], down)
+            if before.kernel == behind.kernel == "cublas":
+                return room.wide.rounding.gated(fp8.gate_up(x, weight, room.wide, self.weights.config.norm_eps))
+        self._product("gated", x, weight, room.mid, room)
+        return room.mid
+
+    def _add(self, x: Tensor | Scaled, weight: Weight, room: Buffers) -> None:
         """room.x += x @ weight.T, over all ranks."""
         if self.ranks is None:
             self._product("residual", x, weight, room.x, room, residual=room.x)
@@ -201,12 +237,16 @@ class GpuDecoder:
         self.ranks.sum_into(room.x, part)
 
     def _product(
-        self, role: tuned.Role, x: Tensor, weight: Tensor, out: Tensor, room: Buffers, bias: Tensor | None = None,
-        *, is_first: bool = False, residual: Tensor | None = None,
+        self, role: tuned.Role, x: Tensor | Scaled, weight: Weight, out: Tensor, room: Buffers,
+        bias: Tensor | None = None, *, is_first: bool = False, residual: Tensor | None = None,
     ) -> None:  # fmt: skip
         """out = epilogue(x @ weight.T); `residual` is added, and may be what out holds."""
         eps = self.weights.config.norm_eps
-        choice = tuned.choose(self.table, role, len(x), out.shape[1], x.shape[1])
+        if isinstance(x, Scaled):
+            assert isinstance(weight, Scaled)
+            fp8.product(role, x, weight, out, room.wide, eps, bias, residual)
+            return
+        choice = self._choice(role, len(x), out.shape[1], x.shape[1], weight)
         if choice.kernel == "cublas":
             library_product(role, x, weight, out, room, eps, bias, residual)
             return
@@ -217,13 +257,18 @@ class GpuDecoder:
         choice = replace(choice, pdl=0) if is_first else choice
         linear(x, weight, out, choice, room.scratch, epilogue, bias, residual)
 
+    def _choice(self, role: tuned.Role, row_count: int, outputs: int, columns: int, weight: Weight) -> tuned.Choice:
+        return tuned.choose(self.table, role, row_count, outputs, columns, is_fp8=isinstance(weight, Scaled))
+
 
 def library_product(
-    role: tuned.Role, x: Tensor, weight: Tensor, out: Tensor, room: Buffers, eps: float, bias: Tensor | None,
+    role: tuned.Role, x: Tensor, weight: Weight, out: Tensor, room: Buffers, eps: float, bias: Tensor | None,
     residual: Tensor | None = None,
 ) -> None:  # fmt: skip
     """The same by cuBLAS, with the row kernels that an epilogue of ours replaces."""
-    if residual is not None:
+    if isinstance(weight, Scaled):
+        fp8.product(role, x, weight, out, room.wide, eps, bias, residual)
+    elif residual is not None:
         torch.addmm(residual, x, weight.t(), out=out)
     elif role == "plain":
         if x.is_cuda:
@@ -247,19 +292,42 @@ def shape_of(config: ModelConfig, block_tokens: int, few_rows: int = 1) -> Shape
     )  # fmt: skip
 
 
+def widened(weights: Weights) -> Weights:
+    """The same numbers in the embedding's dtype: twice the memory, and products that every card has."""
+
+    def layer(one: GpuLayer) -> GpuLayer:
+        wide = {name: scaled.widened(getattr(one, name), weights.embedding.dtype) for name in PROJECTIONS}
+        return replace(one, **wide)
+
+    return replace(weights, layers=tuple(layer(one) for one in weights.layers))
+
+
 def part_of(layer: GpuLayer, config: ModelConfig, shard: Shard) -> GpuLayer:
-    """A rank's part of a layer of this model."""
+    """A rank's part of a layer of this model, whose projections are plain numbers."""
     heads, bias = (config.q_width, config.kv_width, config.kv_width), layer.qkv_bias
     return replace(
-        layer, qkv=shard.rows(layer.qkv, *heads), qkv_bias=None if bias is None else shard.rows(bias, *heads),
-        out=shard.columns(layer.out), gate_up=shard.rows(layer.gate_up, config.ffn, config.ffn),
-        down=shard.columns(layer.down),
+        layer, qkv=shard.rows(scaled.plain(layer.qkv), *heads),
+        qkv_bias=None if bias is None else shard.rows(bias, *heads), out=shard.columns(scaled.plain(layer.out)),
+        gate_up=shard.rows(scaled.plain(layer.gate_up), config.ffn, config.ffn),
+        down=shard.columns(scaled.plain(layer.down)),
     )  # fmt: skip
 
 
+def rounded(layer: GpuLayer) -> GpuLayer:
+    """The same with projections of 8 bits."""
+
+    def stored(weight: Weight) -> Weight:
+        return scaled.stored(scaled.plain(weight), scaled.plain(weight).dtype, is_fp8=True)
+
+    return replace(
+        layer, qkv=stored(layer.qkv), out=stored(layer.out), gate_up=stored(layer.gate_up), down=stored(layer.down)
+    )
+
+
 def random_weights(
-    config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int = 0, shard: Shard = WHOLE
-) -> Weights:
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int = 0, shard: Shard = WHOLE,
+    *, is_fp8: bool = False,
+) -> Weights:  # fmt: skip
     """Normal weights of transformers' own initial scale, made on the device: for figures where no text is read. Parts
     are those of one model: each rank makes all numbers and keeps its own."""
     generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)  # meta: shapes alone
@@ -268,17 +336,17 @@ def random_weights(
         return torch.empty(shape, device=device, dtype=dtype).normal_(0.0, 0.02, generator=generator)
 
     ones = torch.ones(config.head_dim, device=device, dtype=dtype) if config.has_qk_norm else None
-    layers = tuple(
-        part_of(
-            GpuLayer(
-                normal(config.q_width + 2 * config.kv_width, config.hidden), None, ones, ones,
-                normal(config.hidden, config.q_width), normal(2 * config.ffn, config.hidden),
-                normal(config.hidden, config.ffn),
-            ),
-            config, shard,
-        )
-        for _ in range(config.layers)
-    )  # fmt: skip
+
+    def layer() -> GpuLayer:
+        whole = GpuLayer(
+            normal(config.q_width + 2 * config.kv_width, config.hidden), None, ones, ones,
+            normal(config.hidden, config.q_width), normal(2 * config.ffn, config.hidden),
+            normal(config.hidden, config.ffn),
+        )  # fmt: skip
+        part = part_of(whole, config, shard)
+        return rounded(part) if is_fp8 else part
+
+    layers = tuple(layer() for _ in range(config.layers))
     embedding = normal(config.vocab_size, config.hidden)
     head = embedding if config.is_head_tied else normal(config.vocab_size, config.hidden)
     norm = torch.ones(config.hidden, device=device, dtype=dtype)

@@ -47,15 +47,17 @@ def drawn(random: np.random.Generator, block_tokens: int, context_max: int) -> S
 
 
 def listed() -> dict[str, object]:
-    """Specialisations launched by drawn steps and not in the list, of both benchmarked shapes and a small one."""
+    """Specialisations launched by drawn steps and not in the list, of both benchmarked shapes, a small one, and
+    one with weights of 8 bits."""
     missing: dict[str, object] = {}
-    models = {"small": SMALL} | {name: model_config.read(SHAPES / name) for name in ("llama-8b", "qwen3-0.6b")}
-    for name, config in models.items():
-        known = {one.key for one in specials(config, CARD, 64, 256)}
+    llama, qwen = (model_config.read(SHAPES / name) for name in ("llama-8b", "qwen3-0.6b"))
+    models = {"small": (SMALL, False), "llama": (llama, False), "qwen": (qwen, False), "llama, fp8": (llama, True)}
+    for name, (config, is_fp8) in models.items():
+        known = {one.key for one in specials(config, CARD, 64, 256, has_fp8_weights=is_fp8)}
         found: Found = {}
         random = np.random.default_rng(1)
         with noted(found), torch.inference_mode():
-            weights = gpu.random_weights(replace(config, layers=2), NOWHERE, DTYPE)
+            weights = gpu.random_weights(replace(config, layers=2), NOWHERE, DTYPE, is_fp8=is_fp8)
             runner = GpuRunner(replace(weights, config=config), 64, 47, 256, card=CARD)
             for _ in range(DRAWN):
                 runner.rehearse(drawn(random, 64, config.context_max))

@@ -12,7 +12,7 @@ SHAPE = Shape(6, 2, 32, 2, 16, 1e-5, has_qk_norm=True)
 
 
 def test_kernels_that_agree_with_their_oracles_pass(device: torch.device, dtype: torch.dtype) -> None:
-    assert check.failures(device, dtype, SHAPE) == {}
+    assert check.failures(device, dtype, SHAPE, has_fp8=True) == {}
 
 
 def test_a_kernel_that_is_wrong_or_does_not_run_is_named(
@@ -24,8 +24,14 @@ def test_a_kernel_that_is_wrong_or_does_not_run_is_named(
     monkeypatch.setattr(check, "linear", lambda *tensors, **_: tensors[2].zero_())
     monkeypatch.setattr(check.paged, "run_prefill", broken)
 
-    found = check.failures(device, dtype, SHAPE)
+    def refused(*_: object) -> None:
+        raise RuntimeError("row-wise scaling needs a newer card")
+
+    monkeypatch.setattr(check.fp8, "product", refused)
+
+    found = check.failures(device, dtype, SHAPE, has_fp8=True)
 
     assert found["products"] == "relative error 1"
     assert "no such instruction" in found["prefill"]
-    assert set(found) == {"products", "prefill"}
+    assert "newer card" in found[check.FP8_LIBRARY]
+    assert set(found) == {"products", "prefill", check.FP8_OWN, check.FP8_LIBRARY}

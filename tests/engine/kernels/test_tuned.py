@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -32,9 +33,10 @@ def test_the_rule_names_only_tiles_that_divide_the_shape(
 ) -> None:
     shapes = {("norm", qkv, hidden), ("residual", hidden, width), ("gated", ffn, hidden), ("residual", hidden, ffn)}
     for role, outputs, columns in sorted(shapes):
-        choice = choose(Table.empty("none"), role, rows, outputs, columns)  # type: ignore[arg-type]
+        for is_fp8 in (False, True):
+            choice = choose(Table.empty("none"), role, rows, outputs, columns, is_fp8=is_fp8)  # type: ignore[arg-type]
 
-        assert _divides(choice, outputs, columns), (role, outputs, columns, choice)
+            assert _divides(choice, outputs, columns), (role, outputs, columns, choice)
 
 
 def _divides(choice: Choice, outputs: int, columns: int) -> bool:
@@ -43,6 +45,18 @@ def _divides(choice: Choice, outputs: int, columns: int) -> bool:
     if choice.kernel == "gemv":
         return outputs % choice.block_n == 0 and (columns - choice.head_k) % choice.block_k == 0
     return outputs % choice.block_n == 0 and columns % (choice.splits * choice.block_k) == 0
+
+
+def test_weights_of_8_bits_have_choices_of_their_own() -> None:
+    table = tuned.parse({"device": "test", "linear": [_shape(KNOWN)], "fp8": [_shape(CUBLAS)]})
+
+    assert choose(table, "norm", 9, 6144, 4096) == KNOWN
+    assert choose(table, "norm", 9, 6144, 4096, is_fp8=True) == CUBLAS
+    assert choose(TABLE, "norm", 9, 6144, 4096, is_fp8=True) != KNOWN  # nobody measured it: the rule's
+
+
+def _shape(choice: Choice) -> dict[str, object]:
+    return {"role": "norm", "outputs": 6144, "columns": 4096, "rows": {"16": asdict(choice)}}
 
 
 def test_a_norm_is_never_split_along_its_row() -> None:
@@ -57,7 +71,7 @@ def test_every_shipped_table_reads_back_and_divides() -> None:
     for path in paths:
         table = tuned.parse(json.loads(path.read_text()))
         assert tuned.slug(table.device) == path.stem
-        for (role, outputs, columns), choices in table.linear.items():
+        for (role, outputs, columns), choices in [*table.linear.items(), *table.fp8.items()]:
             for choice in choices.values():
                 assert _divides(choice, outputs, columns)
                 assert choice.splits == 1 or role in ("residual", "plain")
