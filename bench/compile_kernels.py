@@ -1,6 +1,6 @@
 """Every kernel that a worker launches on an H100, compiled without one: registers, bytes spilled, shared memory.
 
-    python3 bench/compile_kernels.py [--models llama-8b,qwen3-0.6b] [--device "NVIDIA H100 80GB HBM3"] [--jobs 2]
+    python3 bench/compile_kernels.py [--models llama-8b,qwen3-0.6b] [--weights bf16,fp8] [--device CARD] [--jobs 2]
 
 Owns the table. What is compiled is the list that a worker's start compiles (engine/compute/precompile.py). The
 interpreter of the tests accepts what the compiler refuses, so CI runs both. Exits 1 when a kernel does not compile or
@@ -88,6 +88,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="llama-8b,qwen3-0.6b")
     parser.add_argument("--device", default="NVIDIA H100 80GB HBM3")
+    parser.add_argument("--weights", default="bf16,fp8")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     driver.set_active(Absent(CAPABILITY))
@@ -95,7 +96,9 @@ def main() -> int:
     is_fine = True
     for model in options.models.split(","):
         shape = config.read(MODELS / model)
-        rows = named(specials(shape, options.device, GPU_BLOCK_TOKENS, GPU_SEQUENCES_MAX))
+        facts = (options.device, GPU_BLOCK_TOKENS, GPU_SEQUENCES_MAX)
+        lists = [specials(shape, *facts, has_fp8_weights=name == "fp8") for name in options.weights.split(",")]
+        rows = named({special.key: special for wanted in lists for special in wanted}.values())
         print(f"{model}: {len(rows)} kernels\nregisters  spilled   shared  kernel")
         with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("fork")) as pool:
             found = pool.map(measured, [special for _, special in rows])

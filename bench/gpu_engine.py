@@ -49,11 +49,13 @@ class Engine(Protocol):
 class Headway:
     """Our worker over its own socket, as the router speaks to it."""
 
+    options: tuple[str, ...] = ()
+
     def __init__(self, model: Path, log: Path) -> None:
         self._folder = tempfile.TemporaryDirectory()
         path = Path(self._folder.name) / "w0.sock"
         command = [sys.executable, "-m", "engine", "worker", "--model", str(model), "--device", "cuda",
-                   "--socket", str(path), "--sequences-max", "256"]  # fmt: skip
+                   "--socket", str(path), "--sequences-max", "256", *self.options]  # fmt: skip
         root = Path(__file__).resolve().parents[1]
         env = {**os.environ, "PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}"}
         self._process = subprocess.Popen(command, cwd=root, env=env, stderr=log.open("w"))
@@ -127,7 +129,15 @@ class Vllm:
         del self._engine
 
 
-ADAPTERS: dict[str, Callable[[Path, Path], Engine]] = {"headway": Headway, "vllm": Vllm}
+class HeadwayFp8Weights(Headway):
+    """The same with weights of 8 bits."""
+
+    options = ("--weights", "fp8")
+
+
+ADAPTERS: dict[str, Callable[[Path, Path], Engine]] = {
+    "headway": Headway, "headway-fp8w": HeadwayFp8Weights, "vllm": Vllm,
+}  # fmt: skip
 
 
 def seconds(engine: Engine, items: list[Item]) -> float:

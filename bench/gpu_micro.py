@@ -1,6 +1,6 @@
 """Every kernel of engine/kernels against its oracle and against its floor, on the GPU at hand.
 
-    python3 bench/gpu_micro.py [--sections linear,attend,prefill,sample,rows] [--out DIR]
+    python3 bench/gpu_micro.py [--sections linear,attend,prefill,sample,rows] [--weights fp8] [--out DIR]
 
 Owns the sections of sampling and rows, and the command. Writes DIR/gpu_micro.json and the tuned table it found, prints
 its tables last."""
@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch
 from bench.gpu_attention import SHAPES, Pool, attend_section, prefill_section
 from bench.gpu_products import all_choices, compile_all, product_section, summary, tuned_table
 from bench.gpu_timing import BF16, CUDA, ceilings, microseconds, precompile
+from engine.config import WEIGHTS
 from engine.kernels import paged, ref, rows
 from engine.kernels.sample import Knobs, Sampler
 from engine.kernels.tuned import slug
@@ -113,22 +115,27 @@ def main() -> None:
     parser.add_argument("--models", default="8b,0.6b,8b/2")
     parser.add_argument("--out", default=os.environ.get("OUT", "."))
     parser.add_argument("--seconds", type=float, default=480.0)
+    parser.add_argument("--weights", choices=WEIGHTS, default="bf16", help="of the products")
     parser.add_argument("--compile")
     options = parser.parse_args()
+    is_fp8 = options.weights == "fp8"
     if options.compile:
         number, of = options.compile.split("/")
-        compile_all(all_choices()[int(number) :: int(of)])
+        compile_all(all_choices(is_fp8=is_fp8)[int(number) :: int(of)], is_fp8=is_fp8)
         return
     started = time.time()
     found: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     sections = options.sections.split(",")
     if "linear" in sections:
-        found["compile_s"] = round(precompile(__file__, max(1, (os.cpu_count() or 2) - 1)), 1)
-        print("compiled", len(all_choices()), "product kernels in", found["compile_s"], "s", flush=True)
+        found["compile_s"] = round(
+            precompile(__file__, max(1, (os.cpu_count() or 2) - 1), "--weights", options.weights), 1
+        )
+        print("compiled", len(all_choices(is_fp8=is_fp8)), "product kernels in", found["compile_s"], "s", flush=True)
     for section in sections:
         begun = time.time()
         try:
-            found |= SECTIONS[section](options.models.split(","), started + options.seconds)
+            run = partial(product_section, is_fp8=is_fp8) if section == "linear" else SECTIONS[section]
+            found |= run(options.models.split(","), started + options.seconds)
         except Exception as problem:  # border: one section's failure must not lose the others' figures  # noqa: BLE001
             found[section + "_failed"] = repr(problem)[:500]
             import traceback

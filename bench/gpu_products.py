@@ -4,6 +4,7 @@ Owns the candidates and the tuned table made of the winners. A tile that is wron
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import time
@@ -19,8 +20,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.gpu_timing import BF16, CUDA, PAST_L2_BYTES, ceilings, error, microseconds
-from engine.kernels import ref, rows
+from engine.kernels import fp8, ref, rows, scaled, tuned
 from engine.kernels.linear import Epilogue, Scratch, linear
+from engine.kernels.scaled import Scaled, Weight
 from engine.kernels.tuned import CUBLAS, Choice
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -44,20 +46,23 @@ PRODUCTS: dict[str, dict[str, tuple[Role, int, int]]] = {
 LAYERS = {"8b": 32, "0.6b": 28, "8b/2": 32}
 
 
-def candidates(role: Role, row_count: int, outputs: int, columns: int) -> Iterator[Choice]:
-    """Tiles worth trying: those that won for some shape of micro-measurements on an H100, and their neighbours."""
+def candidates(role: Role, row_count: int, outputs: int, columns: int, *, is_fp8: bool = False) -> Iterator[Choice]:
+    """Tiles worth trying: those that won for some shape of micro-measurements on an H100, and their neighbours; for
+    weights of 8 bits those that the compiler makes without spills."""
     if row_count <= 2:
-        yield from _gemv_candidates(role, outputs, columns)
+        yield from _gemv_candidates(role, outputs, columns, is_fp8=is_fp8)
     if row_count == 1:
         return
     for kernel in ("dot", "tma"):
-        if kernel == "tma" and row_count < 32:
+        if kernel == "tma" and (row_count < 32 or is_fp8):
             continue
-        for block_n, block_k, stages, warps, swapped in _tiles(role, kernel, row_count):
+        tiles = _fp8_tiles(role, row_count) if is_fp8 else _tiles(role, kernel, row_count)
+        for block_n, block_k, stages, warps, swapped in tiles:
             for rows_max in (256, 128) if row_count == 256 else (256,):
                 tile_rows = min(max(16, row_count), rows_max)
-                weights = block_n * (2 if role == "gated" else 1)
-                if outputs % block_n or columns % block_k or (weights + tile_rows) * block_k * 2 * stages > 225 << 10:
+                weights = block_n * (2 if role == "gated" else 1) * (1 if is_fp8 else 2)
+                shared = (weights + 2 * tile_rows) * block_k * stages
+                if outputs % block_n or columns % block_k or shared > 225 << 10:
                     continue
                 for splits in (1, 2, 4, 7) if role == "residual" else (1,):
                     programs = outputs // block_n * splits
@@ -72,13 +77,17 @@ def candidates(role: Role, row_count: int, outputs: int, columns: int) -> Iterat
                         yield replace(choice, is_norm_apart=True)
 
 
-def _gemv_candidates(role: Role, outputs: int, columns: int) -> Iterator[Choice]:
+GEMV_TILES = ((1, 1024, 4), (2, 1024, 4), (4, 1024, 4), (8, 1024, 4), (2, 2048, 8))
+GEMV_FP8_TILES = ((1, 2048, 4), (2, 2048, 4), (4, 2048, 4), (8, 2048, 4), (4, 1024, 4), (4, 2048, 8))
+
+
+def _gemv_candidates(role: Role, outputs: int, columns: int, *, is_fp8: bool) -> Iterator[Choice]:
     for head in (4096, 2048, 1024):
-        for block_n, block_k, warps in ((1, 1024, 4), (2, 1024, 4), (4, 1024, 4), (8, 1024, 4), (2, 2048, 8)):
+        for block_n, block_k, warps in GEMV_FP8_TILES if is_fp8 else GEMV_TILES:
             weights = block_n * head * (2 if role == "gated" else 1)
             if head > columns or (columns - head) % block_k or outputs % block_n or head < 256 * warps:
                 continue
-            if 2048 <= weights <= 16384:
+            if 2048 <= weights <= (32768 if is_fp8 else 16384):
                 yield Choice("gemv", block_n, block_k, head, warps=warps)
 
 
@@ -109,24 +118,34 @@ def _tiles(role: Role, kernel: str, row_count: int) -> list[tuple[int, int, int,
     return tiles + ([(32, 256, 3, 4, False), (32, 128, 5, 4, False)] if row_count <= 64 else [])
 
 
+def _fp8_tiles(role: Role, row_count: int) -> list[tuple[int, int, int, int, bool]]:
+    """The same for weights of 8 bits: straight while the rows fit one tile of the older instruction (tuned.py)."""
+    if row_count <= 32:
+        tiles = [(32, 128, 5, 4, False), (64, 128, 4, 4, False), (16, 256, 4, 4, False), (64, 256, 3, 8, False)]
+        return [*tiles, (32, 256, 3, 4, False), (64, 128, 4, 4, True)]
+    tiles = [(64, 128, 4, 4, True), (64, 128, 3, 8, True), (64, 64, 5, 4, True)]
+    return tiles if role == "gated" else [*tiles, (128, 128, 3, 8, True), (64, 256, 3, 8, True)]
+
+
 def epilogue_of(role: Role) -> Epilogue:
     return Epilogue(1e-5 if role in ("norm", "gated") else None, role == "gated")
 
 
-def all_choices() -> list[tuple[Role, int, Choice]]:
+def all_choices(*, is_fp8: bool = False) -> list[tuple[Role, int, Choice]]:
     """Every kernel that the product section will launch, once."""
     found = {
         (role, row_count, replace(choice, pdl=pdl))
         for model in PRODUCTS.values()
         for role, outputs, columns in model.values()
         for row_count in ROWS
-        for choice in candidates(role, row_count, outputs, columns)
+        for choice in candidates(role, row_count, outputs, columns, is_fp8=is_fp8)
+        if role != "plain" or not is_fp8
         for pdl in ((0, 1) if choice.kernel == "gemv" else (0,))
     }
     return sorted(found, key=repr)
 
 
-def compile_all(choices: list[tuple[Role, int, Choice]]) -> None:
+def compile_all(choices: list[tuple[Role, int, Choice]], *, is_fp8: bool = False) -> None:
     """Launch product kernels on tiny operands, so that the disk cache holds them."""
     scratch = Scratch.make(CUDA, 1 << 20, 1024)
     for role, row_count, choice in choices:
@@ -134,7 +153,8 @@ def compile_all(choices: list[tuple[Role, int, Choice]]) -> None:
         outputs = choice.block_n * 16
         try:
             x = torch.zeros(row_count, columns, device=CUDA, dtype=BF16)
-            weight = torch.zeros(outputs * (2 if role == "gated" else 1), columns, device=CUDA, dtype=BF16)
+            wide = torch.zeros(outputs * (2 if role == "gated" else 1), columns, device=CUDA, dtype=BF16)
+            weight = scaled.stored(wide, BF16, is_fp8=is_fp8)
             out = torch.zeros(row_count, outputs, device=CUDA, dtype=torch.float32 if role == "plain" else BF16)
             epilogue = epilogue_of(role)
             epilogue = replace(epilogue, norm_eps=None) if choice.is_norm_apart else epilogue
@@ -144,16 +164,20 @@ def compile_all(choices: list[tuple[Role, int, Choice]]) -> None:
     torch.cuda.synchronize()
 
 
-def product_section(models: list[str], deadline_s: float) -> dict[str, Any]:
-    """For every shape and row count: cuBLAS with the separate kernels it needs, and the best of our own tiles."""
+def product_section(models: list[str], deadline_s: float, *, is_fp8: bool = False) -> dict[str, Any]:
+    """For every shape and row count: cuBLAS with the separate kernels it needs, and the best of our own tiles. The head
+    is never of 8 bits."""
     scratch = Scratch.make(CUDA, PARTIALS)
     table: list[dict[str, Any]] = []
     for model in models:
         for name, (role, outputs, columns) in PRODUCTS[model].items():
+            if role == "plain" and is_fp8:
+                continue
             height = outputs * (2 if role == "gated" else 1)
-            weight_bytes = height * columns * 2
-            copies = max(2, min(48, math.ceil(PAST_L2_BYTES / weight_bytes)))
-            weights = [torch.randn(height, columns, device=CUDA, dtype=BF16).mul_(0.03) for _ in range(copies)]
+            read_bytes = height * columns * (1 if is_fp8 else 2)
+            copies = max(2, min(48, math.ceil(PAST_L2_BYTES / read_bytes)))
+            wide = (torch.randn(height, columns, device=CUDA, dtype=BF16).mul_(0.03) for _ in range(copies))
+            weights = [scaled.stored(weight, BF16, is_fp8=is_fp8) for weight in wide]
             for row_count in ROWS:
                 if time.time() > deadline_s:
                     print("products: out of time at", model, name, row_count)
@@ -164,7 +188,7 @@ def product_section(models: list[str], deadline_s: float) -> dict[str, Any]:
 
 
 def one_product(
-    model: str, name: str, role: Role, outputs: int, columns: int, row_count: int, weights: list[Tensor],
+    model: str, name: str, role: Role, outputs: int, columns: int, row_count: int, weights: list[Weight],
     scratch: Scratch,
 ) -> dict[str, Any]:  # fmt: skip
     """One cell of the table."""
@@ -174,23 +198,24 @@ def one_product(
     residual = torch.randn(row_count, outputs, device=CUDA, dtype=BF16) if role == "residual" else None
     epilogue = epilogue_of(role)
     wanted = ref.linear(x, weights[0], epilogue.norm_eps, epilogue.is_gated, None, residual)
-    library = cublas_call(role, x, out, residual)
+    is_fp8 = isinstance(weights[0], Scaled)
+    library, bare = fp8_calls(role, x, out, residual) if is_fp8 else (cublas_call(role, x, out, residual), None)
+    bare = bare or (lambda w: functional.linear(x, w))
     entry: dict[str, Any] = {
         "model": model, "shape": name, "role": role, "rows": row_count, "outputs": outputs, "columns": columns,
-        "floor_us": weights[0].numel() * 2 / ceilings().read_bytes_s * 1e6,
-        "cublas_us": microseconds([lambda w=w: library(w) for w in weights]),
-        "bare_cublas_us": microseconds([lambda w=w: functional.linear(x, w) for w in weights]),
+        "floor_us": weight_bytes(weights[0]) / ceilings().read_bytes_s * 1e6, "is_fp8": is_fp8,
+        "cublas_us": library_us(library, weights), "bare_cublas_us": library_us(bare, weights),
         "trials": [], "own_us": math.inf, "own": None,
     }  # fmt: skip
 
     def attempt(choice: Choice) -> float:
-        def run(weight: Tensor) -> None:
+        def run(weight: Weight) -> None:
             linear(x, weight, out, choice, scratch, epilogue, residual=residual)
 
         if choice.is_norm_apart:
             apart = replace(epilogue, norm_eps=None)
 
-            def run(weight: Tensor) -> None:
+            def run(weight: Weight) -> None:
                 linear(rows.rms_norm(x, normed, 1e-5), weight, out, choice, scratch, apart)
 
         try:
@@ -211,7 +236,7 @@ def one_product(
             entry["own_us"], entry["own"] = time_us, asdict(choice)
         return time_us
 
-    for choice in candidates(role, row_count, outputs, columns):
+    for choice in candidates(role, row_count, outputs, columns, is_fp8=is_fp8):
         attempt(choice)
     if entry["own"]:
         best = Choice(**entry["own"])
@@ -268,8 +293,40 @@ def cublas_call(role: Role, x: Tensor, out: Tensor, residual: Tensor | None) -> 
     return lambda w: torch.mm(x, w.t(), out_dtype=torch.float32, out=out)
 
 
+def library_us(call: Callable[[Any], object], weights: list[Weight]) -> float:
+    """Infinite where the library refuses: rows of 8 bits are not taken on every card and in every number."""
+    try:
+        return microseconds([lambda w=w: call(w) for w in weights])
+    except RuntimeError as problem:
+        print("refused:", repr(problem)[:160], flush=True)
+        return math.inf
+
+
+def weight_bytes(weight: Weight) -> int:
+    """What a product reads of it."""
+    if isinstance(weight, Scaled):
+        return weight.values.nbytes + weight.scales.nbytes
+    return weight.nbytes
+
+
+def fp8_calls(
+    role: Role, x: Tensor, out: Tensor, residual: Tensor | None
+) -> tuple[Callable[[Any], object], Callable[[Any], object]]:
+    """The library's product of 8 bits with the kernels around it, and alone. Its down projection is charged for
+    rounding rows, which in a step the gate before it does."""
+    columns, outputs = x.shape[1], out.shape[1]
+    both = torch.empty(len(x), 2 * outputs, device=CUDA, dtype=BF16)
+    room = fp8.Room(fp8.Rounding.make(len(x), columns, CUDA), torch.empty_like(out), both)
+    rounded, into = scaled.rounded(x), both if role == "gated" else room.summand
+    return (
+        lambda w: fp8.product(role, x, w, out, room, 1e-5, None, residual),  # type: ignore[arg-type]
+        lambda w: fp8.multiplied(rounded, w, into),
+    )
+
+
 def tuned_table(products: list[dict[str, Any]]) -> dict[str, Any]:
-    """The shipped table's JSON: own kernel where it beats cuBLAS with its helpers, which needs no row beyond."""
+    """The shipped table's JSON: own kernel where it beats cuBLAS with its helpers, which needs no row beyond. What the
+    shipped table has of weights of the other width is kept."""
     linear_entries: dict[tuple[str, int, int], dict[str, Any]] = {}
     for entry in products:
         shape = linear_entries.setdefault((entry["role"], entry["outputs"], entry["columns"]), {})
@@ -277,26 +334,29 @@ def tuned_table(products: list[dict[str, Any]]) -> dict[str, Any]:
         default = asdict(Choice("dot"))
         choice = entry["own"] if is_own else asdict(CUBLAS)
         shape[str(entry["rows"])] = {k: v for k, v in choice.items() if k == "kernel" or v != default[k]}
-    return {
-        "device": torch.cuda.get_device_name(),
-        "linear": [
+    device = torch.cuda.get_device_name()
+    shipped = Path(tuned.__file__).parent / "tuned" / f"{tuned.slug(device)}.json"
+    kept = json.loads(shipped.read_text(encoding="utf-8")) if shipped.exists() else {"device": device, "linear": []}
+    return kept | {
+        "fp8" if any(entry.get("is_fp8") for entry in products) else "linear": [
             {"role": role, "outputs": outputs, "columns": columns, "rows": by_rows}
             for (role, outputs, columns), by_rows in linear_entries.items()
-        ],
+        ]
     }
 
 
 def summary(products: list[dict[str, Any]]) -> None:
     """Microseconds: cuBLAS with its helpers / our best, and what a step of all layers and the head would take."""
     for model in sorted({entry["model"] for entry in products}):
-        print(f"\n{model}: rows | " + " | ".join(PRODUCTS[model]) + " | step cublas | step best | floor")
+        shapes = list(dict.fromkeys(entry["shape"] for entry in products if entry["model"] == model))
+        print(f"\n{model}: rows | " + " | ".join(shapes) + " | step cublas | step best | floor")
         for row_count in ROWS:
             cells = {e["shape"]: e for e in products if e["model"] == model and e["rows"] == row_count}
-            if len(cells) < len(PRODUCTS[model]):
+            if len(cells) < len(shapes):
                 continue
             times = {name: 1 if name == "head" else LAYERS[model] for name in cells}
             own = {name: min(entry["own_us"], entry["cublas_us"]) for name, entry in cells.items()}
             columns = ({n: e["cublas_us"] for n, e in cells.items()}, own, {n: e["floor_us"] for n, e in cells.items()})
             steps = [sum(times[n] * value for n, value in column.items()) / 1e3 for column in columns]
-            row = " | ".join(f"{cells[n]['cublas_us']:.1f}/{cells[n]['own_us']:.1f}" for n in PRODUCTS[model])
+            row = " | ".join(f"{cells[n]['cublas_us']:.1f}/{cells[n]['own_us']:.1f}" for n in shapes)
             print(f"{row_count} | {row} | {steps[0]:.2f} | {steps[1]:.2f} | {steps[2]:.2f} ms")

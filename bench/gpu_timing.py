@@ -80,10 +80,10 @@ def error(got: Tensor, wanted: Tensor) -> float:
     return 9.0 if math.isnan(value) else value
 
 
-def precompile(script: str, workers: int) -> float:
+def precompile(script: str, workers: int, *arguments: str) -> float:
     """Seconds to fill the disk cache by `script --compile i/n` in parallel processes."""
     started = time.time()
-    command = [sys.executable, script, "--compile"]
+    command = [sys.executable, script, *arguments, "--compile"]
     running = [subprocess.Popen([*command, f"{number}/{workers}"]) for number in range(workers)]
     for process in running:
         process.wait(timeout=240)

@@ -257,6 +257,11 @@ class GpuRunner:
             yield lambda: self._compute(step)
             torch.cuda.synchronize()
 
+    def logits(self, batch: StepBatch) -> Tensor:
+        """[sampled, vocab] float32 of a step, computed for them alone: what benchmarks compare."""
+        self.run(batch)
+        return self._room.logits[: len(batch.sampling)].clone()
+
     def rehearse(self, batch: StepBatch) -> None:
         """Make the launches of a step and nothing else: tensors may lie on no device (engine/compute/precompile.py)."""
         with torch.inference_mode():
