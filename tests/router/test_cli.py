@@ -105,6 +105,16 @@ def test_a_worker_takes_as_many_cards_as_it_spreads_its_model_over(tmp_path: Pat
     assert list(short.workers) == ["w0"]  # which ends with a sentence about cards
 
 
+def test_workers_are_told_of_weights_of_8_bits(tmp_path: Path) -> None:
+    (tmp_path / "nvidia0").touch()
+
+    (command,) = make_plan(Config(workers=Workers(weights="fp8")), {}, tmp_path).workers.values()
+    (plain,) = make_plan(Config(), {}, tmp_path).workers.values()
+
+    assert command[command.index("--weights") + 1] == "fp8"
+    assert "--weights" not in plain
+
+
 def test_children_run_the_same_code_with_their_share_of_threads() -> None:
     plan = make_plan(Config(workers=Workers(count=3, threads=2)), {"PYTHONPATH": "/mine"})
 

@@ -129,6 +129,13 @@ def test_made_up_tokens_have_no_model_to_spread(tmp_path: Path) -> None:
     assert problems(path) == [f"{path}:2: workers.device: must not be fake with workers.tensor_parallel above 1"]
 
 
+def test_weights_of_8_bits_are_for_cards(tmp_path: Path) -> None:
+    path = written(tmp_path, '[workers]\ndevice = "cpu"\nweights = "fp8"\n')
+
+    assert problems(path) == [f"{path}:3: workers.weights: must not be fp8 with workers.device cpu"]
+    assert load(written(tmp_path, '[workers]\nweights = "fp8"\n'), {}, {}).workers.weights == "fp8"
+
+
 def test_a_near_name_is_written_as_toml_wants_it(tmp_path: Path) -> None:
     (problem,) = problems(written(tmp_path, "[classes.chatbot]\ntpot_s = 1\n"))
 
@@ -221,7 +228,9 @@ def test_one_server_may_be_two_upstreams_of_two_names_and_keys() -> None:
     assert [upstream.shown_name for upstream in load(None, env, {}).upstreams] == ["a", "b"]
 
 
-@pytest.mark.parametrize("key", ["model.calls", "model.thoughts", "model.on_media", "workers.device"])
+@pytest.mark.parametrize(
+    "key", ["model.calls", "model.thoughts", "model.on_media", "workers.device", "workers.weights"]
+)
 def test_a_word_that_is_none_of_those_there_are_is_told_them(key: str) -> None:
     variable = f"HEADWAY_{key.replace('.', '_').upper()}"
 
