@@ -6,12 +6,15 @@ import signal
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from engine import fake, wire
+from engine.__main__ import _kv_dtype
+from engine.config import EngineConfig
 from engine.kv import keys
 from engine.wire import Abort, Drain, Sampling
 from tests.engine.process import FakeWorker, Peer, fake_worker
@@ -234,6 +237,7 @@ def test_a_model_that_cannot_be_served_is_one_sentence_and_exit_code_2(
         (("--calibrate-s", "nan"), "no number of seconds"),
         (("--device", "tpu"), "is not cpu, cuda, cuda:N or auto"),
         (("--device", "cuda:4095"), "there is no device cuda:4095 here"),
+        (("--weights", "fp8"), "need a GPU"),
     ],
 )
 def test_an_option_that_cannot_be_is_one_sentence_and_exit_code_2(
@@ -245,6 +249,14 @@ def test_an_option_that_cannot_be_is_one_sentence_and_exit_code_2(
     assert run.returncode == 2
     assert said in run.stderr.splitlines()[-1]
     assert "Traceback" not in run.stderr
+
+
+def test_kv_by_weights_of_8_bits_has_other_keys() -> None:
+    plain = EngineConfig("", device="cuda:0")
+    parts = replace(plain, tensor_parallel=2)
+    both = (replace(config, weights=weights) for config in (plain, parts) for weights in ("bf16", "fp8"))
+
+    assert len({keys.root("model", kv_dtype=_kv_dtype(config)) for config in both}) == 4
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from engine.models import gpu
 from engine.step import StepBatch
 from engine.wire import Sampling
 from tests.engine.driver import Blocks, Generation, batch_of
+from tests.engine.kernels.attention_case import error
 from tests.engine.kernels.test_gpu_decoder import BLOCK, config, on_cpu, weights
 
 BLOCKS = 40
@@ -77,6 +78,24 @@ def test_a_story_of_steps_gives_the_text_of_the_cpu(made: gpu.Weights) -> None:
     assert [len(output) for output in told] == [7, 9, 7, 7]
     assert told == story(on_gpu(made), says_room=False)  # every step launched when it is asked for
     assert told[:3] == story(cpu)[:3]  # the fourth draws: the GPU walks tokens by id, the CPU by rank
+
+
+def test_weights_of_8_bits_give_the_text_of_the_same_numbers(made: gpu.Weights) -> None:
+    rounded = replace(made, layers=tuple(map(gpu.rounded, made.layers)))
+    cpu = TorchRunner(on_cpu(gpu.widened(rounded)), RunnerConfig(block_tokens=BLOCK, kv_bytes=2**21))
+
+    assert story(on_gpu(rounded))[:3] == story(cpu)[:3]
+
+
+def test_logits_of_every_row_are_the_cpus(made: gpu.Weights) -> None:
+    prompt = Blocks(BLOCKS, BLOCK).start(list(range(3, 13)), 1)
+    rows = np.arange(10, dtype=np.int32)
+    batch = batch_of([(prompt, 10)], BLOCK)
+    batch = replace(batch, sample_rows=rows, sample_positions=rows, sampling=(Sampling(),) * len(rows))
+
+    wanted = TorchRunner(on_cpu(made), RunnerConfig(block_tokens=BLOCK, kv_bytes=2**21)).logits(batch)
+
+    assert error(on_gpu(made).logits(batch).cpu(), wanted) < 1e-2
 
 
 def test_steps_are_launched_ahead_and_used(made: gpu.Weights, monkeypatch: pytest.MonkeyPatch) -> None:
