@@ -104,21 +104,21 @@ def rule(role: Role, rows: int, outputs: int, columns: int, *, is_fp8: bool = Fa
     for weights of 8 bits are reasoned from what the compiler makes of them, not measured."""
     if rows > OWN_ROWS_MAX:
         return CUBLAS
-    choice = _gemv(role, outputs, columns, is_fp8=is_fp8) if rows <= GEMV_ROWS_MAX else None
+    choice = _gemv(role, rows, outputs, columns, is_fp8=is_fp8) if rows <= GEMV_ROWS_MAX else None
     choice = choice or _dot(role, outputs, columns)
     if choice and is_fp8 and choice.kernel == "dot":
         return replace(choice, is_swapped=choice.is_swapped and rows > FP8_STRAIGHT_ROWS_MAX)
     return choice or CUBLAS
 
 
-def _gemv(role: Role, outputs: int, columns: int, *, is_fp8: bool) -> Choice | None:
+def _gemv(role: Role, rows: int, outputs: int, columns: int, *, is_fp8: bool) -> Choice | None:
     head = max((size for size in (4096, 2048, 1024, 512) if size <= columns), default=0)
     sizes = (2048, min(head, 1024)) if is_fp8 else (min(head, 1024),)  # of 8 bits twice as many for as many bytes
     block_k = next((size for size in sizes if 0 < size <= head and (columns - head) % size == 0), 0)
     if not block_k:
         return None
     weights_a_row = (1 if is_fp8 else 2) * head * (2 if role == "gated" else 1)
-    block_n = max(1, min(4, GEMV_BYTES_AHEAD // weights_a_row))
+    block_n = max(1, min(4, GEMV_BYTES_AHEAD // weights_a_row) // (rows if is_fp8 else 1))  # else 215 registers
     warps = max(1, min(4, block_k // 256))  # fewer columns a warp and x goes through shared memory in every iteration
     return Choice("gemv", block_n, block_k, head, warps=warps) if outputs % block_n == 0 else None
 
