@@ -82,7 +82,7 @@ GEMV_FP8_TILES = ((1, 2048, 4), (2, 2048, 4), (4, 2048, 4), (8, 2048, 4), (4, 10
 
 
 def _gemv_candidates(role: Role, outputs: int, columns: int, *, is_fp8: bool) -> Iterator[Choice]:
-    for head in (4096, 2048, 1024):
+    for head in (8192, 4096, 2048, 1024) if is_fp8 else (4096, 2048, 1024):
         for block_n, block_k, warps in GEMV_FP8_TILES if is_fp8 else GEMV_TILES:
             weights = block_n * head * (2 if role == "gated" else 1)
             if head > columns or (columns - head) % block_k or outputs % block_n or head < 256 * warps:
