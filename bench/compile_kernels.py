@@ -1,6 +1,7 @@
 """Every kernel that a worker launches on an H100, compiled without one: registers, bytes spilled, shared memory.
 
-    python3 bench/compile_kernels.py [--models llama-8b,qwen3-0.6b] [--device "NVIDIA H100 80GB HBM3"] [--jobs 2]
+    python3 bench/compile_kernels.py [--models llama-8b,qwen3-0.6b] [--kv bf16,fp8] [--jobs 2]
+                                     [--device "NVIDIA H100 80GB HBM3"]
 
 Owns the table. What is compiled is the list that a worker's start compiles (engine/compute/precompile.py). The
 interpreter of the tests accepts what the compiler refuses, so CI runs both. Exits 1 when a kernel does not compile or
@@ -88,6 +89,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="llama-8b,qwen3-0.6b")
     parser.add_argument("--device", default="NVIDIA H100 80GB HBM3")
+    parser.add_argument("--kv", default="bf16,fp8")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     driver.set_active(Absent(CAPABILITY))
@@ -95,7 +97,12 @@ def main() -> int:
     is_fine = True
     for model in options.models.split(","):
         shape = config.read(MODELS / model)
-        rows = named(specials(shape, options.device, GPU_BLOCK_TOKENS, GPU_SEQUENCES_MAX))
+        wanted = {
+            special.key: special
+            for kv in options.kv.split(",")
+            for special in specials(shape, options.device, GPU_BLOCK_TOKENS, GPU_SEQUENCES_MAX, is_kv_fp8=kv == "fp8")
+        }
+        rows = named(wanted.values())
         print(f"{model}: {len(rows)} kernels\nregisters  spilled   shared  kernel")
         with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("fork")) as pool:
             found = pool.map(measured, [special for _, special in rows])

@@ -3,6 +3,7 @@
     python3 bench/gpu_engine.py MODEL_DIR [--engines headway,vllm] [--batches 1,64] [--ttft 2048] [--work ...]
 
 Owns the adapters and the clock, which stands outside the engine. MODEL_DIR holds a config.json; weights are made up.
+Engines are headway, headway-fp8kv (the same with fp8 KV, a column of its own) and vllm.
 Pace is (seconds of 129 tokens - seconds of 1 token) / 128, median of the repeats; no prompt is new twice, and each
 engine gets the same. Every repeat is written as it is measured: where the minutes are up it stops with exit code 3, and
 the same command goes on. The table of all engines is printed last."""
@@ -49,11 +50,13 @@ class Engine(Protocol):
 class Headway:
     """Our worker over its own socket, as the router speaks to it."""
 
+    options: tuple[str, ...] = ()
+
     def __init__(self, model: Path, log: Path) -> None:
         self._folder = tempfile.TemporaryDirectory()
         path = Path(self._folder.name) / "w0.sock"
         command = [sys.executable, "-m", "engine", "worker", "--model", str(model), "--device", "cuda",
-                   "--socket", str(path), "--sequences-max", "256"]  # fmt: skip
+                   "--socket", str(path), "--sequences-max", "256", *self.options]  # fmt: skip
         root = Path(__file__).resolve().parents[1]
         env = {**os.environ, "PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}"}
         self._process = subprocess.Popen(command, cwd=root, env=env, stderr=log.open("w"))
@@ -127,7 +130,13 @@ class Vllm:
         del self._engine
 
 
-ADAPTERS: dict[str, Callable[[Path, Path], Engine]] = {"headway": Headway, "vllm": Vllm}
+class HeadwayFp8Kv(Headway):
+    """The same with fp8 KV."""
+
+    options = ("--kv-dtype", "fp8")
+
+
+ADAPTERS: dict[str, Callable[[Path, Path], Engine]] = {"headway": Headway, "headway-fp8kv": HeadwayFp8Kv, "vllm": Vllm}
 
 
 def seconds(engine: Engine, items: list[Item]) -> float:

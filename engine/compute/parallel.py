@@ -109,6 +109,7 @@ def part_of(member: Member) -> TorchRunner | GpuRunner:
         return gpu_build.load(
             member.folder, device, block_tokens=config.block_tokens, kv_bytes=kv_bytes,
             sequences_max=config.sequences_max, shard=shard, has_one_shot=config.has_one_shot,
+            is_kv_fp8=config.kv_dtype == "fp8",
         )  # fmt: skip
     options = RunnerConfig(config.block_tokens, kv_bytes)
     manifest.verify(member.folder)

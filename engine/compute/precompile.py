@@ -33,7 +33,7 @@ from triton.runtime import driver
 
 from engine.compute.arrange import bucket
 from engine.compute.gpu_runner import GpuRunner, warm_captured, warm_compiled
-from engine.config import GPU_BLOCK_TOKENS, GPU_SEQUENCES_MAX
+from engine.config import GPU_BLOCK_TOKENS, GPU_SEQUENCES_MAX, KV_DTYPES
 from engine.kernels import check
 from engine.models import config as model_config
 from engine.models import gpu
@@ -94,18 +94,21 @@ def noted(found: dict[tuple[str, str, str], Special]) -> Iterator[None]:
         knobs.runtime.jit_cache_hook = before
 
 
-def specials(config: ModelConfig, card: str, block_tokens: int, sequences_max: int) -> list[Special]:
+def specials(
+    config: ModelConfig, card: str, block_tokens: int, sequences_max: int, *, is_kv_fp8: bool = False
+) -> list[Special]:
     """All that a worker of this model compiles at its start on that card, the longest first."""
     found: dict[tuple[str, str, str], Special] = {}
     with noted(found), torch.inference_mode():
         weights = gpu.random_weights(config, NOWHERE, DTYPE)
         weights = replace(weights, layers=weights.layers[:2])  # the first, and one for all that follow
-        runner = GpuRunner(weights, block_tokens, BLOCKS, sequences_max, card=card)
+        runner = GpuRunner(weights, block_tokens, BLOCKS, sequences_max, card=card, is_kv_fp8=is_kv_fp8)
         for batch in warm_captured(block_tokens, BLOCKS, bucket(sequences_max), config.context_max):
             runner.rehearse(batch)
         for batch in warm_compiled(block_tokens, bucket(sequences_max), config.context_max):
             runner.rehearse(batch)
-        check.failures(torch.device("cpu"), DTYPE, gpu.shape_of(config, block_tokens))  # it fails: nothing ran
+        shape = gpu.shape_of(config, block_tokens, is_kv_fp8=is_kv_fp8)
+        check.failures(torch.device("cpu"), DTYPE, shape)  # it fails: nothing ran
     return sorted(found.values(), key=lambda one: (one.kernel not in LONGEST, one.kernel, one.data))
 
 
@@ -131,8 +134,9 @@ def compile_all(wanted: list[Special], jobs: int) -> list[float]:
 
 @contextmanager
 def beside(
-    folder: Path, device: torch.device, block_tokens: int, sequences_max: int, shard: Shard = WHOLE
-) -> Iterator[None]:
+    folder: Path, device: torch.device, block_tokens: int, sequences_max: int, shard: Shard = WHOLE,
+    *, is_kv_fp8: bool = False,
+) -> Iterator[None]:  # fmt: skip
     """Compile for the card at hand while the body runs, in processes that never see the card; then wait for them.
     Whatever they did not make is compiled where it is launched: later, and no worse."""
     major, minor = torch.cuda.get_device_capability(device)
@@ -140,7 +144,7 @@ def beside(
     command = [
         sys.executable, "-m", __name__, str(folder), card, "--capability", str(10 * major + minor),
         "--block-tokens", str(block_tokens), "--sequences-max", str(sequences_max),
-        "--ranks", str(shard.ranks),
+        "--ranks", str(shard.ranks), "--kv-dtype", "fp8" if is_kv_fp8 else "bf16",
     ]  # fmt: skip
     with running(command) as compilers:
         yield
@@ -167,7 +171,7 @@ def stamp(arguments: argparse.Namespace, config: ModelConfig) -> Path:
     """A file in Triton's cache that says: all of this is made."""
     sources = sorted(Path(gpu.__file__).parents[1].glob("kernels/**/*.*[ny]"))  # .py and .json
     facts = [triton.__version__, torch.__version__, repr(config), arguments.card, str(arguments.capability)]
-    facts += [str(arguments.block_tokens), str(arguments.sequences_max)]
+    facts += [str(arguments.block_tokens), str(arguments.sequences_max), arguments.kv_dtype]
     digest = hashlib.sha256("\n".join(facts).encode() + b"".join(path.read_bytes() for path in sources))
     digest.update(Path(gpu.__file__).read_bytes() + Path(sys.modules[GpuRunner.__module__].__file__ or "").read_bytes())
     return Path(knobs.cache.dir) / f"headway-{digest.hexdigest()[:32]}"
@@ -182,6 +186,7 @@ def main() -> int:
     parser.add_argument("--block-tokens", type=int, default=GPU_BLOCK_TOKENS)
     parser.add_argument("--sequences-max", type=int, default=GPU_SEQUENCES_MAX)
     parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--kv-dtype", choices=KV_DTYPES, default=KV_DTYPES[0])
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     arguments = parser.parse_args()
     started = time.perf_counter()
@@ -191,7 +196,8 @@ def main() -> int:
     if mark.exists():
         return 0
     driver.set_active(Absent(arguments.capability))
-    wanted = specials(config, arguments.card, arguments.block_tokens, arguments.sequences_max)
+    is_kv_fp8 = arguments.kv_dtype == "fp8"
+    wanted = specials(config, arguments.card, arguments.block_tokens, arguments.sequences_max, is_kv_fp8=is_kv_fp8)
     listed = time.perf_counter() - started
     taken = compile_all(wanted, arguments.jobs)
     mark.parent.mkdir(parents=True, exist_ok=True)

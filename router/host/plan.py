@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from router.host.keeper import Plan
-from router.settings.config import Config
+from router.settings.config import KV, Config
 
 # -P: a folder `engine` or `router` where the user happens to be must not be taken for ours.
 PYTHON = (sys.executable, "-P", "-m")
@@ -125,6 +125,8 @@ def _worker(config: Config, number: int, gpus: int) -> tuple[str, ...]:
     command = (*PYTHON, "engine", "worker", *place, "--model", "{model}", "--threads", str(workers.threads))
     if workers.tensor_parallel > 1:
         command += ("--tensor-parallel", str(workers.tensor_parallel))
+    if config.kv.dtype != KV().dtype:
+        command += ("--kv-dtype", config.kv.dtype)
     if gpus:
         return (*command, "--device", f"cuda:{number * workers.tensor_parallel}")
     device = "cpu" if workers.device == "auto" else workers.device

@@ -8,7 +8,7 @@ import pytest
 
 from router.cli import main
 from router.host.plan import make_plan
-from router.settings.config import Config, Workers
+from router.settings.config import KV, Config, Workers
 
 
 def test_help_teaches_by_examples(capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,6 +103,15 @@ def test_a_worker_takes_as_many_cards_as_it_spreads_its_model_over(tmp_path: Pat
     assert all(command[command.index("--tensor-parallel") + 1] == "2" for command in plan.workers.values())
     short = make_plan(Config(workers=Workers(count=5, tensor_parallel=8)), {}, tmp_path)
     assert list(short.workers) == ["w0"]  # which ends with a sentence about cards
+
+
+def test_a_worker_on_a_card_is_told_what_its_kv_is(tmp_path: Path) -> None:
+    (tmp_path / "nvidia0").touch()
+
+    plain, fp8 = (make_plan(Config(kv=KV(dtype=dtype)), {}, tmp_path).workers["w0"] for dtype in ("bf16", "fp8"))
+
+    assert "--kv-dtype" not in plain
+    assert fp8[fp8.index("--kv-dtype") + 1] == "fp8"
 
 
 def test_children_run_the_same_code_with_their_share_of_threads() -> None:

@@ -29,8 +29,8 @@ def made(dtype: torch.dtype, device: torch.device) -> gpu.Weights:
     return weights(small, dtype, device)
 
 
-def on_gpu(made: gpu.Weights) -> GpuRunner:
-    return GpuRunner(made, BLOCK, BLOCKS, 8, tuned.Table.empty("none"))
+def on_gpu(made: gpu.Weights, *, is_kv_fp8: bool = False) -> GpuRunner:
+    return GpuRunner(made, BLOCK, BLOCKS, 8, tuned.Table.empty("none"), is_kv_fp8=is_kv_fp8)
 
 
 def with_room(batch: StepBatch, turns: list[tuple[Generation, int]]) -> StepBatch:
@@ -77,6 +77,35 @@ def test_a_story_of_steps_gives_the_text_of_the_cpu(made: gpu.Weights) -> None:
     assert [len(output) for output in told] == [7, 9, 7, 7]
     assert told == story(on_gpu(made), says_room=False)  # every step launched when it is asked for
     assert told[:3] == story(cpu)[:3]  # the fourth draws: the GPU walks tokens by id, the CPU by rank
+
+
+def test_over_fp8_kv_a_story_is_the_same_however_it_is_launched(made: gpu.Weights) -> None:
+    told = story(on_gpu(made, is_kv_fp8=True))
+
+    assert [len(output) for output in told] == [7, 9, 7, 7]
+    assert told == story(on_gpu(made, is_kv_fp8=True), says_room=False)
+
+
+def test_over_fp8_kv_a_prompt_says_the_same_at_once_in_chunks_and_from_blocks_brought_up(made: gpu.Weights) -> None:
+    """Every token of a step is read as it was stored, so what comes later cannot tell how it was computed."""
+    texts, brought = [], on_gpu(made, is_kv_fp8=True)
+    for chunks in ([40], [25, 15], [13, 13, 13, 1]):
+        runner = on_gpu(made, is_kv_fp8=True)
+        one = Blocks(BLOCKS, BLOCK).start(list(range(3, 43)), 6)
+        for rows in (*chunks, 1, 1, 1, 1):
+            step(runner, [(one, rows)])
+        texts.append(one.output)
+    memory, into = runner.kv, brought.kv
+    assert memory is not None
+    assert into is not None
+    payloads = [np.empty(memory.block_bytes, np.uint8) for _ in range(2)]
+    memory.save(one.blocks[:2], payloads)()
+    into.load(one.blocks[:2], payloads, into.fence())()
+    warm = Generation(list(range(3, 43)), 40, one.blocks, computed=32)
+    for rows in (8, 1, 1, 1, 1):
+        step(brought, [(warm, rows)])
+
+    assert texts[0] == texts[1] == texts[2] == warm.output
 
 
 def test_steps_are_launched_ahead_and_used(made: gpu.Weights, monkeypatch: pytest.MonkeyPatch) -> None:
