@@ -62,12 +62,9 @@ def load(
         )
         shape = gpu.shape_of(made.config, block_tokens, is_kv_fp8=is_kv_fp8)
         wrong = check.failures(device, DTYPE, shape)
-        if is_part and {"attention", "prefill", "sampling"} & set(wrong):
-            raise ModelError(
-                f"tensor parallel needs our own kernels, which failed their self-check on {device}: {wrong}"
-            )
-        if is_kv_fp8 and {"attention", "prefill", "sampling"} & set(wrong):
-            raise ModelError(f"fp8 KV needs our own kernels, which failed their self-check on {device}: {wrong}")
+        needing = "tensor parallel" if is_part else "fp8 KV" if is_kv_fp8 else ""
+        if needing and {"attention", "prefill", "sampling"} & set(wrong):
+            raise ModelError(f"{needing} needs our own kernels, which failed their self-check on {device}: {wrong}")
         if {"attention", "prefill", "sampling"} & set(wrong):
             log.warning("serving by plain torch instead: correct, and several times slower")
             options = RunnerConfig(block_tokens, kv_bytes or 4 * 2**30, DTYPE, str(device))
