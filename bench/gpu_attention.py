@@ -4,6 +4,7 @@ Owns the pools and steps that are timed. Every timing is of a kernel that agreed
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 import time
@@ -202,13 +203,13 @@ def special_attends(pool: Pool) -> list[list[Any]]:
 def prefill_section(models: list[str], deadline_s: float) -> dict[str, Any]:
     """Chunks at offsets against cuDNN's causal attention over contiguous keys, TFLOP/s."""
     table: list[list[Any]] = []
-    pool = Pool(SHAPES["8b-fp8kv" if "8b-fp8kv" in models else "8b"], 12)
     cases = [([2048], [2048]), ([8192], [8192]), ([32768], [32768]), ([32768], [2048]), ([512] * 4, [512] * 4)]
-    for contexts, row_counts in cases:
+    pools = [(name, Pool(SHAPES[name], 12)) for name in models if name in SHAPES and name.startswith("8b")]
+    for (model, pool), (contexts, row_counts) in itertools.product(pools, cases):
         if time.time() > deadline_s:
             print("prefill: out of time")
             break
-        row: dict[str, Any] = {}
+        row: dict[str, Any] = {"model": model}
         flop = sum(4 * 32 * 128 * r * (c - (r - 1) / 2) for c, r in zip(contexts, row_counts, strict=True))
         for pack in (1, 4):
             time_us, wrong = prefill_time(replace(pool.shape, pack_max=pack), pool, contexts, row_counts)
@@ -240,13 +241,9 @@ def prefill_time(shape: Shape, pool: Pool, contexts: list[int], row_counts: list
     run(3)
     queries = qkv.view(count, -1, shape.head_dim)[-64:, : shape.heads]
     wanted, _ = ref.attend(
-        queries,
-        ref.read(pool.layer(3)),
-        step.table[-1:],
-        torch.tensor([0, 64]),
-        step.contexts[-1:],
+        queries, ref.read(pool.layer(3)), step.table[-1:], torch.tensor([0, 64]), step.contexts[-1:],
         shape.head_dim**-0.5,
-    )
+    )  # fmt: skip
     wrong = error(out[-64:], wanted)
     return microseconds([lambda n=n: run(n) for n in range(8)]), max(wrong, 0.0 if bool(out.isfinite().all()) else 9.0)
 
