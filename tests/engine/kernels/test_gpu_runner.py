@@ -79,33 +79,26 @@ def test_a_story_of_steps_gives_the_text_of_the_cpu(made: gpu.Weights) -> None:
     assert told[:3] == story(cpu)[:3]  # the fourth draws: the GPU walks tokens by id, the CPU by rank
 
 
-def test_over_fp8_kv_a_story_is_the_same_however_it_is_launched(made: gpu.Weights) -> None:
-    told = story(on_gpu(made, is_kv_fp8=True))
-
-    assert [len(output) for output in told] == [7, 9, 7, 7]
-    assert told == story(on_gpu(made, is_kv_fp8=True), says_room=False)
-
-
 def test_over_fp8_kv_a_prompt_says_the_same_at_once_in_chunks_and_from_blocks_brought_up(made: gpu.Weights) -> None:
     """Every token of a step is read as it was stored, so what comes later cannot tell how it was computed."""
     texts, brought = [], on_gpu(made, is_kv_fp8=True)
-    for chunks in ([40], [25, 15], [13, 13, 13, 1]):
+    for chunks in ([20], [13, 7]):
         runner = on_gpu(made, is_kv_fp8=True)
-        one = Blocks(BLOCKS, BLOCK).start(list(range(3, 43)), 6)
-        for rows in (*chunks, 1, 1, 1, 1):
+        one = Blocks(BLOCKS, BLOCK).start(list(range(3, 23)), 6)
+        for rows in (*chunks, 1, 1):
             step(runner, [(one, rows)])
         texts.append(one.output)
     memory, into = runner.kv, brought.kv
     assert memory is not None
     assert into is not None
-    payloads = [np.empty(memory.block_bytes, np.uint8) for _ in range(2)]
-    memory.save(one.blocks[:2], payloads)()
-    into.load(one.blocks[:2], payloads, into.fence())()
-    warm = Generation(list(range(3, 43)), 40, one.blocks, computed=32)
-    for rows in (8, 1, 1, 1, 1):
+    payloads = [np.empty(memory.block_bytes, np.uint8)]
+    memory.save(one.blocks[:1], payloads)()
+    into.load(one.blocks[:1], payloads, into.fence())()
+    warm = Generation(list(range(3, 23)), 20, one.blocks, computed=16)
+    for rows in (4, 1, 1):
         step(brought, [(warm, rows)])
 
-    assert texts[0] == texts[1] == texts[2] == warm.output
+    assert texts[0] == texts[1] == warm.output
 
 
 def test_steps_are_launched_ahead_and_used(made: gpu.Weights, monkeypatch: pytest.MonkeyPatch) -> None:
