@@ -1,6 +1,7 @@
 """Every kernel that a worker launches on an H100, compiled without one: registers, bytes spilled, shared memory.
 
-    python3 bench/compile_kernels.py [--models llama-8b,qwen3-0.6b] [--weights bf16,fp8] [--device CARD] [--jobs 2]
+    python3 bench/compile_kernels.py [--models llama-8b,qwen3-0.6b] [--weights bf16,fp8] [--kv bf16,fp8] [--jobs 2]
+                                     [--device "NVIDIA H100 80GB HBM3"]
 
 Owns the table. What is compiled is the list that a worker's start compiles (engine/compute/precompile.py). The
 interpreter of the tests accepts what the compiler refuses, so CI runs both. Exits 1 when a kernel does not compile or
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import logging
 import multiprocessing
@@ -89,6 +91,7 @@ def main() -> int:
     parser.add_argument("--models", default="llama-8b,qwen3-0.6b")
     parser.add_argument("--device", default="NVIDIA H100 80GB HBM3")
     parser.add_argument("--weights", default="bf16,fp8")
+    parser.add_argument("--kv", default="bf16,fp8")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     driver.set_active(Absent(CAPABILITY))
@@ -97,7 +100,8 @@ def main() -> int:
     for model in options.models.split(","):
         shape = config.read(MODELS / model)
         facts = (options.device, GPU_BLOCK_TOKENS, GPU_SEQUENCES_MAX)
-        lists = [specials(shape, *facts, has_fp8_weights=name == "fp8") for name in options.weights.split(",")]
+        kinds = itertools.product(options.weights.split(","), options.kv.split(","))
+        lists = [specials(shape, *facts, has_fp8_weights=w == "fp8", is_kv_fp8=kv == "fp8") for w, kv in kinds]
         rows = named({special.key: special for wanted in lists for special in wanted}.values())
         print(f"{model}: {len(rows)} kernels\nregisters  spilled   shared  kernel")
         with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("fork")) as pool:

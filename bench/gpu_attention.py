@@ -4,6 +4,7 @@ Owns the pools and steps that are timed. Every timing is of a kernel that agreed
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 import time
@@ -19,12 +20,14 @@ from torch.nn import functional
 
 from bench.gpu_timing import BF16, CUDA, ceilings, error, microseconds
 from engine.kernels import paged, plan, ref
+from engine.kernels.layout import LayerKv
 from engine.kernels.paged import Launch, Shape, Step
 
 SHAPES = {
     "8b": Shape(32, 8, 128, 32, 64, 1e-5, has_qk_norm=False),
     "0.6b": Shape(16, 8, 128, 28, 64, 1e-6, has_qk_norm=True),
 }
+SHAPES |= {f"{name}-fp8kv": replace(shape, is_kv_fp8=True) for name, shape in SHAPES.items()}
 
 
 class Pool:
@@ -32,13 +35,24 @@ class Pool:
 
     def __init__(self, shape: Shape, gib: float):
         self.shape = shape
-        block = shape.layers * 2 * shape.kv_heads * shape.block_tokens * shape.head_dim
-        self.blocks = int(gib * 2**30 / 2 / block)
-        size = (self.blocks, shape.layers, 2, shape.kv_heads, shape.block_tokens, shape.head_dim)
-        self.memory = torch.empty(size, device=CUDA, dtype=BF16)
+        self.blocks = int(gib * 2**30 / shape.layout.block_bytes(BF16))
+        self.memory = shape.layout.pool(self.blocks, BF16, CUDA)
         for first in range(0, self.blocks, 64):
-            self.memory[first : first + 64].normal_()
+            for number in range(shape.layers):
+                layer = shape.layout.layer(self.memory[first : first + 64], number)
+                layer.numbers.copy_(torch.randn(layer.numbers.shape, device=CUDA))
+                if layer.scales is not None:
+                    ref.halves(layer.scales).fill_(1.0)
         self.norm = torch.ones(shape.head_dim, device=CUDA)
+
+    @property
+    def token_bytes(self) -> float:
+        """Of one token in one layer."""
+        return self.shape.layout.block_bytes(BF16) / self.shape.block_tokens / self.shape.layers
+
+    def layer(self, number: int) -> LayerKv:
+        """One layer's memory."""
+        return self.shape.layout.layer(self.memory, number)
 
     def step(self, contexts: list[int], row_counts: list[int], shared: int = 0, group: int = 1) -> Step:
         """Random block tables (blocks repeat when the pool is short); groups of `group` share their first tokens."""
@@ -84,9 +98,9 @@ def attend_time(
 
     def run(layer: int) -> None:
         if has_shared and only != "private":
-            paged.run_attend(shape, step, lists, launch, qkv, pool.memory[:, layer], out, *norms, is_shared=True)
+            paged.run_attend(shape, step, lists, launch, qkv, pool.layer(layer), out, *norms, is_shared=True)
         if only != "shared":
-            paged.run_attend(shape, step, lists, launch, qkv, pool.memory[:, layer], out, *norms)
+            paged.run_attend(shape, step, lists, launch, qkv, pool.layer(layer), out, *norms)
         if (has_parts and not has_shared) or (has_shared and not only):
             paged.run_merge(shape, step, lists, launch, out)
 
@@ -98,7 +112,7 @@ def attend_time(
         for number in some:
             start, end = int(step.row_starts[number]), int(step.row_starts[number + 1])
             wanted, _ = ref.attend(
-                queries[start:end], pool.memory[:, 3], step.table[number : number + 1],
+                queries[start:end], ref.read(pool.layer(3)), step.table[number : number + 1],
                 torch.tensor([0, end - start]), step.contexts[number : number + 1], shape.head_dim**-0.5,
             )  # fmt: skip
             wrong = max(wrong, error(out[start:end], wanted))
@@ -110,6 +124,7 @@ DEEP = Launch(264, stages=4)
 LAUNCHES = [
     DEEP, Launch(264, stages=3), Launch(264, stages=4, is_ahead=True), Launch(396, stages=3, registers=168),
     Launch(528, stages=2, registers=128), Launch(528, warps=2, stages=2), Launch(396, warps=2, stages=3),
+    Launch(264, stages=6), Launch(528, stages=3, registers=128),
 ]  # fmt: skip
 DECODES = [(1, 576), (8, 576), (16, 576), (32, 576), (64, 576), (128, 576), (256, 576), (1, 2048), (8, 2048),
            (64, 2048), (256, 2048), (1, 32768), (8, 32768)]  # fmt: skip
@@ -120,8 +135,8 @@ def attend_section(models: list[str], deadline_s: float) -> dict[str, Any]:
     table: list[list[Any]] = []
     for model in (name for name in models if name in SHAPES):
         pool = Pool(SHAPES[model], 30)
-        token_bytes = 2 * pool.shape.kv_heads * pool.shape.head_dim * 2
-        for batch, context in DECODES if model == "8b" else DECODES[:6]:
+        token_bytes = pool.token_bytes
+        for batch, context in DECODES if model.startswith("8b") else DECODES[:6]:
             if time.time() > deadline_s:
                 print("attend: out of time at", model, batch, context)
                 return {"attend": table}
@@ -150,7 +165,7 @@ def attend_section(models: list[str], deadline_s: float) -> dict[str, Any]:
                 f"({rate:.0f} GB/s) {cell}",
                 flush=True,
             )
-        if model == "8b":
+        if model.startswith("8b"):
             table += special_attends(pool)
         del pool
         torch.cuda.empty_cache()
@@ -185,16 +200,16 @@ def special_attends(pool: Pool) -> list[list[Any]]:
     return found
 
 
-def prefill_section(_models: list[str], deadline_s: float) -> dict[str, Any]:
+def prefill_section(models: list[str], deadline_s: float) -> dict[str, Any]:
     """Chunks at offsets against cuDNN's causal attention over contiguous keys, TFLOP/s."""
     table: list[list[Any]] = []
-    pool = Pool(SHAPES["8b"], 12)
     cases = [([2048], [2048]), ([8192], [8192]), ([32768], [32768]), ([32768], [2048]), ([512] * 4, [512] * 4)]
-    for contexts, row_counts in cases:
+    pools = [(name, Pool(SHAPES[name], 12)) for name in models if name in SHAPES and name.startswith("8b")]
+    for (model, pool), (contexts, row_counts) in itertools.product(pools, cases):
         if time.time() > deadline_s:
             print("prefill: out of time")
             break
-        row: dict[str, Any] = {}
+        row: dict[str, Any] = {"model": model}
         flop = sum(4 * 32 * 128 * r * (c - (r - 1) / 2) for c, r in zip(contexts, row_counts, strict=True))
         for pack in (1, 4):
             time_us, wrong = prefill_time(replace(pool.shape, pack_max=pack), pool, contexts, row_counts)
@@ -217,7 +232,7 @@ def prefill_time(shape: Shape, pool: Pool, contexts: list[int], row_counts: list
     out = torch.full((count, shape.heads, shape.head_dim), math.nan, device=CUDA, dtype=BF16)
     pool_map = paged.pool_map(shape, pool.memory)
     paged.run_plan(shape, step, lists, has_chunks=True)
-    paged.run_rope_write(shape, step, 0, qkv, pool.memory[:, 3], None, None)
+    paged.run_rope_write(shape, step, 0, qkv, pool.layer(3), None, None)
     tiles = len(lists.chunk_items)
 
     def run(layer: int) -> None:
@@ -226,8 +241,9 @@ def prefill_time(shape: Shape, pool: Pool, contexts: list[int], row_counts: list
     run(3)
     queries = qkv.view(count, -1, shape.head_dim)[-64:, : shape.heads]
     wanted, _ = ref.attend(
-        queries, pool.memory[:, 3], step.table[-1:], torch.tensor([0, 64]), step.contexts[-1:], shape.head_dim**-0.5
-    )
+        queries, ref.read(pool.layer(3)), step.table[-1:], torch.tensor([0, 64]), step.contexts[-1:],
+        shape.head_dim**-0.5,
+    )  # fmt: skip
     wrong = error(out[-64:], wanted)
     return microseconds([lambda n=n: run(n) for n in range(8)]), max(wrong, 0.0 if bool(out.isfinite().all()) else 9.0)
 

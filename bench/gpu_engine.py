@@ -3,6 +3,7 @@
     python3 bench/gpu_engine.py MODEL_DIR [--engines headway,vllm] [--batches 1,64] [--ttft 2048] [--work ...]
 
 Owns the adapters and the clock, which stands outside the engine. MODEL_DIR holds a config.json; weights are made up.
+Engines are headway, headway-fp8kv (the same with fp8 KV, a column of its own) and vllm.
 Pace is (seconds of 129 tokens - seconds of 1 token) / 128, median of the repeats; no prompt is new twice, and each
 engine gets the same. Every repeat is written as it is measured: where the minutes are up it stops with exit code 3, and
 the same command goes on. The table of all engines is printed last."""
@@ -135,8 +136,14 @@ class HeadwayFp8Weights(Headway):
     options = ("--weights", "fp8")
 
 
+class HeadwayFp8Kv(Headway):
+    """The same with fp8 KV."""
+
+    options = ("--kv-dtype", "fp8")
+
+
 ADAPTERS: dict[str, Callable[[Path, Path], Engine]] = {
-    "headway": Headway, "headway-fp8w": HeadwayFp8Weights, "vllm": Vllm,
+    "headway": Headway, "headway-fp8w": HeadwayFp8Weights, "headway-fp8kv": HeadwayFp8Kv, "vllm": Vllm,
 }  # fmt: skip
 
 

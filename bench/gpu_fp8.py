@@ -29,7 +29,10 @@ from engine.step import StepBatch
 from engine.wire import Sampling
 
 ROWS = (64, 256)
-VARIANTS: dict[str, dict[str, bool]] = {"bf16": {}, "fp8 weights": {"has_fp8_weights": True}}
+VARIANTS: dict[str, dict[str, bool]] = {
+    "bf16": {}, "fp8 weights": {"has_fp8_weights": True}, "fp8 KV": {"is_kv_fp8": True},
+    "fp8 weights and KV": {"has_fp8_weights": True, "is_kv_fp8": True},
+}  # fmt: skip
 
 
 def batch_of(ids: list[int], start: int, rows: int) -> StepBatch:

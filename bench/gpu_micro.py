@@ -94,7 +94,7 @@ def rows_section(_models: list[str], _deadline_s: float) -> dict[str, Any]:
             "gated": microseconds([lambda: rows.gated(both, mid)] * 20),
             "rope_write": microseconds(
                 [
-                    lambda n=n: paged.run_rope_write(pool.shape, step, 0, qkv, pool.memory[:, n], None, None)
+                    lambda n=n: paged.run_rope_write(pool.shape, step, 0, qkv, pool.layer(n), None, None)
                     for n in range(20)
                 ]
             ),

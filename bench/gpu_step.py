@@ -1,6 +1,6 @@
 """Whole captured steps on the GPU at hand, without the host: against the floor of bytes and operations, and by kernel.
 
-    python3 bench/gpu_step.py MODEL_DIR [--weights fp8] [--out DIR]
+    python3 bench/gpu_step.py MODEL_DIR [--weights fp8] [--kv fp8] [--out DIR]
 
 Owns decode steps by batch and context, chunks, and both; and where the time of a step goes. Prints its table last."""
 
@@ -22,7 +22,7 @@ from bench.gpu_timing import ceilings
 from engine.compute import gpu_build
 from engine.compute.calibrate import Shape, batch_of
 from engine.compute.gpu_runner import GpuRunner
-from engine.config import GPU_BLOCK_TOKENS, WEIGHTS
+from engine.config import GPU_BLOCK_TOKENS, KV_DTYPES, WEIGHTS
 from engine.models.config import ModelConfig
 from engine.step import StepBatch
 
@@ -31,12 +31,12 @@ CHUNKS = (Shape(0, 512, 0), Shape(0, 2048, 0), Shape(64, 512, 576), Shape(0, 204
 DETAILED = (1, 64, 256)
 
 
-def floor_ms(config: ModelConfig, shape: Shape, *, has_fp8: bool = False) -> float:
+def floor_ms(config: ModelConfig, shape: Shape, kv_bytes_per_token: float, *, has_fp8: bool = False) -> float:
     """Bytes over the read rate or operations over the matrix rate (twice as high in 8 bits), whichever is more."""
     qkv = config.hidden * (config.q_width + 2 * config.kv_width)
     linear = config.layers * (qkv + config.q_width * config.hidden + 3 * config.hidden * config.ffn)
     head, sampled = config.hidden * config.vocab_size, shape.decodes + bool(shape.chunk)
-    kv = shape.decodes * shape.context * config.kv_bytes_per_token(2)
+    kv = shape.decodes * shape.context * kv_bytes_per_token
     pairs = shape.chunk * (shape.context + shape.chunk / 2)
     of_layers = 2 * (shape.decodes + shape.chunk) * linear / (2 if has_fp8 else 1)
     flop = of_layers + 2 * sampled * head + 4 * config.layers * config.q_width * pairs
@@ -79,9 +79,11 @@ def kernels(replay: Callable[[], None]) -> dict[str, float]:
 def measure(runner: GpuRunner, path: Path, *, has_fp8: bool = False) -> None:
     """Every case, and kernels of some."""
     found: dict[str, dict[str, float]] = {}
+    assert runner.kv is not None
+    token_bytes = runner.kv.block_bytes / runner.block_tokens
     for shape in [*(Shape(batch, 0, context - 1) for batch, context in DECODES), *CHUNKS]:
         with runner.replayable(spread(shape, runner.blocks_total)) as replay:
-            taken, floor = milliseconds(replay), floor_ms(runner.model, shape, has_fp8=has_fp8)
+            taken, floor = milliseconds(replay), floor_ms(runner.model, shape, token_bytes, has_fp8=has_fp8)
             name = f"{shape.decodes} decodes + {shape.chunk} rows at {shape.context}"
             found[name] = {"ms": round(taken, 3), "floor": round(floor, 3), "of floor": round(floor / taken, 3)}
             print(f"{name:40} {taken:9.3f} ms  floor {floor:9.3f}  {floor / taken:6.1%}", flush=True)
@@ -95,17 +97,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--weights", choices=WEIGHTS, default="bf16")
+    parser.add_argument("--kv", choices=KV_DTYPES, default=KV_DTYPES[0])
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     options = parser.parse_args()
     device = torch.device("cuda:0")
-    has_fp8 = options.weights == "fp8"
+    has_fp8, is_kv_fp8 = options.weights == "fp8", options.kv == "fp8"
     runner = gpu_build.load(
-        options.model, device, block_tokens=GPU_BLOCK_TOKENS, kv_bytes=0, sequences_max=256, has_fp8_weights=has_fp8
-    )
+        options.model, device, block_tokens=GPU_BLOCK_TOKENS, kv_bytes=0, sequences_max=256,
+        has_fp8_weights=has_fp8, is_kv_fp8=is_kv_fp8,
+    )  # fmt: skip
     if not isinstance(runner, GpuRunner):
         sys.exit("the kernels failed their self-check on this card; see the log")
     options.out.mkdir(parents=True, exist_ok=True)
-    name = f"gpu_step-{options.model.name}{'-fp8w' if has_fp8 else ''}.json"
+    name = f"gpu_step-{options.model.name}{'-fp8w' * has_fp8}{'-fp8kv' * is_kv_fp8}.json"
     measure(runner, options.out / name, has_fp8=has_fp8)
 
 

@@ -1,6 +1,6 @@
 """What a prefix costs to bring up from the host pool and to write there, against computing it; alone, beside decodes.
 
-    python3 bench/gpu_tiers.py MODEL_DIR [--prefix 32768] [--decodes 64] [--commit C] [--out DIR]
+    python3 bench/gpu_tiers.py MODEL_DIR [--prefix 32768] [--decodes 64] [--kv fp8] [--commit C] [--out DIR]
 
 Owns one prefix that goes down and up through the worker's own trie, tiers and threads, first over ordinary memory, then
 over registered memory, in one run. Some blocks are compared bit for bit after every restore. Prints its table last."""
@@ -28,7 +28,7 @@ from engine.compute import gpu_build, precompile
 from engine.compute.arrange import CHUNK_BUCKETS
 from engine.compute.calibrate import Shape, batch_of
 from engine.compute.gpu_runner import GpuRunner
-from engine.config import GPU_BLOCK_TOKENS, GPU_SEQUENCES_MAX
+from engine.config import GPU_BLOCK_TOKENS, GPU_SEQUENCES_MAX, KV_DTYPES
 from engine.kv import keys
 from engine.kv.blocks import BlockTrie
 from engine.kv.carrier import Tier
@@ -282,25 +282,26 @@ def main() -> None:
     parser.add_argument("--prefix", type=int, default=32768, help="tokens of the prefix (32768)")
     parser.add_argument("--decodes", type=int, default=64, help="sequences that decode beside it (64)")
     parser.add_argument("--repeats", type=int, default=4, help="rounds over registered memory; half over ordinary (4)")
+    parser.add_argument("--kv", choices=KV_DTYPES, default=KV_DTYPES[0])
     parser.add_argument("--commit", default="unknown", help="the commit measured, where git is not at hand")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     options = parser.parse_args()
-    started, device = time.perf_counter(), torch.device("cuda:0")
+    started, device, is_kv_fp8 = time.perf_counter(), torch.device("cuda:0"), options.kv == "fp8"
     torch.cuda.set_device(device)
     blocks = options.prefix // GPU_BLOCK_TOKENS + options.decodes * blocks_each(GPU_BLOCK_TOKENS) + 8
     with torch.inference_mode():
-        with precompile.beside(options.model, device, GPU_BLOCK_TOKENS, GPU_SEQUENCES_MAX):
+        with precompile.beside(options.model, device, GPU_BLOCK_TOKENS, GPU_SEQUENCES_MAX, is_kv_fp8=is_kv_fp8):
             made = gpu_build.on_device(options.model, device)
-        runner = GpuRunner(made, GPU_BLOCK_TOKENS, blocks, GPU_SEQUENCES_MAX)
+        runner = GpuRunner(made, GPU_BLOCK_TOKENS, blocks, GPU_SEQUENCES_MAX, is_kv_fp8=is_kv_fp8)
     print(f"weights and kernels after {time.perf_counter() - started:.1f} s", flush=True)
     bench = Bench(runner, options.prefix, options.decodes)
     rows = measure(bench, options.repeats, warm_steps=2 * (CONTEXTS[1] - CONTEXTS[0]))
     bench.close()
     head = {"device": torch.cuda.get_device_name(), "commit": options.commit, "model": options.model.name}
-    head |= {"prefix_tokens": options.prefix, "prefix_bytes": bench.bytes, "decodes": options.decodes}
+    head |= {"kv": options.kv, "prefix_tokens": options.prefix, "prefix_bytes": bench.bytes, "decodes": options.decodes}
     options.out.mkdir(parents=True, exist_ok=True)
     found = [{key: value if key == "name" else round(value, 3) for key, value in asdict(row).items()} for row in rows]
-    path = options.out / f"gpu_tiers-{options.model.name}.json"
+    path = options.out / f"gpu_tiers-{options.model.name}{'-fp8kv' if is_kv_fp8 else ''}.json"
     path.write_text(json.dumps({**head, "rows": found}, indent=1) + "\n")
     print(f"\n{time.perf_counter() - started:.0f} s in all; {options.prefix} tokens are {bench.bytes / 1e9:.2f} GB")
     print(f"{'':34} {'ms':>9} {'GB/s':>8} {'of link':>7} {'step ms':>9} {'longest ms':>10}")

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from engine.config import GPU_BLOCK_TOKENS, GPU_KV_BYTES, GPU_SEQUENCES_MAX, WEIGHTS, EngineConfig
+from engine.config import GPU_BLOCK_TOKENS, GPU_KV_BYTES, GPU_SEQUENCES_MAX, KV_DTYPES, WEIGHTS, EngineConfig
 from engine.worker import StartError
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ def _worker(arguments: argparse.Namespace) -> int:
             raise StartError(_no_card(config, torch.cuda.device_count()))
     elif config.has_fp8_weights:
         raise StartError("weights of 8 bits (--weights fp8) need a GPU; leave them bf16 on a CPU")
+    elif config.kv_dtype == "fp8":
+        raise StartError(f"fp8 KV is for GPU workers, and this one is for {config.device}: leave --kv-dtype out")
     with contextlib.ExitStack() as ending:
         runner = _explained(lambda: ending.enter_context(_running(folder, config)))
         facts = ModelFacts(
@@ -102,7 +104,8 @@ def _running(folder: Path, config: EngineConfig) -> Iterator[TorchRunner | GpuRu
 
 def _kv_dtype(config: EngineConfig) -> str:
     """What KV is made of, and by what: weights of 8 bits give other KV, and in parts it lies otherwise: other keys."""
-    dtype = "bfloat16" if config.device.startswith("cuda") else "float32"
+    on_gpu = {"bf16": "bfloat16", "fp8": "float8_e4m3 with float16 scales"}
+    dtype = on_gpu[config.kv_dtype] if config.device.startswith("cuda") else "float32"
     dtype = f"{dtype} by 8-bit weights" if config.has_fp8_weights else dtype
     return dtype if config.tensor_parallel == 1 else f"{dtype} in {config.tensor_parallel} parts"
 
@@ -156,6 +159,7 @@ def _gpu_runner(folder: Path, config: EngineConfig) -> TorchRunner | GpuRunner:
         kv_bytes=config.kv_bytes,
         sequences_max=config.sequences_max,
         has_fp8_weights=config.has_fp8_weights,
+        is_kv_fp8=config.kv_dtype == "fp8",
     )
 
 
@@ -255,6 +259,11 @@ def _parser() -> argparse.ArgumentParser:
         "--no-one-shot", dest="has_one_shot", action="store_false", help="all sums over cards by NCCL, also of few rows"
     )
     worker.add_argument("--kv-bytes", type=_count, help="memory for KV (512 MiB; on a GPU all that is free)")
+    worker.add_argument(
+        "--kv-dtype",
+        choices=KV_DTYPES,
+        help="of a GPU worker: fp8 holds nearly twice the tokens in as many bytes (bf16)",
+    )
     worker.add_argument("--no-drafts", dest="has_drafts", action="store_false", help="no prompt-lookup speculation")
     worker.set_defaults(command=_worker)
     convert = commands.add_parser(

@@ -23,6 +23,7 @@ class EngineConfig:
     tensor_parallel: int = 1  # ranks that hold a part of the model each: this card and the next ones, or processes
     has_one_shot: bool = True  # sums over cards by one kernel for few rows; else NCCL's
     block_tokens: int = 16  # 64 on a GPU
+    kv_dtype: str = "bf16"  # one of KV_DTYPES: fp8 holds nearly twice the tokens and moves logits (docs/gpu.md)
     kv_bytes: int = 512 * 1024 * 1024  # 11,600 tokens of SmolLM2-135M in float32: its whole context and room beside it
     ahead_tokens: int = 0  # 1 on a GPU: the next step is launched before this one's tokens are known
     sequences_max: int = 256
@@ -45,6 +46,7 @@ class EngineConfig:
 
 
 WEIGHTS = ("bf16", "fp8")
+KV_DTYPES = ("bf16", "fp8")  # of a GPU worker's KV; a CPU's is float32
 GPU_BLOCK_TOKENS = 64  # what the kernels' tiles are made for
 GPU_SEQUENCES_MAX = 256  # the largest bucket of decode rows (engine/compute/arrange.py)
 GPU_ROWS_MAX = 4096  # of a step: 100 ms of an 8B model, and what a newcomer waits at most; fewer steps mix better

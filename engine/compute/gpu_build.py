@@ -18,6 +18,7 @@ from engine.compute.device_sum import DeviceSum
 from engine.compute.gpu_runner import FREE_SHARE, GpuRunner
 from engine.compute.runner import RunnerConfig, TorchRunner
 from engine.kernels import check, tuned
+from engine.kernels.paged import Shape
 from engine.loading import manifest, weights
 from engine.models import config as model_config
 from engine.models import gpu
@@ -41,6 +42,7 @@ def load(
     shard: Shard = WHOLE,
     has_one_shot: bool = True,
     has_fp8_weights: bool = False,
+    is_kv_fp8: bool = False,
 ) -> GpuRunner | TorchRunner:
     """A runner for a Hugging Face folder on this device, or for a rank's part of it where all ranks have met and call
     this at once. Raises ModelError when the folder cannot be served."""
@@ -49,7 +51,7 @@ def load(
     is_part = shard.ranks > 1
     with torch.inference_mode():
         compiling = precompile.beside(
-            folder, device, block_tokens, sequences_max, shard, has_fp8_weights=has_fp8_weights
+            folder, device, block_tokens, sequences_max, shard, has_fp8_weights=has_fp8_weights, is_kv_fp8=is_kv_fp8
         )
         with nullcontext() if shard.rank else compiling:
             made = on_device(folder, device, shard, has_fp8_weights=has_fp8_weights)
@@ -61,14 +63,12 @@ def load(
             torch.cuda.get_device_name(device),
             time.perf_counter() - started,
         )
-        shape = gpu.shape_of(made.config, block_tokens)
+        shape = gpu.shape_of(made.config, block_tokens, is_kv_fp8=is_kv_fp8)
         wrong = check.failures(device, DTYPE, shape, has_fp8=made.has_fp8)
-        if has_fp8_weights and {"attention", "prefill", "sampling"} & set(wrong):
-            raise ModelError(f"8-bit weights need our own kernels, which failed their self-check on {device}: {wrong}")
-        if is_part and {"attention", "prefill", "sampling"} & set(wrong):
-            raise ModelError(
-                f"tensor parallel needs our own kernels, which failed their self-check on {device}: {wrong}"
-            )
+        wishes = {"tensor parallel": is_part, "weights of 8 bits": has_fp8_weights, "fp8 KV": is_kv_fp8}
+        needing = next((wish for wish, is_asked in wishes.items() if is_asked), "")
+        if needing and {"attention", "prefill", "sampling"} & set(wrong):
+            raise ModelError(f"{needing} needs our own kernels, which failed their self-check on {device}: {wrong}")
         if {"attention", "prefill", "sampling"} & set(wrong):
             log.warning("serving by plain torch instead: correct, and several times slower")
             options = RunnerConfig(block_tokens, kv_bytes or 4 * 2**30, DTYPE, str(device))
@@ -81,9 +81,9 @@ def load(
         if is_part:
             rows, like = most(sequences_max).rows, made.embedding
             joined = DeviceSum(shard, rows, made.config.hidden, like, has_one_shot=has_one_shot)
-        blocks = blocks_for(made, block_tokens, kv_bytes)
+        blocks = blocks_for(made, shape, kv_bytes)
         blocks = ranks.least(blocks) if is_part else blocks
-        runner = GpuRunner(made, block_tokens, blocks, sequences_max, table, ranks=joined)
+        runner = GpuRunner(made, block_tokens, blocks, sequences_max, table, ranks=joined, is_kv_fp8=is_kv_fp8)
     log.info("self-check and memory after %.1f s", time.perf_counter() - started)
     runner.warm(bucket(sequences_max))
     log.info("%d KV blocks, steps captured after %.1f s", runner.blocks_total, time.perf_counter() - started)
@@ -106,9 +106,8 @@ def is_random(folder: Path) -> bool:
     return bool(json.loads((folder / "config.json").read_text(encoding="utf-8")).get(RANDOM_MARK))
 
 
-def blocks_for(made: gpu.Weights, block_tokens: int, kv_bytes: int) -> int:
+def blocks_for(made: gpu.Weights, shape: Shape, kv_bytes: int) -> int:
     """KV blocks in `kv_bytes`, or if that is 0 in what is free beside the weights and a step's buffers."""
-    block_bytes = block_tokens * made.config.kv_bytes_per_token(DTYPE.itemsize)
     if not kv_bytes:
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info()
@@ -117,4 +116,4 @@ def blocks_for(made: gpu.Weights, block_tokens: int, kv_bytes: int) -> int:
         step_bytes = rows * widths * DTYPE.itemsize + 256 * made.config.vocab_size * 4
         step_bytes += rows * gpu.widest(made.config) if made.has_fp8 else 0
         kv_bytes = int(FREE_SHARE * free) - RESERVE_BYTES - step_bytes
-    return kv_bytes // block_bytes
+    return kv_bytes // shape.layout.block_bytes(DTYPE)

@@ -110,6 +110,7 @@ def part_of(member: Member) -> TorchRunner | GpuRunner:
             member.folder, device, block_tokens=config.block_tokens, kv_bytes=kv_bytes,
             sequences_max=config.sequences_max, shard=shard, has_one_shot=config.has_one_shot,
             has_fp8_weights=config.has_fp8_weights,
+            is_kv_fp8=config.kv_dtype == "fp8",
         )  # fmt: skip
     options = RunnerConfig(config.block_tokens, kv_bytes)
     manifest.verify(member.folder)

@@ -33,7 +33,7 @@ from triton.runtime import driver
 
 from engine.compute.arrange import bucket
 from engine.compute.gpu_runner import GpuRunner, warm_captured, warm_compiled
-from engine.config import GPU_BLOCK_TOKENS, GPU_SEQUENCES_MAX, WEIGHTS
+from engine.config import GPU_BLOCK_TOKENS, GPU_SEQUENCES_MAX, KV_DTYPES, WEIGHTS
 from engine.kernels import check
 from engine.models import config as model_config
 from engine.models import gpu
@@ -95,19 +95,20 @@ def noted(found: dict[tuple[str, str, str], Special]) -> Iterator[None]:
 
 
 def specials(
-    config: ModelConfig, card: str, block_tokens: int, sequences_max: int, *, has_fp8_weights: bool = False
-) -> list[Special]:
+    config: ModelConfig, card: str, block_tokens: int, sequences_max: int, *, has_fp8_weights: bool = False,
+    is_kv_fp8: bool = False,
+) -> list[Special]:  # fmt: skip
     """All that a worker of this model compiles at its start on that card, the longest first."""
     found: dict[tuple[str, str, str], Special] = {}
     with noted(found), torch.inference_mode():
         weights = gpu.random_weights(config, NOWHERE, DTYPE, is_fp8=has_fp8_weights)
         weights = replace(weights, layers=weights.layers[:2])  # the first, and one for all that follow
-        runner = GpuRunner(weights, block_tokens, BLOCKS, sequences_max, card=card)
+        runner = GpuRunner(weights, block_tokens, BLOCKS, sequences_max, card=card, is_kv_fp8=is_kv_fp8)
         for batch in warm_captured(block_tokens, BLOCKS, bucket(sequences_max), config.context_max):
             runner.rehearse(batch)
         for batch in warm_compiled(block_tokens, bucket(sequences_max), config.context_max):
             runner.rehearse(batch)
-        shape = gpu.shape_of(config, block_tokens)
+        shape = gpu.shape_of(config, block_tokens, is_kv_fp8=is_kv_fp8)
         check.failures(torch.device("cpu"), DTYPE, shape, has_fp8=weights.has_fp8)  # it fails: nothing ran
     return sorted(found.values(), key=lambda one: (one.kernel not in LONGEST, one.kernel, one.data))
 
@@ -135,7 +136,7 @@ def compile_all(wanted: list[Special], jobs: int) -> list[float]:
 @contextmanager
 def beside(
     folder: Path, device: torch.device, block_tokens: int, sequences_max: int, shard: Shard = WHOLE,
-    *, has_fp8_weights: bool = False,
+    *, has_fp8_weights: bool = False, is_kv_fp8: bool = False,
 ) -> Iterator[None]:  # fmt: skip
     """Compile for the card at hand while the body runs, in processes that never see the card; then wait for them.
     Whatever they did not make is compiled where it is launched: later, and no worse."""
@@ -145,6 +146,7 @@ def beside(
         sys.executable, "-m", __name__, str(folder), card, "--capability", str(10 * major + minor),
         "--block-tokens", str(block_tokens), "--sequences-max", str(sequences_max),
         "--ranks", str(shard.ranks), "--weights", "fp8" if has_fp8_weights else "bf16",
+        "--kv-dtype", "fp8" if is_kv_fp8 else "bf16",
     ]  # fmt: skip
     with running(command) as compilers:
         yield
@@ -171,7 +173,7 @@ def stamp(arguments: argparse.Namespace, config: ModelConfig) -> Path:
     """A file in Triton's cache that says: all of this is made."""
     sources = sorted(Path(gpu.__file__).parents[1].glob("kernels/**/*.*[ny]"))  # .py and .json
     facts = [triton.__version__, torch.__version__, repr(config), arguments.card, str(arguments.capability)]
-    facts += [str(arguments.block_tokens), str(arguments.sequences_max), arguments.weights]
+    facts += [str(arguments.block_tokens), str(arguments.sequences_max), arguments.weights, arguments.kv_dtype]
     digest = hashlib.sha256("\n".join(facts).encode() + b"".join(path.read_bytes() for path in sources))
     digest.update(Path(gpu.__file__).read_bytes() + Path(sys.modules[GpuRunner.__module__].__file__ or "").read_bytes())
     return Path(knobs.cache.dir) / f"headway-{digest.hexdigest()[:32]}"
@@ -187,6 +189,7 @@ def main() -> int:
     parser.add_argument("--sequences-max", type=int, default=GPU_SEQUENCES_MAX)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--weights", choices=WEIGHTS, default="bf16")
+    parser.add_argument("--kv-dtype", choices=KV_DTYPES, default=KV_DTYPES[0])
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     arguments = parser.parse_args()
     started = time.perf_counter()
@@ -197,7 +200,8 @@ def main() -> int:
         return 0
     driver.set_active(Absent(arguments.capability))
     facts = (arguments.card, arguments.block_tokens, arguments.sequences_max)
-    wanted = specials(config, *facts, has_fp8_weights=arguments.weights == "fp8")
+    kinds = {"has_fp8_weights": arguments.weights == "fp8", "is_kv_fp8": arguments.kv_dtype == "fp8"}
+    wanted = specials(config, *facts, **kinds)
     listed = time.perf_counter() - started
     taken = compile_all(wanted, arguments.jobs)
     mark.parent.mkdir(parents=True, exist_ok=True)

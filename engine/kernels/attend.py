@@ -17,7 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from engine.kernels.rows import turned
+from engine.kernels.kv_fp8 import QUAD, WEIGHT_GAIN, in_tokens, key_scale, value_scale
+from engine.kernels.rows import stored, turned, value_place
 
 # int32 numbers of an item: row, rows, sequence, low, high, part, slot of part 0, parts, is_last
 ITEM = tl.constexpr(16)
@@ -25,34 +26,53 @@ NEVER = tl.constexpr(-1.0e30)
 
 
 @triton.jit
-def fold(q, keys, values, seen, scale, top, total, acc):
-    """One tile of the running softmax in base 2. `seen` masks [rows, tokens]."""
-    score = tl.where(seen, tl.dot(q, tl.trans(keys)) * scale, NEVER)
+def fold(q, keys, values, words, seen, scale, top, total, acc, FP8: tl.constexpr):
+    """One tile of the running softmax in base 2. `seen` masks [rows, tokens]. FP8: `words` are the tokens' scales,
+    one multiply each, for a token's score and for its weight."""
+    score = tl.dot(q, tl.trans(keys.to(q.dtype))) * scale
+    if FP8:
+        score *= key_scale(words)[None, :]
+    score = tl.where(seen, score, NEVER)
     new_top = tl.maximum(top, tl.max(score, 1))
     shrink = tl.exp2(top - new_top)
     weight = tl.where(seen, tl.exp2(score - new_top[:, None]), 0.0)
     total = total * shrink + tl.sum(weight, 1)
-    acc = tl.dot(weight.to(values.dtype), values, acc * shrink[:, None])
+    if FP8:
+        weight *= value_scale(words)[None, :] * WEIGHT_GAIN
+    acc = tl.dot(weight.to(q.dtype), values.to(q.dtype), acc * shrink[:, None])
     return new_top, total, acc
 
 
 @triton.jit
 def load_tile(
-    kv, block, token, high, head, t, d, BLOCK_STRIDE, HK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Keys and values of one block. Rows at `high` and beyond read as zero: what lies there may be another's NaN."""
-    at = kv + block.to(tl.int64) * BLOCK_STRIDE + head * (BLOCK * HEAD_DIM) + t * HEAD_DIM + d
-    inside = (token + t < high) & (d < HEAD_DIM)
-    return tl.load(at, mask=inside, other=0.0), tl.load(at + HK * BLOCK * HEAD_DIM, mask=inside, other=0.0)
+    kv, scales, block, token, high, head, t, d, BLOCK_STRIDE, SCALE_STRIDE,
+    HK: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    """Keys, values and scales of one block. Rows at `high` and beyond read as zero: what lies there may be another's
+    NaN. fp8 has none but in its scales, and values come four tokens at a time."""
+    first = kv + block.to(tl.int64) * BLOCK_STRIDE + head * (BLOCK * HEAD_DIM)
+    at = first + t[:, None] * HEAD_DIM + d
+    inside = (token + t < high)[:, None] & (d < HEAD_DIM)
+    keys = tl.load(at, mask=inside, other=0.0)
+    if FP8:
+        words = tl.load(scales + block.to(tl.int64) * SCALE_STRIDE + head * BLOCK + t, mask=token + t < high, other=0)
+        quad, place = tl.arange(0, BLOCK // QUAD)[:, None], tl.arange(0, QUAD * D)[None, :]
+        quads_at = first + HK * BLOCK * HEAD_DIM + quad * (QUAD * HEAD_DIM) + place
+        quads = tl.load(quads_at, mask=(token + quad * QUAD < high) & (place < QUAD * HEAD_DIM), other=0.0)
+        values = in_tokens(quads, BLOCK, D)
+    else:
+        words = t
+        values = tl.load(at + HK * BLOCK * HEAD_DIM, mask=inside, other=0.0)
+    return keys, values, words
 
 
 @triton.jit
 def own_tokens(
-    qkv, turn, k_norm, kv, slots, row, j, is_mine, head, d, BLOCK_STRIDE,
+    qkv, turn, k_norm, kv, scales, slots, row, j, is_mine, head, d, BLOCK_STRIDE, SCALE_STRIDE,
     H: tl.constexpr, HK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr,
-    NORMED: tl.constexpr,
+    NORMED: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    """Keys, turned, and values of the rows' own tokens [J, D], written to their slots as well."""
+    """Keys, turned, and values of the rows' own tokens [J, D], written to their slots as well, and their scales."""
     fits = is_mine & (d < HEAD_DIM)
     new = qkv + (row + j).to(tl.int64) * ((H + 2 * HK) * HEAD_DIM) + (H + head) * HEAD_DIM
     key = tl.load(new + d, mask=fits, other=0.0)
@@ -62,9 +82,10 @@ def own_tokens(
     cos, sin = load_turn(turn, row + j, d, fits, HEAD_DIM)
     keys = turned(key, partner, k_norm, cos, sin, d, HEAD_DIM, EPS, NORMED).to(qkv.dtype.element_ty)
     at = kv + (slot // BLOCK) * BLOCK_STRIDE + head * (BLOCK * HEAD_DIM) + (slot % BLOCK) * HEAD_DIM + d
-    tl.store(at, keys.to(kv.dtype.element_ty), mask=fits & (slot >= 0))
-    tl.store(at + HK * BLOCK * HEAD_DIM, values.to(kv.dtype.element_ty), mask=fits & (slot >= 0))
-    return keys, values
+    value_at = kv + (slot // BLOCK) * BLOCK_STRIDE + (HK + head) * (BLOCK * HEAD_DIM)
+    value_at += value_place(slot % BLOCK, d, HEAD_DIM, FP8)
+    scale_at = scales + (slot // BLOCK) * SCALE_STRIDE + head * BLOCK + slot % BLOCK
+    return stored(at, value_at, scale_at, keys, values, fits & (slot >= 0), is_mine & (slot >= 0), FP8)
 
 
 @triton.jit
@@ -118,16 +139,17 @@ def merge(
 
 @triton.jit(do_not_specialize=["TABLE_STRIDE"])  # one kernel whatever memory there is
 def attend(
-    qkv, turn, q_norm, k_norm, kv, table, items, item_count, slots, slot_starts, part_o, part_lse, out,
-    TABLE_STRIDE, BLOCK_STRIDE, scale,
+    qkv, turn, q_norm, k_norm, kv, scales, table, items, item_count, slots, slot_starts, part_o, part_lse, out,
+    TABLE_STRIDE, BLOCK_STRIDE, SCALE_STRIDE, scale,
     H: tl.constexpr, HK: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, R: tl.constexpr, EPS: tl.constexpr, NORMED: tl.constexpr,
-    SHARED: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    SHARED: tl.constexpr, AHEAD: tl.constexpr, FP8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS: rows of a tile, queries x GP heads (GP: G padded to a power of two). R: most rows of one sequence (1:
     decode, more: verify). SHARED: rows of an item belong to as many sequences. `kv` is one layer's first block, `qkv`
     neither normed nor turned: the rows' own keys and
-    values come from it, not from the pages, so no part waits for another's write."""
+    values come from it, not from the pages, so no part waits for another's write. FP8: they are rounded first, so that
+    this step reads what later ones will."""
     if PDL == 1:
         tl.extra.cuda.gdc_launch_dependents()
     r = tl.arange(0, ROWS)
@@ -148,7 +170,9 @@ def attend(
         blocks = table + sequence * TABLE_STRIDE
         block = tl.load(blocks + low // BLOCK)
         if AHEAD:
-            keys, values = load_tile(kv, block, low, high, head, t[:, None], d, BLOCK_STRIDE, HK, HEAD_DIM, BLOCK)
+            keys, values, words = load_tile(
+                kv, scales, block, low, high, head, t, d, BLOCK_STRIDE, SCALE_STRIDE, HK, HEAD_DIM, D, BLOCK, FP8
+            )  # fmt: skip
         if PDL > 0:
             tl.extra.cuda.gdc_wait()
 
@@ -169,6 +193,8 @@ def attend(
         else:
             cos, sin = load_turn(turn, query[:, None], d, fits, HEAD_DIM)
         q = turned(value, partner, q_norm, cos, sin, d, HEAD_DIM, EPS, NORMED).to(qkv.dtype.element_ty)
+        if FP8:
+            q = q.to(tl.float16)
         top = tl.full([ROWS], NEVER, tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, D], tl.float32)
@@ -177,30 +203,44 @@ def attend(
                 own = turned(key, key_partner, k_norm, cos, sin, d, HEAD_DIM, EPS, NORMED).to(qkv.dtype.element_ty)
                 place = head * (BLOCK * HEAD_DIM) + (own_slot % BLOCK) * HEAD_DIM
                 own_at = kv + (own_slot // BLOCK) * BLOCK_STRIDE + place + d
-                tl.store(own_at, own.to(kv.dtype.element_ty), mask=is_mine & (own_slot >= 0))
-                value_at = own_at + HK * BLOCK * HEAD_DIM
-                tl.store(value_at, own_value.to(kv.dtype.element_ty), mask=is_mine & (own_slot >= 0))
-                top = tl.where(is_last != 0, tl.sum(q.to(tl.float32) * own.to(tl.float32), 1) * scale, top)
+                value_at = kv + (own_slot // BLOCK) * BLOCK_STRIDE + (HK + head) * (BLOCK * HEAD_DIM)
+                value_at += value_place(own_slot % BLOCK, d, HEAD_DIM, FP8)
+                scale_at = scales + (own_slot // BLOCK) * SCALE_STRIDE + head * BLOCK + own_slot % BLOCK
+                own, own_value, own_word = stored(
+                    own_at, value_at, scale_at + tl.arange(0, 1)[:, None], own, own_value,
+                    is_mine & (own_slot >= 0), (is_last != 0) & (own_slot >= 0), FP8,
+                )  # fmt: skip
+                own_score = tl.sum(q.to(tl.float32) * own.to(tl.float32), 1) * scale
+                own_value = own_value.to(tl.float32)
+                if FP8:
+                    own_score *= key_scale(own_word)
+                    own_value *= value_scale(own_word)[:, None] * WEIGHT_GAIN
+                top = tl.where(is_last != 0, own_score, top)
                 total = tl.where(is_last != 0, 1.0, total)
-                acc += own_value.to(tl.float32)
+                acc += own_value
             elif is_last != 0:
                 j = tl.arange(0, 16)
-                own_keys, own_values = own_tokens(
-                    qkv, turn, k_norm, kv, slots, row, j[:, None], (j < rows)[:, None], head, d,
-                    BLOCK_STRIDE, H, HK, HEAD_DIM, BLOCK, EPS, NORMED,
+                own_keys, own_values, own_words = own_tokens(
+                    qkv, turn, k_norm, kv, scales, slots, row, j[:, None], (j < rows)[:, None], head, d,
+                    BLOCK_STRIDE, SCALE_STRIDE, H, HK, HEAD_DIM, BLOCK, EPS, NORMED, FP8,
                 )  # fmt: skip
                 seen = (j[None, :] <= (r // GP)[:, None]) & (j < rows)[None, :]
-                top, total, acc = fold(q, own_keys, own_values, seen, scale, top, total, acc)
+                top, total, acc = fold(q, own_keys, own_values, own_words, seen, scale, top, total, acc, FP8)
         if AHEAD:
-            top, total, acc = fold(q, keys, values, (low + t < high)[None, :], scale, top, total, acc)
+            top, total, acc = fold(q, keys, values, words, (low + t < high)[None, :], scale, top, total, acc, FP8)
             low += BLOCK
             block = tl.load(blocks + low // BLOCK, mask=low < high, other=0)
         for token in range(low, high, BLOCK):
-            keys, values = load_tile(kv, block, token, high, head, t[:, None], d, BLOCK_STRIDE, HK, HEAD_DIM, BLOCK)
+            keys, values, words = load_tile(
+                kv, scales, block, token, high, head, t, d, BLOCK_STRIDE, SCALE_STRIDE, HK, HEAD_DIM, D, BLOCK, FP8
+            )  # fmt: skip
             # the next block's number is carried, so that its load is no stage of the pipeline of tiles
             block = tl.load(blocks + token // BLOCK + 1, mask=token + BLOCK < high, other=0)
-            top, total, acc = fold(q, keys, values, (token + t < high)[None, :], scale, top, total, acc)
+            seen = (token + t < high)[None, :]
+            top, total, acc = fold(q, keys, values, words, seen, scale, top, total, acc, FP8)
 
+        if FP8:
+            acc *= 1.0 / WEIGHT_GAIN
         o = acc / total[:, None]
         if SHARED or parts > 1:
             if SHARED:

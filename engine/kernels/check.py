@@ -98,9 +98,7 @@ def _attention(device: torch.device, dtype: torch.dtype, shape: Shape, contexts:
     """Decode rows (in parts and whole) or chunks behind a past, over shuffled pages."""
     size, generator = shape.block_tokens, torch.Generator(device).manual_seed(3)
     blocks = [-(-context // size) for context in contexts]
-    pool = torch.randn(
-        sum(blocks), shape.layers, 2, shape.kv_heads, size, shape.head_dim, generator=generator, device=device
-    ).to(dtype)
+    pool = shape.layout.pool(sum(blocks), dtype, device)
     order = torch.randperm(sum(blocks), generator=torch.Generator().manual_seed(5)).int()
     table = torch.zeros(len(contexts), max(blocks), dtype=torch.int32)
     for sequence, part in enumerate(order.split(blocks)):
@@ -119,11 +117,13 @@ def _attention(device: torch.device, dtype: torch.dtype, shape: Shape, contexts:
     qkv = torch.randn(sum(counts), width, generator=generator, device=device).to(dtype)
     norm = torch.ones(shape.head_dim, device=device, dtype=dtype) if shape.has_qk_norm else None
     layer = shape.layers - 1
-    kv = pool[:, layer]
+    kv = shape.layout.layer(pool, layer)
+    old = torch.randn(2, sum(blocks) * size, shape.kv_heads, shape.head_dim, generator=generator, device=device)
+    ref.write(kv, torch.arange(sum(blocks) * size), *old.to(dtype))
     queries, keys, values = ref.split_heads(qkv, step.turns, shape.heads, shape.kv_heads, shape.norm_eps, norm, norm)
-    written = kv.clone()
+    written = shape.layout.layer(pool.clone(), layer)
     ref.write(written, step.slots, keys, values)
-    wanted, _ = ref.attend(queries, written, step.table, step.row_starts, step.contexts, shape.head_dim**-0.5)
+    wanted, _ = ref.attend(queries, ref.read(written), step.table, step.row_starts, step.contexts, shape.head_dim**-0.5)
     out = torch.full((sum(counts), shape.heads, shape.head_dim), torch.nan, device=device, dtype=dtype)
     lists = paged.work_lists(shape, len(contexts), sum(counts), 64, device)
     is_chunked = max(counts) > 1
@@ -136,7 +136,7 @@ def _attention(device: torch.device, dtype: torch.dtype, shape: Shape, contexts:
         launch = Launch(16, stages=2)
         paged.run_attend(shape, step, lists, launch, qkv, kv, out, norm, norm)
         paged.run_merge(shape, step, lists, launch, out)
-    return max(_error(out, wanted), _error(kv, written))
+    return max(_error(out, wanted), _error(ref.read(kv), ref.read(written)))
 
 
 def _sampling(device: torch.device) -> float:

@@ -13,8 +13,11 @@ import triton
 from torch import Tensor
 
 from engine.kernels import attend, plan, prefill, rows
+from engine.kernels.kv_fp8 import QUAD
+from engine.kernels.layout import LayerKv, Layout
 
 CHUNK_ROWS = 128  # rows of a prefill tile, query heads included: 4 warps and 3 stages, best of 15 on an H100
+FP8_CHUNK_WARPS = 8  # of a prefill tile: four would spill 884 bytes, some in the loop over tiles
 SHARED_ROWS = 64  # rows of a shared-prefix tile
 SHARED_PART_TOKENS = 256
 MERGE_ELEMENTS = 4096  # float32 numbers of parts held in registers at a time
@@ -35,6 +38,7 @@ class Shape:
     has_qk_norm: bool
     few_rows: int = 1  # most rows of a sequence that attend's kernel takes: 1, or 1 + drafts
     pack_max: int = CHUNK_ROWS  # query heads of one prefill tile, at most
+    is_kv_fp8: bool = False  # else KV has the weights' type
 
     @property
     def group(self) -> int:
@@ -56,6 +60,10 @@ class Shape:
     def pack(self) -> int:
         """Query heads of a group in one prefill tile: a power of two that divides the group."""
         return min(math.gcd(self.group, CHUNK_ROWS), self.pack_max)
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.layers, self.kv_heads, self.block_tokens, self.head_dim, self.is_kv_fp8)
 
     @property
     def scale(self) -> float:
@@ -112,23 +120,23 @@ def run_plan(
 
 
 def run_attend(
-    shape: Shape, step: Step, lists: plan.WorkLists, launch: Launch, qkv: Tensor, kv: Tensor, out: Tensor,
+    shape: Shape, step: Step, lists: plan.WorkLists, launch: Launch, qkv: Tensor, kv: LayerKv, out: Tensor,
     q_norm: Tensor | None = None, k_norm: Tensor | None = None, is_shared: bool = False,
 ) -> None:  # fmt: skip
-    """Few-row sequences of one layer; `kv` is [blocks, 2, kv_heads, tokens, head_dim], a slice of the pool.
+    """Few-row sequences of one layer.
 
     With `is_shared` the items of shared prefixes. If any sequence has parts, run_merge ends the layer's attention."""
-    few = shape.padded_few_rows * shape.padded_group
+    few, scales = shape.padded_few_rows * shape.padded_group, _scales(kv)
     tile = SHARED_ROWS if is_shared else max(16, few)
     attend.attend[(launch.programs,)](
-        qkv, step.turns, qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm, kv, step.table,
-        lists.shared_items if is_shared else lists.items, lists.counts[1:] if is_shared else lists.counts,
+        qkv, step.turns, qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm, kv.numbers, scales,
+        step.table, lists.shared_items if is_shared else lists.items, lists.counts[1:] if is_shared else lists.counts,
         step.slots, lists.slot_starts, lists.part_o, lists.part_lse, out,
-        step.table.stride(0), kv.stride(0), shape.scale,
+        step.table.stride(0), kv.numbers.stride(0), scales.stride(0), shape.scale,
         H=shape.heads, HK=shape.kv_heads, G=shape.group, GP=shape.padded_group, HEAD_DIM=shape.head_dim,
         D=shape.padded_dim, BLOCK=shape.block_tokens, ROWS=tile, R=shape.padded_few_rows,
         EPS=shape.norm_eps, NORMED=shape.has_qk_norm, SHARED=is_shared, AHEAD=launch.is_ahead,
-        PDL=launch.pdl, num_warps=launch.warps, num_stages=launch.stages,
+        FP8=shape.is_kv_fp8, PDL=launch.pdl, num_warps=launch.warps, num_stages=launch.stages,
         maxnreg=None if is_shared else launch.registers,  # the wide tile of a prefix would spill: 15.4 ms against 14.5
         launch_pdl=launch.pdl > 0,
     )  # fmt: skip
@@ -146,31 +154,55 @@ def run_merge(shape: Shape, step: Step, lists: plan.WorkLists, launch: Launch, o
 
 
 def run_rope_write(
-    shape: Shape, step: Step, first_row: int, qkv: Tensor, kv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None
+    shape: Shape, step: Step, first_row: int, qkv: Tensor, kv: LayerKv, q_norm: Tensor | None, k_norm: Tensor | None
 ) -> None:
     """Rows of chunks, from `first_row` on: queries turned in place, keys and values into the pages."""
+    scales = _scales(kv)
     heads = int(triton.next_power_of_2(max(shape.heads, shape.kv_heads)))
     rows.rope_write[(len(qkv) - first_row,)](
         qkv[first_row:], step.turns[first_row:], qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm,
-        kv, step.slots[first_row:], kv.stride(0), H=shape.heads, HK=shape.kv_heads, HEAD_DIM=shape.head_dim,
+        kv.numbers, scales, step.slots[first_row:], kv.numbers.stride(0), scales.stride(0),
+        H=shape.heads, HK=shape.kv_heads, HEAD_DIM=shape.head_dim,
         D=shape.padded_dim, BLOCK=shape.block_tokens, HEADS=heads, EPS=shape.norm_eps, NORMED=shape.has_qk_norm,
-        num_warps=4,
+        FP8=shape.is_kv_fp8, num_warps=4,
     )  # fmt: skip
 
 
-def pool_map(shape: Shape, pool: Tensor) -> Any:
-    """The tensor map of [blocks, layers, 2, kv_heads, tokens, head_dim]; made once."""
+@dataclass(frozen=True, slots=True)
+class PoolMap:
+    """KV memory as prefill reads it: keys and values by tensor map, scales by pointer."""
+
+    numbers: Any  # a tensor map of rows of head_dim numbers
+    quads: Any  # of rows of four times as many: the values of fp8
+    block_rows: int
+    scales: Tensor  # the first layer's
+
+
+def pool_map(shape: Shape, pool: Tensor) -> PoolMap:
+    """Made once a step, of the pool that the shape's layout has made."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor.from_tensor(pool.view(-1, shape.head_dim), [shape.block_tokens, shape.padded_dim])
+    layout, tile = shape.layout, [shape.block_tokens, shape.padded_dim]
+    numbers = quads = TensorDescriptor.from_tensor(layout.rows(pool), tile)
+    if shape.is_kv_fp8:
+        tile = [shape.block_tokens // QUAD.value, QUAD.value * shape.padded_dim]
+        quads = TensorDescriptor.from_tensor(layout.rows(pool).view(-1, QUAD.value * shape.head_dim), tile)
+    return PoolMap(numbers, quads, layout.block_rows(pool), _scales(layout.layer(pool, 0)))
+
+
+def _scales(kv: LayerKv) -> Tensor:
+    """What a kernel without FP8 is given for scales, which it does not read, are the numbers."""
+    return kv.numbers if kv.scales is None else kv.scales
 
 
 def run_prefill(
-    shape: Shape, step: Step, lists: plan.WorkLists, tiles_max: int, qkv: Tensor, pool: Any, layer: int, out: Tensor
+    shape: Shape, step: Step, lists: plan.WorkLists, tiles_max: int, qkv: Tensor, pool: PoolMap, layer: int, out: Tensor
 ) -> None:
     """Chunks of one layer; `tiles_max` bounds the tiles the plan may have made."""
     prefill.prefill[(tiles_max * shape.heads // shape.pack,)](
-        qkv, pool, step.table, step.row_starts, step.contexts, lists.chunk_items, lists.counts, out, layer,
-        step.table.stride(0), shape.layers, shape.scale, H=shape.heads, HK=shape.kv_heads, HEAD_DIM=shape.head_dim,
-        D=shape.padded_dim, BLOCK=shape.block_tokens, ROWS=CHUNK_ROWS, PACK=shape.pack, num_warps=4, num_stages=3,
+        qkv, pool.numbers, pool.quads, pool.scales, step.table, step.row_starts, step.contexts, lists.chunk_items,
+        lists.counts, out, layer, step.table.stride(0), pool.block_rows, pool.scales.stride(0), shape.scale,
+        H=shape.heads, HK=shape.kv_heads, HEAD_DIM=shape.head_dim,
+        D=shape.padded_dim, BLOCK=shape.block_tokens, ROWS=CHUNK_ROWS, PACK=shape.pack, FP8=shape.is_kv_fp8,
+        num_warps=FP8_CHUNK_WARPS if shape.is_kv_fp8 else 4, num_stages=3,
     )  # fmt: skip

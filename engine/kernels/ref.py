@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from engine.kernels.layout import FP8, QUAD_TOKENS, LayerKv
 from engine.kernels.scaled import Weight, widened
+
+E4M3_MAX = 448.0
+SCALE_MIN = 2.0**-14  # float16's smallest normal
 
 
 def linear(
@@ -73,13 +77,46 @@ def split_heads(
     return queries, keys, parts[2]
 
 
-def write(kv: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-    """Store [rows, kv_heads, head_dim] in one layer's [blocks, 2, kv_heads, tokens, head_dim]; -1 writes nowhere."""
-    tokens = kv.shape[3]
+def fp8(values: Tensor) -> tuple[Tensor, Tensor]:
+    """[.., head_dim] -> the same in e4m3, and its scales [..] in float16: what is read is their product."""
+    scales = (values.float().abs().amax(-1) / E4M3_MAX).clamp(min=SCALE_MIN).half()
+    return (values.float() / scales.float()[..., None]).to(FP8), scales
+
+
+def write(kv: LayerKv, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+    """Store [rows, kv_heads, head_dim] in one layer; -1 writes nowhere."""
+    tokens = kv.numbers.shape[3]
     for row, slot in enumerate(slots.tolist()):
-        if slot >= 0:
-            kv[slot // tokens, 0, :, slot % tokens] = keys[row].to(kv.dtype)
-            kv[slot // tokens, 1, :, slot % tokens] = values[row].to(kv.dtype)
+        if slot < 0:
+            continue
+        block, place = slot // tokens, slot % tokens
+        if kv.scales is None:
+            kv.numbers[block, 0, :, place], kv.numbers[block, 1, :, place] = keys[row], values[row]
+            continue
+        scales, in_quads = halves(kv.scales)[block, :, place], quads(kv.numbers[:, 1])
+        kv.numbers[block, 0, :, place], scales[:, 0] = fp8(keys[row])
+        in_quads[block, :, place // QUAD_TOKENS, :, place % QUAD_TOKENS], scales[:, 1] = fp8(values[row])
+
+
+def halves(words: Tensor) -> Tensor:
+    """[.., tokens] words -> [.., tokens, 2] float16: the scales of keys and of values."""
+    pairs: Tensor = words.view(torch.float16).unflatten(-1, (-1, 2))
+    return pairs
+
+
+def quads(values: Tensor) -> Tensor:
+    """fp8 values as they lie, [.., tokens, head_dim] by name -> [.., tokens / 4, head_dim, 4]."""
+    lying: Tensor = values.flatten(-2).unflatten(-1, (-1, values.shape[-1], QUAD_TOKENS))
+    return lying
+
+
+def read(kv: LayerKv) -> Tensor:
+    """What one layer's memory says: [blocks, 2, kv_heads, tokens, head_dim] float32."""
+    if kv.scales is None:
+        return kv.numbers.float()
+    values = quads(kv.numbers[:, 1]).float().transpose(-1, -2).flatten(-3, -2)
+    scales = halves(kv.scales).float().permute(0, 3, 1, 2)
+    return torch.stack([kv.numbers[:, 0].float(), values], 1) * scales[..., None]
 
 
 def attend(

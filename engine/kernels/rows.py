@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels.kv_fp8 import QUAD, joined, rounded, scale_of
 from engine.kernels.linear import silu_mul
 
 CARRIED_WORDS = 4096  # of one program
@@ -86,11 +87,38 @@ def turned(value, partner, weight, cos, sin, d, HEAD_DIM: tl.constexpr, EPS: tl.
     return value * cos + tl.where(d % 2 == 0, -partner, partner) * sin
 
 
+@triton.jit
+def value_place(token, d, HEAD_DIM: tl.constexpr, FP8: tl.constexpr):
+    """Where in a block's values of one head a token's numbers lie. fp8: the four numbers of four tokens side by side,
+    since the matrix unit wants neighbours in a register and shared memory gives no fewer than 32 bits at once."""
+    if FP8:
+        place = token // QUAD * (QUAD * HEAD_DIM) + d * QUAD + token % QUAD
+    else:
+        place = token * HEAD_DIM + d
+    return place
+
+
+@triton.jit
+def stored(at, value_at, scale_at, keys, values, fits, has_slot, FP8: tl.constexpr):
+    """Keys and values [tokens or heads, D] put in their places. What will be read of them, and, of FP8 alone, the words
+    of their scales [tokens or heads], to be multiplied in."""
+    words = 0
+    if FP8:
+        keys, values = keys.to(tl.float32), values.to(tl.float32)
+        of_keys, of_values = scale_of(keys), scale_of(values)
+        keys, values = rounded(keys / of_keys[:, None]), rounded(values / of_values[:, None])
+        words = joined(of_keys, of_values)
+        tl.store(scale_at, words[:, None], mask=has_slot)
+    tl.store(at, keys.to(at.dtype.element_ty), mask=fits)
+    tl.store(value_at, values.to(at.dtype.element_ty), mask=fits)
+    return keys, values, words
+
+
 @triton.jit(do_not_specialize_on_alignment=["slots"])  # chunks begin at any row
 def rope_write(
-    qkv, turn, q_norm, k_norm, kv, slots, BLOCK_STRIDE,
+    qkv, turn, q_norm, k_norm, kv, scales, slots, BLOCK_STRIDE, SCALE_STRIDE,
     H: tl.constexpr, HK: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    HEADS: tl.constexpr, EPS: tl.constexpr, NORMED: tl.constexpr,
+    HEADS: tl.constexpr, EPS: tl.constexpr, NORMED: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """One row: queries turned in place, keys turned and values into the slot's place in the pages. HEADS is a power of
     two of at least H + HK. `kv` is one layer's first block; a slot of -1 writes nowhere."""
@@ -110,12 +138,15 @@ def rope_write(
     key_partner = tl.load(base + (H + h) * HEAD_DIM + (d ^ 1), mask=is_key, other=0.0)
     values = tl.load(base + (H + HK + h) * HEAD_DIM + d, mask=is_key, other=0.0)
     queries = turned(query, query_partner, q_norm, cos, sin, d, HEAD_DIM, EPS, NORMED)
-    keys = turned(key, key_partner, k_norm, cos, sin, d, HEAD_DIM, EPS, NORMED)
+    keys = turned(key, key_partner, k_norm, cos, sin, d, HEAD_DIM, EPS, NORMED).to(qkv.dtype.element_ty)
     tl.debug_barrier()  # every neighbour is read before one is overwritten
     tl.store(base + h * HEAD_DIM + d, queries.to(qkv.dtype.element_ty), mask=is_query)
     at = kv + (slot // BLOCK) * BLOCK_STRIDE + h * (BLOCK * HEAD_DIM) + (slot % BLOCK) * HEAD_DIM + d
-    tl.store(at, keys.to(kv.dtype.element_ty), mask=is_key & (slot >= 0))
-    tl.store(at + HK * BLOCK * HEAD_DIM, values, mask=is_key & (slot >= 0))
+    value_at = kv + (slot // BLOCK) * BLOCK_STRIDE + (HK + h) * (BLOCK * HEAD_DIM)
+    value_at += value_place(slot % BLOCK, d, HEAD_DIM, FP8)
+    scale_at = scales + (slot // BLOCK) * SCALE_STRIDE + h * BLOCK + slot % BLOCK
+    has_slot = (h < HK) & (slot >= 0)
+    stored(at, value_at, scale_at, keys, values, is_key & (slot >= 0), has_slot, FP8)
 
 
 def rms_norm(x: Tensor, out: Tensor, eps: float, weight: Tensor | None = None, rows: Tensor | None = None) -> Tensor:

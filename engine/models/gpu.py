@@ -174,7 +174,7 @@ class GpuDecoder:
 
     weights: Weights
     shape: Shape
-    pool: Tensor  # [blocks, layers, 2, kv_heads, tokens, head_dim], finite everywhere
+    pool: Tensor  # blocks as the shape's layout has them, finite everywhere
     table: tuned.Table
     launch: Launch
     ranks: Ranks | None = None
@@ -201,7 +201,7 @@ class GpuDecoder:
         return logits
 
     def _attention(self, number: int, layer: GpuLayer, step: Step, kind: Kind, room: Buffers, pool_map: Any) -> None:
-        kv, shape = self.pool[:, number], self.shape
+        kv, shape = self.shape.layout.layer(self.pool, number), self.shape
         # The first product after the plan waits for all of it: later kernels read the plan before their own wait.
         self._product("norm", room.x, layer.qkv, room.qkv, room, layer.qkv_bias, is_first=number == 0)
         norms = (layer.q_norm, layer.k_norm)
@@ -284,11 +284,11 @@ def library_product(
             out += bias
 
 
-def shape_of(config: ModelConfig, block_tokens: int, few_rows: int = 1) -> Shape:
+def shape_of(config: ModelConfig, block_tokens: int, few_rows: int = 1, *, is_kv_fp8: bool = False) -> Shape:
     """What the attention kernels are compiled for."""
     return Shape(
         config.heads, config.kv_heads, config.head_dim, config.layers, block_tokens, config.norm_eps,
-        config.has_qk_norm, few_rows,
+        config.has_qk_norm, few_rows, is_kv_fp8=is_kv_fp8,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from router.host.keeper import Plan
-from router.settings.config import Config, Workers
+from router.settings.config import KV, Config, Workers
 
 # -P: a folder `engine` or `router` where the user happens to be must not be taken for ours.
 PYTHON = (sys.executable, "-P", "-m")
@@ -127,6 +127,8 @@ def _worker(config: Config, number: int, gpus: int) -> tuple[str, ...]:
         command += ("--tensor-parallel", str(workers.tensor_parallel))
     if workers.weights != Workers().weights:
         command += ("--weights", workers.weights)
+    if config.kv.dtype != KV().dtype:
+        command += ("--kv-dtype", config.kv.dtype)
     if gpus:
         return (*command, "--device", f"cuda:{number * workers.tensor_parallel}")
     device = "cpu" if workers.device == "auto" else workers.device

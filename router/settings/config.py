@@ -19,6 +19,7 @@ THOUGHT_FORMS = ("auto", "think", "magistral", "none")
 ON_MEDIA = ("replace", "refuse")
 DEVICES = ("auto", "cpu", "cuda", "fake")
 WEIGHTS = ("bf16", "fp8")
+KV_DTYPES = ("bf16", "fp8")
 
 KV_EVENTS = re.compile(r"tcp://[^/\s:]+:[0-9]{1,5}|tcp://\[[0-9a-fA-F:]+\]:[0-9]{1,5}|ipc://\S+")
 UPSTREAMS_MAX = 64  # as many as there are workers
@@ -103,8 +104,9 @@ class Upstream(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class KV(Struct, frozen=True, forbid_unknown_fields=True):
-    """Where KV lies that the device has no room for: memory of this host, then its disk."""
+    """What KV is on a card, and where it lies that the device has no room for: memory of this host, then its disk."""
 
+    dtype: str = "bf16"  # of GPU workers; fp8: nearly twice the tokens in as many bytes, at an error (docs/gpu.md)
     host_gib: Annotated[float, Meta(ge=0)] | None = None  # not set: a quarter of RAM, within what the cgroup leaves
     disk_dir: str = ""  # a folder that may be emptied at any time; empty: no disk tier
     disk_gib: Annotated[float, Meta(gt=0)] = 16.0  # of all workers together
@@ -220,6 +222,8 @@ def contradictions(config: Config) -> list[tuple[str, ...]]:
     if config.workers.weights == "fp8" and config.workers.device in ("cpu", "fake"):
         why = f"must not be fp8 with workers.device {config.workers.device}"
         found.append(("workers.weights", "workers.device", why))
+    if config.kv.dtype == "fp8" and config.workers.device in ("cpu", "fake"):
+        found.append(("kv.dtype", "workers.device", f"must not be fp8 with workers.device {config.workers.device}"))
     found += [("upstreams", why) for upstream in config.upstreams if (why := _unusable(upstream))]
     names = Counter(upstream.shown_name for upstream in config.upstreams)
     twice = (name for name, count in names.items() if count > 1)
@@ -232,6 +236,7 @@ def contradictions(config: Config) -> list[tuple[str, ...]]:
         ("model.on_media", config.model.on_media, ON_MEDIA),
         ("workers.device", config.workers.device, DEVICES),
         ("workers.weights", config.workers.weights, WEIGHTS),
+        ("kv.dtype", config.kv.dtype, KV_DTYPES),
     )
     found += [(key, f"must be one of {', '.join(known)}") for key, word, known in words if word not in known]
     return found

@@ -8,7 +8,7 @@ import pytest
 
 from router.cli import main
 from router.host.plan import make_plan
-from router.settings.config import Config, Workers
+from router.settings.config import KV, Config, Workers
 
 
 def test_help_teaches_by_examples(capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,6 +113,15 @@ def test_workers_are_told_of_weights_of_8_bits(tmp_path: Path) -> None:
 
     assert command[command.index("--weights") + 1] == "fp8"
     assert "--weights" not in plain
+
+
+def test_a_worker_on_a_card_is_told_what_its_kv_is(tmp_path: Path) -> None:
+    (tmp_path / "nvidia0").touch()
+
+    plain, fp8 = (make_plan(Config(kv=KV(dtype=dtype)), {}, tmp_path).workers["w0"] for dtype in ("bf16", "fp8"))
+
+    assert "--kv-dtype" not in plain
+    assert fp8[fp8.index("--kv-dtype") + 1] == "fp8"
 
 
 def test_children_run_the_same_code_with_their_share_of_threads() -> None:

@@ -51,14 +51,17 @@ def listed() -> dict[str, object]:
     one with weights of 8 bits."""
     missing: dict[str, object] = {}
     llama, qwen = (model_config.read(SHAPES / name) for name in ("llama-8b", "qwen3-0.6b"))
-    models = {"small": (SMALL, False), "llama": (llama, False), "qwen": (qwen, False), "llama, fp8": (llama, True)}
-    for name, (config, is_fp8) in models.items():
-        known = {one.key for one in specials(config, CARD, 64, 256, has_fp8_weights=is_fp8)}
+    models = {
+        "small": (SMALL, False, False), "small, fp8 KV": (SMALL, False, True), "llama": (llama, False, False),
+        "qwen": (qwen, False, False), "llama, fp8 weights": (llama, True, False),
+    }  # fmt: skip
+    for name, (config, is_fp8, is_kv_fp8) in models.items():
+        known = {one.key for one in specials(config, CARD, 64, 256, has_fp8_weights=is_fp8, is_kv_fp8=is_kv_fp8)}
         found: Found = {}
         random = np.random.default_rng(1)
         with noted(found), torch.inference_mode():
             weights = gpu.random_weights(replace(config, layers=2), NOWHERE, DTYPE, is_fp8=is_fp8)
-            runner = GpuRunner(replace(weights, config=config), 64, 47, 256, card=CARD)
+            runner = GpuRunner(replace(weights, config=config), 64, 47, 256, card=CARD, is_kv_fp8=is_kv_fp8)
             for _ in range(DRAWN):
                 runner.rehearse(drawn(random, 64, config.context_max))
         missing[name] = {
@@ -70,13 +73,18 @@ def listed() -> dict[str, object]:
 
 
 def served() -> dict[str, object]:
-    """The same of a runner over real memory that takes whole steps, its start and self-check included."""
-    known = {one.key for one in specials(SMALL, CARD, 16, 8)}
-    found: Found = {}
-    with noted(found), torch.inference_mode():
-        runner = GpuRunner(gpu.random_weights(SMALL, torch.device("cpu"), DTYPE), 16, 41, 8, card=CARD)
-        runner.warm(arrange.bucket(8))
-    return {"missing": sorted(map(str, found.keys() - known)), "launched": len(found)}
+    """The same of runners over real memory that take whole steps, their start and self-check included."""
+    missing: list[str] = []
+    launched = []
+    for is_kv_fp8 in (False, True):
+        known = {one.key for one in specials(SMALL, CARD, 16, 8, is_kv_fp8=is_kv_fp8)}
+        found: Found = {}
+        with noted(found), torch.inference_mode():
+            weights = gpu.random_weights(SMALL, torch.device("cpu"), DTYPE)
+            GpuRunner(weights, 16, 41, 8, card=CARD, is_kv_fp8=is_kv_fp8).warm(arrange.bucket(8))
+        missing += map(str, found.keys() - known)
+        launched.append(len(found))
+    return {"missing": sorted(missing), "launched": min(launched)}
 
 
 class StopError(Exception):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels import paged, ref
+from engine.kernels.layout import LayerKv
 from engine.kernels.paged import Launch, Shape, Step
 
 
@@ -17,7 +18,7 @@ class Case:
 
     shape: Shape
     step: Step
-    pool: Tensor  # [blocks, layers, 2, kv_heads, tokens, head_dim]
+    pool: Tensor  # as the shape's layout has it
     qkv: Tensor
     q_norm: Tensor | None
     k_norm: Tensor | None
@@ -28,8 +29,15 @@ class Case:
     def rows(self) -> int:
         return len(self.qkv)
 
-    def layer(self, number: int) -> Tensor:
-        return self.pool[:, number]
+    @property
+    def last(self) -> LayerKv:
+        """The layer that is computed."""
+        return self.shape.layout.layer(self.pool, self.shape.layers - 1)
+
+    @property
+    def wanted_last(self) -> Tensor:
+        """What its memory says when the step is done."""
+        return ref.read(self.shape.layout.layer(self.wanted_pool, self.shape.layers - 1))
 
 
 def make(
@@ -68,13 +76,15 @@ def make(
     qkv = torch.randn(int(row_starts[-1]), width, generator=generator, device=device).to(dtype)
     norms = [1 + torch.randn(shape.head_dim, generator=generator, device=device) / 8 for _ in range(2)]
     q_norm, k_norm = norms if shape.has_qk_norm else (None, None)
-    pool = torch.full((int(blocks.max()) + 1, shape.layers, 2, shape.kv_heads, tokens, shape.head_dim), torch.nan)
-    pool = pool.to(device, dtype)
-    for number, (context, rows) in enumerate(lengths):
-        for block in range(-(-(context - rows) // tokens)):
-            used = min(tokens, context - rows - block * tokens)
-            target = pool[int(table[number, block]), :, :, :, :used]
-            target.copy_(torch.randn(target.shape, generator=generator, device=device))
+    pool = shape.layout.pool(int(blocks.max()) + 1, dtype, device)
+    # What an earlier owner left: NaN; fp8 has that in scales alone, beside its largest number, 448.
+    pool.view(torch.uint8).fill_(0x7E if shape.is_kv_fp8 else 0xFF)
+    old = torch.cat([table[number].repeat_interleave(tokens)[: context - rows].long() * tokens
+                     + torch.arange(context - rows, device=device) % tokens
+                     for number, (context, rows) in enumerate(lengths)])  # fmt: skip
+    for layer in range(shape.layers):
+        keys, values = torch.randn(2, len(old), shape.kv_heads, shape.head_dim, generator=generator, device=device)
+        ref.write(shape.layout.layer(pool, layer), old, keys, values)
     return _answered(shape, step, pool, qkv, q_norm, k_norm)
 
 
@@ -85,10 +95,9 @@ def _answered(
         qkv, step.turns, shape.heads, shape.kv_heads, shape.norm_eps, q_norm, k_norm
     )
     wanted_pool = pool.clone()
-    ref.write(wanted_pool[:, -1], step.slots, keys, values)
-    wanted, _ = ref.attend(
-        queries, wanted_pool[:, -1], step.table, step.row_starts, step.contexts, shape.head_dim**-0.5
-    )
+    written = shape.layout.layer(wanted_pool, shape.layers - 1)
+    ref.write(written, step.slots, keys, values)
+    wanted, _ = ref.attend(queries, ref.read(written), step.table, step.row_starts, step.contexts, shape.head_dim**-0.5)
     return Case(shape, step, pool, qkv, q_norm, k_norm, wanted, wanted_pool)
 
 
@@ -100,7 +109,7 @@ def few(case: Case, launch: Launch, part_tokens: int, is_shared: bool = False) -
     paged.run_plan(case.shape, case.step, made, has_shared=is_shared)
     for is_shared_pass in [True, False] if is_shared else [False]:
         paged.run_attend(
-            case.shape, case.step, made, launch, case.qkv, case.layer(-1), out, case.q_norm, case.k_norm, is_shared_pass
+            case.shape, case.step, made, launch, case.qkv, case.last, out, case.q_norm, case.k_norm, is_shared_pass
         )
     paged.run_merge(case.shape, case.step, made, launch, out)
     return out
@@ -111,7 +120,7 @@ def chunks(case: Case) -> Tensor:
     made = paged.work_lists(case.shape, len(case.step.contexts), case.rows, 64, case.qkv.device)
     out = torch.full((case.rows, case.shape.heads, case.shape.head_dim), torch.nan, device=case.qkv.device)
     paged.run_plan(case.shape, case.step, made, has_chunks=True)
-    paged.run_rope_write(case.shape, case.step, 0, case.qkv, case.layer(-1), case.q_norm, case.k_norm)
+    paged.run_rope_write(case.shape, case.step, 0, case.qkv, case.last, case.q_norm, case.k_norm)
     pool = paged.pool_map(case.shape, case.pool)
     paged.run_prefill(case.shape, case.step, made, len(made.chunk_items), case.qkv, pool, case.shape.layers - 1, out)
     return out

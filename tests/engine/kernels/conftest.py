@@ -22,6 +22,7 @@ collect_ignore = (
         "test_gpu_ranks.py",
         "test_gpu_runner.py",
         "test_gpu_decoder.py",
+        "test_kv_dtype.py",
         "test_linear.py",
         "test_rows.py",
         "test_sample.py",

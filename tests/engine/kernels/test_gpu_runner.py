@@ -30,8 +30,8 @@ def made(dtype: torch.dtype, device: torch.device) -> gpu.Weights:
     return weights(small, dtype, device)
 
 
-def on_gpu(made: gpu.Weights) -> GpuRunner:
-    return GpuRunner(made, BLOCK, BLOCKS, 8, tuned.Table.empty("none"))
+def on_gpu(made: gpu.Weights, *, is_kv_fp8: bool = False) -> GpuRunner:
+    return GpuRunner(made, BLOCK, BLOCKS, 8, tuned.Table.empty("none"), is_kv_fp8=is_kv_fp8)
 
 
 def with_room(batch: StepBatch, turns: list[tuple[Generation, int]]) -> StepBatch:
@@ -96,6 +96,28 @@ def test_logits_of_every_row_are_the_cpus(made: gpu.Weights) -> None:
     wanted = TorchRunner(on_cpu(made), RunnerConfig(block_tokens=BLOCK, kv_bytes=2**21)).logits(batch)
 
     assert error(on_gpu(made).logits(batch).cpu(), wanted) < 1e-2
+
+
+def test_over_fp8_kv_a_prompt_says_the_same_at_once_in_chunks_and_from_blocks_brought_up(made: gpu.Weights) -> None:
+    """Every token of a step is read as it was stored, so what comes later cannot tell how it was computed."""
+    texts, brought = [], on_gpu(made, is_kv_fp8=True)
+    for chunks in ([20], [13, 7]):
+        runner = on_gpu(made, is_kv_fp8=True)
+        one = Blocks(BLOCKS, BLOCK).start(list(range(3, 23)), 6)
+        for rows in (*chunks, 1, 1):
+            step(runner, [(one, rows)])
+        texts.append(one.output)
+    memory, into = runner.kv, brought.kv
+    assert memory is not None
+    assert into is not None
+    payloads = [np.empty(memory.block_bytes, np.uint8)]
+    memory.save(one.blocks[:1], payloads)()
+    into.load(one.blocks[:1], payloads, into.fence())()
+    warm = Generation(list(range(3, 23)), 20, one.blocks, computed=16)
+    for rows in (4, 1, 1):
+        step(brought, [(warm, rows)])
+
+    assert texts[0] == texts[1] == warm.output
 
 
 def test_steps_are_launched_ahead_and_used(made: gpu.Weights, monkeypatch: pytest.MonkeyPatch) -> None:

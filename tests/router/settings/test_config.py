@@ -136,6 +136,14 @@ def test_weights_of_8_bits_are_for_cards(tmp_path: Path) -> None:
     assert load(written(tmp_path, '[workers]\nweights = "fp8"\n'), {}, {}).workers.weights == "fp8"
 
 
+def test_fp8_kv_is_for_cards(tmp_path: Path) -> None:
+    cpu = written(tmp_path, '[workers]\ndevice = "cpu"\n[kv]\ndtype = "fp8"\n')
+    assert problems(cpu) == [f"{cpu}:4: kv.dtype: must not be fp8 with workers.device cpu"]
+
+    other = written(tmp_path, '[kv]\ndtype = "int4"\n')
+    assert problems(other) == [f"{other}:2: kv.dtype: must be one of bf16, fp8"]
+
+
 def test_a_near_name_is_written_as_toml_wants_it(tmp_path: Path) -> None:
     (problem,) = problems(written(tmp_path, "[classes.chatbot]\ntpot_s = 1\n"))
 
