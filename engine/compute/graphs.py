@@ -110,13 +110,20 @@ class Graphs:
     def run(self, key: object, launch: Callable[[], object]) -> None:
         """Launch, or replay what was launched before under this key, on the current stream."""
         graph = self._captured.get(key)
-        if graph is None and key in self._seen and len(self._captured) < self._limit:
-            graph = self._captured[key] = self._capture(launch)
+        if graph is None and key in self._seen:
+            graph = self.capture(key, launch)
         if graph is not None:
             graph.replay()
             return
         self._seen.add(key)
         launch()
+
+    def capture(self, key: object, launch: Callable[[], object]) -> torch.cuda.CUDAGraph | None:
+        """Have it captured, not run; None if there are as many as may be. What it launches must be on the device."""
+        if len(self._captured) >= self._limit:
+            return None
+        graph = self._captured[key] = self._capture(launch)
+        return graph
 
     def _capture(self, launch: Callable[[], object]) -> torch.cuda.CUDAGraph:
         torch.cuda.synchronize()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,10 +39,13 @@ def with_room(batch: StepBatch, turns: list[tuple[Generation, int]]) -> StepBatc
     return replace(batch, room=np.array([len(one.blocks) * BLOCK for one, _ in turns], np.int32))
 
 
-def step(runner: GpuRunner | TorchRunner, turns: list[tuple[Generation, int]], *, says_room: bool = True) -> None:
+def step(
+    runner: GpuRunner | TorchRunner, turns: list[tuple[Generation, int]], *, says_room: bool = True,
+    ends_prompts: bool = False,
+) -> None:  # fmt: skip
     """Each sequence in turn with so many rows; tokens are taken where all is computed."""
     ends = [one for one, rows in turns if one.computed + rows == len(one.ids)]
-    batch = batch_of(turns, BLOCK)
+    batch = replace(batch_of(turns, BLOCK), ends_prompts=ends_prompts)
     result = runner.run(with_room(batch, turns) if says_room else batch)
     for one, rows in turns:
         one.computed += rows
@@ -91,6 +95,34 @@ def test_steps_are_launched_ahead_and_used(made: gpu.Weights, monkeypatch: pytes
 
     assert len(launched) == 1 + 1 + 5  # the prompt, the first decode, and one ahead of each decode
     assert [sources is not None for _, sources in launched] == [False, False] + [True] * 5
+
+
+def test_the_decodes_behind_the_last_prompts_are_launched_ahead(
+    made: gpu.Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[bool] = []
+    launch = GpuRunner._launch
+
+    def noted(self: GpuRunner, batch: StepBatch, sources: np.ndarray | None) -> Any:
+        launched.append(sources is not None)
+        return launch(self, batch, sources)
+
+    monkeypatch.setattr(GpuRunner, "_launch", noted)
+    texts = []
+    for ends in (True, False):
+        launched.clear()
+        runner, blocks = on_gpu(made), Blocks(BLOCKS, BLOCK)
+        first, second, third = (blocks.start(list(range(at, at + n)), 8) for at, n in ((3, 20), (50, 33), (90, 5)))
+        step(runner, [(first, 20)], ends_prompts=ends)
+        step(runner, [(first, 1), (second, 33), (third, 5)], ends_prompts=ends)
+        for _ in range(3):
+            step(runner, [(second, 1), (first, 1), (third, 1)])  # in whatever order they stand then
+        texts.append([one.output for one in (first, second, third)])
+        # The prompt, its decode, two prompts beside that decode, the three decodes behind, and so on.
+        behind = [True, False, True] if ends else [False, False]
+        assert launched == [False, *behind, True, True, True]
+
+    assert texts[0] == texts[1]
 
 
 def test_nothing_is_launched_ahead_where_no_block_is(made: gpu.Weights, monkeypatch: pytest.MonkeyPatch) -> None:
