@@ -51,6 +51,8 @@ class Flight:
     answer: Tensor  # [2, sampled], pinned: ids, is_bad
     done: torch.cuda.Event | None
     launched_at: float
+    step: Arranged
+    is_straight: bool = False  # each row's id is what the same row of the step before sampled
 
     def read(self) -> tuple[Int32, np.typing.NDArray[np.bool_]]:
         """Wait for it; its ids, and which are bad."""
@@ -99,6 +101,7 @@ class GpuRunner:
         self._packing = Packing(config.kv_heads, block_tokens, SHARED_PART_TOKENS, PARTS_MAX)
         self._tell: Callable[[Arranged], None] = nobody
         self._turn = 0
+        self._tables: Int32 | None = None  # of the step last sent: what lies on the device
         self._ahead: Flight | None = None
         self._read_at = 0.0
 
@@ -136,7 +139,7 @@ class GpuRunner:
         special = _special(batch)
         at = _found(batch, ahead.batch) if ahead is not None and not special else None
         if ahead is not None and at is not None and (at >= 0).all():
-            self._ahead = None if batch.is_last else self._follow(batch, at)
+            self._ahead = None if batch.is_last else self._follow(batch, at, behind=ahead)
             ids, is_bad = ahead.read()
             return self._result(ids[at], is_bad[at], ahead.launched_at)
         if ahead is not None and at is not None:
@@ -176,9 +179,11 @@ class GpuRunner:
         before, self._read_at = self._read_at, time.perf_counter()
         return StepResult(ids, is_bad, self._read_at - max(before, launched_at))
 
-    def _follow(self, batch: StepBatch, at: Int64, ids: Int32 | None = None) -> Flight | None:
+    def _follow(
+        self, batch: StepBatch, at: Int64, ids: Int32 | None = None, behind: Flight | None = None
+    ) -> Flight | None:
         """Launch what comes after `batch`, whose ids the step in flight samples at `at`; where that is -1, `ids` has
-        them. None if blocks are missing."""
+        them. None if blocks are missing. `behind`: the step in flight, if that is what `batch` asks for."""
         contexts = batch.contexts
         if not len(batch.room) or (batch.room <= contexts).any() or (batch.write_slots < 0).any():
             return None
@@ -189,7 +194,11 @@ class GpuRunner:
             contexts=contexts + 1, row_starts=np.arange(len(contexts) + 1, dtype=np.int32),
             sample_rows=rows, sample_positions=batch.sample_positions + 1,
         )  # fmt: skip
-        return self._launch(following, at.astype(np.int32))
+        is_straight = np.array_equal(at, rows) and (behind is None or len(rows) == len(behind.batch.contexts))
+        known = None
+        if is_straight and behind is not None and behind.is_straight:
+            known = arrange.advanced(behind.step, following, size)
+        return replace(self._launch(following, at.astype(np.int32), known), is_straight=is_straight)
 
     def lead(self, tell: Callable[[Arranged], None]) -> None:
         """From now on `tell` makes other ranks `follow` each step."""
@@ -204,18 +213,19 @@ class GpuRunner:
             with torch.cuda.stream(self._stream):
                 self._send(step)
 
-    def _launch(self, batch: StepBatch, sources: Int32 | None) -> Flight:
+    def _launch(self, batch: StepBatch, sources: Int32 | None, known: Arranged | None = None) -> Flight:
         launched_at = time.perf_counter()
-        step = arrange.arrange(batch, self._packing, sources)
+        step = known or arrange.arrange(batch, self._packing, sources)
         self._tell(step)
-        return Flight(batch, *self._send(step), launched_at)
+        return Flight(batch, *self._send(step), launched_at, step)
 
     def _send(self, step: Arranged) -> tuple[Tensor, torch.cuda.Event | None]:
         """To the device; where its answer will be, and when it is there."""
         turn, self._turn = self._turn % HOST_BUFFERS, self._turn + 1
         if (last := self._sent[turn]) is not None:
             last.synchronize()
-        self._inputs.write(turn, step)
+        self._inputs.write(turn, step, has_tables=step.tables is not self._tables)
+        self._tables = step.tables
         self._compute(step)
         answer, done = self._answers[turn], None
         row_kernels.carry(self._sampler.answer, answer)
@@ -287,6 +297,7 @@ class GpuRunner:
         with torch.inference_mode(), stream:
             self._drain()  # what is in flight may still read the host buffer
             self._inputs.write(0, step)
+            self._tables = step.tables
             self._forward(step, kind, layers=2)
             self._drain()
             if is_captured and (graphs := self._graphs_for(step)) is not None:

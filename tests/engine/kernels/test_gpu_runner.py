@@ -94,7 +94,7 @@ def test_steps_are_launched_ahead_and_used(made: gpu.Weights, monkeypatch: pytes
         step(runner, [(one, 1)])
 
     assert len(launched) == 1 + 1 + 5  # the prompt, the first decode, and one ahead of each decode
-    assert [sources is not None for _, sources in launched] == [False, False] + [True] * 5
+    assert [what[1] is not None for what in launched] == [False, False] + [True] * 5
 
 
 def test_the_decodes_behind_the_last_prompts_are_launched_ahead(
@@ -103,9 +103,9 @@ def test_the_decodes_behind_the_last_prompts_are_launched_ahead(
     launched: list[bool] = []
     launch = GpuRunner._launch
 
-    def noted(self: GpuRunner, batch: StepBatch, sources: np.ndarray | None) -> Any:
+    def noted(self: GpuRunner, batch: StepBatch, sources: Any, known: Any = None) -> Any:
         launched.append(sources is not None)
-        return launch(self, batch, sources)
+        return launch(self, batch, sources, known)
 
     monkeypatch.setattr(GpuRunner, "_launch", noted)
     texts = []
@@ -166,6 +166,32 @@ def test_rows_in_device_order_are_all_rows_once() -> None:
     assert arranged.arrays["slots"].tolist()[2:4] == [-1, -1]
     assert arranged.arrays["sample_rows"].tolist() == [0, 1]
     assert arranged.arrays["contexts"].tolist() == [10, 1, 1, 1, 30]
+
+
+def test_a_step_one_token_on_is_arranged_as_if_anew() -> None:
+    knobs = Sampling(temperature=0.8, top_k=20, seed=5), Sampling(temperature=0.0)
+    kept = dict.fromkeys((True, False), 0)
+    decodes = [
+        Generation([1] * 200, 0, list(range(at * 9, at * 9 + 9)), knobs[at % 2], computed=20 + 3 * at)
+        for at in range(5)
+    ]
+    before, sources = None, np.arange(5, dtype=np.int32)
+    for number in range(60):
+        batch = replace(batch_of([(one, 1) for one in decodes], BLOCK), sample_positions=np.full(5, number, np.int32))
+        anew = arrange.arrange(batch, PACKING, sources)
+        quick = arrange.advanced(before, batch, BLOCK) if before is not None else None
+        kept[quick is not None] += 1
+        if quick is not None and before is not None:
+            assert replace(quick, arrays={}, tables=anew.tables) == replace(anew, arrays={})
+            assert {name: array.tolist() for name, array in quick.arrays.items() if name != "ids"} == {
+                name: array.tolist() for name, array in anew.arrays.items() if name != "ids"
+            }
+            assert quick.tables is before.tables
+        before = anew
+        for one in decodes:
+            one.computed += 1
+
+    assert min(kept.values()) > 10
 
 
 def test_parts_are_larger_where_they_would_be_too_many() -> None:
