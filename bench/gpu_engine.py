@@ -11,6 +11,7 @@ the same command goes on. The table of all engines is printed last."""
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -30,6 +31,8 @@ from typing import Any, Protocol
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.gpu_work import WORKLOADS, Item, alike
+from engine.compute.compilers import seen
+from engine.kernels.tuned import slug
 
 START_S = 400.0
 CONTEXT, STEPS = 512, 128
@@ -110,6 +113,8 @@ class Vllm:
     """vLLM's offline interface; its engine core is a process of its own."""
 
     def __init__(self, model: Path, _log: Path) -> None:
+        if importlib.util.find_spec("flashinfer") is None:
+            os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
         from vllm import LLM, SamplingParams, TokensPrompt
 
         self._sampling, self._prompt = SamplingParams, TokensPrompt
@@ -127,6 +132,9 @@ class Vllm:
         return [len(done.outputs[0].token_ids) for done in self._engine.generate(prompts, wanted, use_tqdm=False)]
 
     def close(self) -> None:
+        core = getattr(self._engine.llm_engine, "engine_core", None)
+        if hasattr(core, "shutdown"):
+            core.shutdown()  # its process holds the card's memory until then
         del self._engine
 
 
@@ -257,21 +265,36 @@ def go_on(record: Record, cases: list[Case], repeats: int, make: Callable[[], En
 
 
 def card() -> str:
-    """The card's name."""
+    """The card's name, by NVML where it is there: this process must hold no context of its own on the card."""
+    if (known := seen("cuda:0")) is not None:
+        return known[0]
     import torch
 
     return torch.cuda.get_device_name()
 
 
-def table(model: str, records: list[Record]) -> str:
-    """One row a figure, one column an engine: median (range)."""
+def table(title: str, records: list[Record]) -> str:
+    """One row a figure, one column an engine: median (range); behind them how many times faster the first engine is
+    than each other one, by the medians."""
     names = list(dict.fromkeys(name for record in records for name in record.figures))
-    rows = [f"| {model} | {' | '.join(record.engine for record in records)} |", "| --- " * (len(records) + 1) + "|"]
+    first, others = records[0], records[1:]
+    columns = [record.engine for record in records]
+    columns += [f"{first.engine} is faster than {other.engine}" for other in others]
+    rows = [f"| {title} | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
     for name in names:
-        cells = (record.figures.get(name) for record in records)
-        shown = (f"{c['median']} ({min(c['all'])}-{max(c['all'])}, {len(c['all'])}x)" if c else "-" for c in cells)
+        cells = [record.figures.get(name) for record in records]
+        shown = [f"{c['median']} ({min(c['all'])}-{max(c['all'])}, {len(c['all'])}x)" if c else "-" for c in cells]
+        shown += [faster(name, cells[0], cell) for cell in cells[1:]]
         rows.append(f"| {name} | {' | '.join(shown)} |")
     return "\n".join(rows)
+
+
+def faster(name: str, ours: dict[str, Any] | None, theirs: dict[str, Any] | None) -> str:
+    """How many times; below 1 it is slower. Rates count up, times down."""
+    if not (ours and theirs and ours["median"] and theirs["median"]):
+        return "-"
+    ratio = theirs["median"] / ours["median"]
+    return f"{1.0 / ratio if name.endswith('/s') else ratio:.2f}x"
 
 
 def numbers(text: str) -> list[int]:
@@ -301,14 +324,14 @@ def main(
     options.out.mkdir(parents=True, exist_ok=True)
     until, name = time.monotonic() + 60.0 * options.minutes, options.model.name
     cases = [*map(pace, options.batches), *map(first_token, options.ttft), *map(whole, options.work)]
-    records, is_done = [], True
+    records, is_done, where = [], True, device()
     for engine in options.engines:
-        head = {"engine": engine, "model": name, "device": device(), "commit": options.commit}
-        record = Record(options.out / f"gpu_engine-{name}-{engine}.json", head)
+        head = {"engine": engine, "model": name, "device": where, "commit": options.commit}
+        record = Record(options.out / f"gpu_engine-{name}-{engine}-{slug(where)}.json", head)
         make = partial(adapters[engine], options.model, options.out / f"{engine}-{name}.log")
         is_done &= go_on(record, cases, options.repeats, make, until)
         records.append(record)
-    print(table(name, records))
+    print(table(f"{name} on {where}", records))
     print("complete" if is_done else "not complete: the same command goes on")
     return 0 if is_done else GO_ON
 

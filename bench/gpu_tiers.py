@@ -24,9 +24,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import torch
 
-from engine.compute import gpu_build, precompile
+from engine.compute import gpu_build
 from engine.compute.arrange import CHUNK_BUCKETS
 from engine.compute.calibrate import Shape, batch_of
+from engine.compute.compilers import compilers
 from engine.compute.gpu_runner import GpuRunner
 from engine.config import GPU_BLOCK_TOKENS, GPU_SEQUENCES_MAX, KV_DTYPES
 from engine.kv import keys
@@ -290,8 +291,14 @@ def main() -> None:
     torch.cuda.set_device(device)
     blocks = options.prefix // GPU_BLOCK_TOKENS + options.decodes * blocks_each(GPU_BLOCK_TOKENS) + 8
     with torch.inference_mode():
-        with precompile.beside(options.model, device, GPU_BLOCK_TOKENS, GPU_SEQUENCES_MAX, is_kv_fp8=is_kv_fp8):
+        with compilers() as compiling:
+            compiling.begin(
+                gpu_build.wanted(
+                    options.model, device, GPU_BLOCK_TOKENS, GPU_SEQUENCES_MAX, kv_dtype="fp8" if is_kv_fp8 else "bf16"
+                )
+            )
             made = gpu_build.on_device(options.model, device)
+            compiling.wait()
         runner = GpuRunner(made, GPU_BLOCK_TOKENS, blocks, GPU_SEQUENCES_MAX, is_kv_fp8=is_kv_fp8)
     print(f"weights and kernels after {time.perf_counter() - started:.1f} s", flush=True)
     bench = Bench(runner, options.prefix, options.decodes)

@@ -16,7 +16,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from engine.config import GPU_BLOCK_TOKENS, GPU_KV_BYTES, GPU_SEQUENCES_MAX, KV_DTYPES, WEIGHTS, EngineConfig
+from engine.compute.compilers import Compilers, Wanted, compilers, seen
+from engine.config import (
+    GPU_BLOCK_TOKENS,
+    GPU_CALIBRATE_S,
+    GPU_KV_BYTES,
+    GPU_SEQUENCES_MAX,
+    KV_DTYPES,
+    WEIGHTS,
+    EngineConfig,
+)  # fmt: skip
+from engine.phases import Phases
 from engine.worker import StartError
 
 if TYPE_CHECKING:
@@ -45,8 +55,28 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _worker(arguments: argparse.Namespace) -> int:
+    phases = Phases()
     config = _config(arguments)
     folder = _convert(config.model, arguments.cache)
+    with contextlib.ExitStack() as ending:
+        compiling = ending.enter_context(compilers())
+        if early := _wanted(folder, config, arguments):
+            compiling.begin(early)
+        return _serve(folder, config, arguments, compiling, phases)
+
+
+def _wanted(folder: Path, config: EngineConfig, arguments: argparse.Namespace) -> Wanted | None:
+    """What a worker of this card will have compiled, as far as can be told without torch, which takes 3 s to import."""
+    if config.device == "cpu" or config.tensor_parallel > 1 or (card := seen(config.device)) is None:
+        return None
+    gpu = _for_gpu(config, arguments)
+    weights = "fp8" if config.has_fp8_weights else "bf16"
+    return Wanted(folder, *card, gpu.block_tokens, gpu.sequences_max, weights=weights, kv_dtype=config.kv_dtype)
+
+
+def _serve(
+    folder: Path, config: EngineConfig, arguments: argparse.Namespace, compiling: Compilers, phases: Phases
+) -> int:
     import torch  # takes a second: not before the arguments are known to be good
 
     from engine import build
@@ -66,8 +96,9 @@ def _worker(arguments: argparse.Namespace) -> int:
         raise StartError("weights of 8 bits (--weights fp8) need a GPU; leave them bf16 on a CPU")
     elif config.kv_dtype == "fp8":
         raise StartError(f"fp8 KV is for GPU workers, and this one is for {config.device}: leave --kv-dtype out")
+    phases.end("imports")
     with contextlib.ExitStack() as ending:
-        runner = _explained(lambda: ending.enter_context(_running(folder, config)))
+        runner = _explained(lambda: ending.enter_context(_running(folder, config, compiling, phases)))
         facts = ModelFacts(
             name=config.model_name or Path(config.model).stem,
             digest=manifest.digest_of(folder),
@@ -81,7 +112,7 @@ def _worker(arguments: argparse.Namespace) -> int:
         if tokenizer.is_file():
             text = tokenizer.read_text(encoding="utf-8")
             compiler = GrammarCompiler(text, facts.vocab_size, facts.eos_ids).compile
-        code = build.serve(runner, facts, config, compile=compiler)
+        code = build.serve(runner, facts, config, compile=compiler, phases=phases)
     if config.tensor_parallel > 1 and config.device.startswith("cuda"):
         logging.shutdown()
         os._exit(code)  # NCCL's own end waits for captured steps, and those live as long as the interpreter
@@ -89,7 +120,9 @@ def _worker(arguments: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _running(folder: Path, config: EngineConfig) -> Iterator[TorchRunner | GpuRunner | ParallelRunner]:
+def _running(
+    folder: Path, config: EngineConfig, compiling: Compilers, phases: Phases
+) -> Iterator[TorchRunner | GpuRunner | ParallelRunner]:
     """The runner that this configuration asks for."""
     if config.tensor_parallel > 1:
         from engine.compute import parallel
@@ -97,7 +130,7 @@ def _running(folder: Path, config: EngineConfig) -> Iterator[TorchRunner | GpuRu
         with parallel.started(folder, config) as runner:
             yield runner
     elif config.device.startswith("cuda"):
-        yield _gpu_runner(folder, config)
+        yield _gpu_runner(folder, config, compiling, phases)
     else:
         yield _torch_runner(folder, config)
 
@@ -144,10 +177,11 @@ def _for_gpu(config: EngineConfig, arguments: argparse.Namespace) -> EngineConfi
         sequences_max=min(config.sequences_max, GPU_SEQUENCES_MAX),
         kv_bytes=arguments.kv_bytes or GPU_KV_BYTES,
         ahead_tokens=1,
+        calibrate_s=GPU_CALIBRATE_S if arguments.calibrate_s is None else arguments.calibrate_s,
     )
 
 
-def _gpu_runner(folder: Path, config: EngineConfig) -> TorchRunner | GpuRunner:
+def _gpu_runner(folder: Path, config: EngineConfig, compiling: Compilers, phases: Phases) -> TorchRunner | GpuRunner:
     import torch
 
     from engine.compute import gpu_build
@@ -160,6 +194,8 @@ def _gpu_runner(folder: Path, config: EngineConfig) -> TorchRunner | GpuRunner:
         sequences_max=config.sequences_max,
         has_fp8_weights=config.has_fp8_weights,
         is_kv_fp8=config.kv_dtype == "fp8",
+        begun=compiling,
+        phases=phases,
     )
 
 
@@ -352,7 +388,7 @@ def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--waiting-max", type=_count, default=default.waiting_max, help="waiting, then refused (1024)")
     parser.add_argument("--drain-s", type=_seconds, default=default.drain_s, help="grace on SIGTERM, seconds (30)")
     parser.add_argument("--send-s", type=_seconds, default=default.send_s, help="a link that reads nothing is cut (30)")
-    parser.add_argument("--calibrate-s", type=_seconds, default=default.calibrate_s, help="at start, seconds (1)")
+    parser.add_argument("--calibrate-s", type=_seconds, help="at start, seconds (1; on a GPU 0.5)")
     parser.add_argument("--pool-fd", type=int, default=default.pool_fd, help="descriptor of the host pool's memory")
     parser.add_argument("--pool-share", type=_count, default=default.pool_share, help="workers that share the pool (1)")
     parser.add_argument("--disk-dir", default=default.disk_dir, help="folder for KV that the pool evicts (none)")

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from engine.kv.disk import Disk, DiskError
 from engine.kv.pinning import Pinning
 from engine.kv.pool import EXTENT_SLOTS, PoolError, PoolWriter, attach
 from engine.kv.tiers import Tiers
+from engine.phases import Phases
 from engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from engine.scheduling.speculate import Speculator
 from engine.step import ModelFacts, Pinner, Runner, Sharer
@@ -37,6 +39,10 @@ from policies.plugins import load_engine
 from policies.step_plan import PlanLimits
 
 log = logging.getLogger(__name__)
+
+# How long a thread that runs Python keeps others waiting. The loop's thread comes back from the device and finds the
+# socket's at work: Python's own 5 ms are six steps of a small model. Its own turn, under 1 ms, is not cut in two.
+SWITCH_S = 1e-3
 
 
 def build(
@@ -123,6 +129,13 @@ def _disk(trie: BlockTrie, writer: PoolWriter, config: EngineConfig, epoch: int)
         return None
 
 
+def settle() -> None:
+    """What a process does once it has all it will serve with."""
+    gc.collect()
+    gc.freeze()  # what was made at start lives for ever; no collection walks it again
+    sys.setswitchinterval(SWITCH_S)
+
+
 def serve(
     runner: Runner,
     facts: ModelFacts,
@@ -130,10 +143,13 @@ def serve(
     *,
     encode: Callable[[Message], bytes] = encode,
     compile: Compile = no_grammars,  # noqa: A002
+    phases: Phases | None = None,
 ) -> int:
     """Calibrate, listen, serve until drained; the exit code."""
+    phases = phases or Phases()
     inbox = Inbox()
     core = build(runner, facts, config, inbox)
+    phases.end("memory below")
     model = core.calibrate(config.calibrate_s)
     log.info(
         "worker %s: %s on %s, %d blocks of %d tokens, step %.1f ms, prefill %.0f tokens/s",
@@ -145,6 +161,7 @@ def serve(
         1e3 * model.decode_s(1, 0),
         512 / model.prefill_s(512),
     )
-    gc.collect()
-    gc.freeze()  # what was made at start lives for ever; no collection walks it again
+    settle()
+    phases.end("calibration")
+    log.info("worker %s started in %s", config.name, phases)
     return asyncio.run(Worker(core, inbox, config, encode=encode, compile=compile).serve())

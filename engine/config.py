@@ -50,6 +50,7 @@ KV_DTYPES = ("bf16", "fp8")  # of a GPU worker's KV; a CPU's is float32
 GPU_BLOCK_TOKENS = 64  # what the kernels' tiles are made for
 GPU_SEQUENCES_MAX = 256  # the largest bucket of decode rows (engine/compute/arrange.py)
 GPU_ROWS_MAX = 4096  # of a step: 100 ms of an 8B model, and what a newcomer waits at most; fewer steps mix better
+GPU_CALIBRATE_S = 0.5  # three rounds of an 8B model's 11 shapes: as many steps as its model takes to be warm
 GPU_KV_BYTES = 0  # all that is free beside the weights
 
 # Order of magnitude of a small model on one CPU core; a second of calibration replaces it. Every term must be positive:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from engine.kv.copies import Inline
 from policies.costs import StepModel
 from policies.request import RequestClass
 
@@ -61,9 +63,11 @@ class Nvml:
 class Energy:
     """Joules by class, then idle: whole windows of the counter, so that they sum to what it said."""
 
-    def __init__(self, counter: Counter, now: float) -> None:
-        """Raises CounterError."""
+    def __init__(self, counter: Counter, now: float, reader: Executor | None = None) -> None:
+        """`reader` asks the counter, which is a call into the driver, while steps go on. Raises CounterError."""
         self._counter: Counter | None = counter
+        self._reader = reader or Inline()
+        self._asked: Future[float] | None = None
         self._seen, self._since = counter.joules(), now
         self._own_s = np.zeros(IDLE)
         self._joules = np.zeros(IDLE + 1)
@@ -73,18 +77,21 @@ class Energy:
         self._own_s += class_seconds(launch, model)
 
     def read(self, now: float) -> list[float]:
-        """Joules by class and idle up to the last window's end."""
-        if self._counter is not None and now - self._since >= WINDOW_S:
+        """Joules by class and idle up to the end of the last window that the counter has answered for."""
+        if self._asked is None and self._counter is not None and now - self._since >= WINDOW_S:
+            self._since, self._asked = now, self._reader.submit(self._counter.joules)
+        if self._asked is not None and self._asked.done():
+            answer, self._asked = self._asked, None
             try:
-                self._split(self._counter.joules(), now)
+                self._split(answer.result())
             except CounterError as error:
                 log.warning("energy is not counted any more: %s", error)
                 self._counter = None
         return self._joules.tolist()
 
-    def _split(self, seen: float, now: float) -> None:
+    def _split(self, seen: float) -> None:
         drawn = max(0.0, seen - self._seen)  # a driver that was loaded anew counts from 0
-        self._seen, self._since = seen, now
+        self._seen = seen
         whole_s = self._own_s.sum()
         if whole_s > 0.0:
             self._joules[:IDLE] += drawn * self._own_s / whole_s
@@ -115,7 +122,7 @@ def opened(device: str, clock: Callable[[], float], cards: int = 1) -> Energy | 
 
         first = torch.device(device).index
         uuids = [str(torch.cuda.get_device_properties(number).uuid) for number in range(first, first + cards)]
-        return Energy(Nvml(pynvml, *uuids), clock())
+        return Energy(Nvml(pynvml, *uuids), clock(), ThreadPoolExecutor(1, "energy"))
     except (ImportError, CounterError) as error:
         log.warning("energy is not counted: %s", error)
         return None

@@ -74,6 +74,8 @@ class StepBatch:
     scored_tops: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
     # [sequences] tokens that its blocks can hold, or empty: not said. A runner may compute ahead within them.
     room: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
+    ends_prompts: bool = False  # no prompt is left that could be computed: its sequences decode next ...
+    is_last: bool = False  # ... unless each of them ends with the token that it gets
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ Owns order and padding of rows. Never decides whom a step computes, never touche
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ CHUNK_BUCKETS = (64, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048,
 CHUNKED_BUCKETS = (1, 4, 32)  # sequences with a chunk
 # A prefix is read once for its group where that saves so many reads of a token: below, a merge costs more.
 SHARED_TOKENS_MIN = 8192
+PART_STEP = 16  # contexts are rounded up to it before a part size is chosen: in between a step is the one before, + 1
 BELOW_ONE = np.float32(1.0 - 2.0**-24)  # the largest float32 under 1
 
 
@@ -91,7 +92,7 @@ def arrange(batch: StepBatch, packing: Packing, sources: Int32 | None = None) ->
     target[origin] = place
     own = batch.contexts[single] - 1 - shared
     taken = int((-(-shared // packing.shared_part_tokens)).sum())
-    part = part_tokens(own, packing.kv_heads, packing.parts_max - taken)
+    part = part_tokens(-(-own // PART_STEP) * PART_STEP, packing.kv_heads, packing.parts_max - taken)
     # Unused decodes beside chunks are sequences of one token that write nowhere.
     filler = decodes - len(single) if len(chunked) else 0
     tables = np.zeros((len(single) + filler + len(chunked), batch.block_tables.shape[1]), np.int32)
@@ -116,6 +117,19 @@ def arrange(batch: StepBatch, packing: Packing, sources: Int32 | None = None) ->
     return Arranged(
         size, decodes, chunk_rows, chunk_slots, has_parts, "shared" in arrays, tables, arrays | _knobs(batch)
     )
+
+
+def advanced(before: Arranged, batch: StepBatch, block_tokens: int) -> Arranged | None:
+    """What `arrange` makes of the same decodes one token on, from what it made of them before: a few additions. None
+    where a block begins or parts may change. `batch` is in the order of the one before, as its sources say."""
+    if not ((batch.positions % block_tokens != 0) & (batch.positions % PART_STEP != 1)).all():
+        return None
+    changed: dict[str, npt.NDArray[Any]] = {
+        name: before.arrays[name] + np.int32(1) for name in ("positions", "slots", "contexts")
+    }
+    if before.arrays["temperature"].any():
+        changed["uniform"] = _uniform(batch, before.arrays["temperature"])
+    return replace(before, arrays=before.arrays | changed)
 
 
 def _grouped(batch: StepBatch, single: npt.NDArray[np.int64], packing: Packing) -> tuple[Any, Int32, Int32]:
@@ -152,15 +166,19 @@ def _knobs(batch: StepBatch) -> dict[str, npt.NDArray[Any]]:
     wanted = batch.sampling
     temperature = np.array([w.temperature for w in wanted], np.float32)
     temperature[temperature < sampling.GREEDY_BELOW] = 0.0
-    uniform = np.zeros(len(wanted), np.float32)
-    random = np.flatnonzero(temperature)
-    if len(random):
-        keys = [(wanted[at].seed, int(batch.sample_positions[at])) for at in random.tolist()]
-        uniform[random] = np.minimum(sampling.uniforms(keys).astype(np.float32), BELOW_ONE)
     return {
         "temperature": temperature,
         "top_k": np.array([w.top_k for w in wanted], np.int32),
         "top_p": np.array([w.top_p for w in wanted], np.float32),
         "min_p": np.array([w.min_p for w in wanted], np.float32),
-        "uniform": uniform,
+        "uniform": _uniform(batch, temperature),
     }
+
+
+def _uniform(batch: StepBatch, temperature: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    uniform = np.zeros(len(temperature), np.float32)
+    random = np.flatnonzero(temperature)
+    if len(random):
+        keys = [(batch.sampling[at].seed, int(batch.sample_positions[at])) for at in random.tolist()]
+        uniform[random] = np.minimum(sampling.uniforms(keys).astype(np.float32), BELOW_ONE)
+    return uniform

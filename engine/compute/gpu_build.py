@@ -6,14 +6,13 @@ from __future__ import annotations
 
 import json
 import logging
-import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
-from engine.compute import precompile, ranks
+from engine.compute import ranks
 from engine.compute.arrange import bucket, most
+from engine.compute.compilers import Compilers, Wanted, compilers
 from engine.compute.device_sum import DeviceSum
 from engine.compute.gpu_runner import FREE_SHARE, GpuRunner
 from engine.compute.runner import RunnerConfig, TorchRunner
@@ -24,6 +23,7 @@ from engine.models import config as model_config
 from engine.models import gpu
 from engine.models.config import ModelError
 from engine.models.shard import WHOLE, Shard
+from engine.phases import Phases
 
 log = logging.getLogger(__name__)
 
@@ -43,28 +43,32 @@ def load(
     has_one_shot: bool = True,
     has_fp8_weights: bool = False,
     is_kv_fp8: bool = False,
+    begun: Compilers | None = None,
+    phases: Phases | None = None,
 ) -> GpuRunner | TorchRunner:
     """A runner for a Hugging Face folder on this device, or for a rank's part of it where all ranks have met and call
-    this at once. Raises ModelError when the folder cannot be served."""
-    started = time.perf_counter()
+    this at once. `begun`: compilers that may be at it already. Raises ModelError when the folder cannot be served."""
+    phases = phases or Phases()
     torch.cuda.set_device(device)
     is_part = shard.ranks > 1
     with torch.inference_mode():
-        compiling = precompile.beside(
-            folder, device, block_tokens, sequences_max, shard, has_fp8_weights=has_fp8_weights, is_kv_fp8=is_kv_fp8
-        )
-        with nullcontext() if shard.rank else compiling:
+        with compilers() as own:
+            compiling = begun or own
+            if not shard.rank:
+                weights, kv_dtype = ("fp8" if is_asked else "bf16" for is_asked in (has_fp8_weights, is_kv_fp8))
+                compiling.begin(
+                    wanted(folder, device, block_tokens, sequences_max, shard, weights=weights, kv_dtype=kv_dtype)
+                )
             made = on_device(folder, device, shard, has_fp8_weights=has_fp8_weights)
             torch.cuda.synchronize()
+            phases.end("weights")
+            compiling.wait()
         if is_part:
             ranks.least(0)  # rank 0's compilers are done
-        log.info(
-            "weights on %s and kernels compiled after %.1f s",
-            torch.cuda.get_device_name(device),
-            time.perf_counter() - started,
-        )
+        phases.end("waiting for compilers")
         shape = gpu.shape_of(made.config, block_tokens, is_kv_fp8=is_kv_fp8)
         wrong = check.failures(device, DTYPE, shape, has_fp8=made.has_fp8)
+        phases.end("self-check")
         wishes = {"tensor parallel": is_part, "weights of 8 bits": has_fp8_weights, "fp8 KV": is_kv_fp8}
         needing = next((wish for wish, is_asked in wishes.items() if is_asked), "")
         if needing and {"attention", "prefill", "sampling"} & set(wrong):
@@ -84,10 +88,23 @@ def load(
         blocks = blocks_for(made, shape, kv_bytes)
         blocks = ranks.least(blocks) if is_part else blocks
         runner = GpuRunner(made, block_tokens, blocks, sequences_max, table, ranks=joined, is_kv_fp8=is_kv_fp8)
-    log.info("self-check and memory after %.1f s", time.perf_counter() - started)
+    phases.end("memory")
     runner.warm(bucket(sequences_max))
-    log.info("%d KV blocks, steps captured after %.1f s", runner.blocks_total, time.perf_counter() - started)
+    phases.end("capturing steps")
+    log.info("%s: %d KV blocks; %s", torch.cuda.get_device_name(device), runner.blocks_total, phases)
     return runner
+
+
+def wanted(
+    folder: Path, device: torch.device, block_tokens: int, sequences_max: int, shard: Shard = WHOLE,
+    *, weights: str = "bf16", kv_dtype: str = "bf16",
+) -> Wanted:  # fmt: skip
+    """What has to be compiled for the card at hand."""
+    major, minor = torch.cuda.get_device_capability(device)
+    card = torch.cuda.get_device_name(device)
+    return Wanted(
+        folder, card, 10 * major + minor, block_tokens, sequences_max, shard.ranks, weights=weights, kv_dtype=kv_dtype
+    )
 
 
 def on_device(

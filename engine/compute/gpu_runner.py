@@ -2,10 +2,11 @@
 
 Owns KV memory, graphs and what is in flight. Never decides what a step holds.
 
-A step of decodes alone is followed at once by the step that will most likely come: the same sequences, one token on,
-their ids gathered on the device. If the scheduler then asks for that step, or for a part of it, its answer is already
-on the way; rows beside it are computed behind it; if it asks for something else, the time is lost and nothing more:
-what was written lies where the sequence's next token belongs, and the stream's order keeps later owners behind it."""
+A step of decodes alone, or with the last of all prompts, is followed at once by the step that will most likely come:
+the same sequences, one token on, their ids gathered on the device. If the scheduler then asks for that step, or for a
+part of it, its answer is already on the way; rows beside it are computed behind it; if it asks for something else, the
+time is lost and nothing more: what was written lies where the sequence's next token belongs, and the stream's order
+keeps later owners behind it."""
 
 from __future__ import annotations
 
@@ -21,9 +22,9 @@ from torch import Tensor
 
 from engine.compute import arrange, sampling
 from engine.compute.arrange import Arranged, Packing
-from engine.compute.calibrate import Shape, batch_of
 from engine.compute.graphs import HOST_BUFFERS, Graphs, StepInputs
 from engine.compute.runner import nobody
+from engine.compute.warm import captured_rows_max, warm_captured, warm_compiled
 from engine.kernels import rows as row_kernels
 from engine.kernels import tuned
 from engine.kernels.paged import CHUNK_ROWS, SHARED_PART_TOKENS, Launch
@@ -36,17 +37,12 @@ from engine.wire import Sampling
 
 PARTS_MAX = 4096  # parts of KV in one step: 64 MiB of partial sums for an 8B model
 GRAPHS_MAX = 256  # captured steps kept; others are launched kernel by kernel
-# With more prompt rows the device is the slower one (15 ms for 512 of an 8B model, 9 ms to launch its kernels), and a
-# capture, 60 ms while streams wait, gains nothing.
-CAPTURED_ROWS_MAX = 384
 FREE_SHARE = 0.92  # of the memory left beside the weights; the rest is for libraries and graphs
 FEW, MANY = Launch(264, stages=4, pdl=2), Launch(528, stages=2, registers=128, pdl=2)  # measured: gpu_step
 # A tile of fp8 KV is half as large: more stages, so that as many bytes are on their way. Not yet measured.
 FEW_FP8, MANY_FP8 = Launch(264, stages=6, pdl=2), Launch(528, stages=3, registers=128, pdl=2)
 LAUNCHES = {False: (FEW, MANY), True: (FEW_FP8, MANY_FP8)}  # by whether KV is fp8
 INTERPRETED = Launch(4)  # the interpreter knows no programmatic launch
-WARM_CONTEXTS = (2, 2048)  # without parts, and with parts where the batch is small
-WARM_CHUNKS = ((64, 1), (192, 4), (4096, 32))  # rows in all, sequences
 MANY_FROM = 48  # sequences; fewer registers and more programs are faster from here on
 
 
@@ -58,6 +54,8 @@ class Flight:
     answer: Tensor  # [2, sampled], pinned: ids, is_bad
     done: torch.cuda.Event | None
     launched_at: float
+    step: Arranged
+    is_straight: bool = False  # each row's id is what the same row of the step before sampled
 
     def read(self) -> tuple[Int32, np.typing.NDArray[np.bool_]]:
         """Wait for it; its ids, and which are bad."""
@@ -99,9 +97,11 @@ class GpuRunner:
         self._stream = torch.cuda.Stream(device) if self._is_cuda else None  # type: ignore[no-untyped-call]
         self._memory = DeviceMemory(pool, self._stream)
         self._graphs = Graphs(GRAPHS_MAX) if self._is_cuda else None
+        self._captured_rows_max = captured_rows_max(config)
         self._packing = Packing(config.kv_heads, block_tokens, SHARED_PART_TOKENS, PARTS_MAX)
         self._tell: Callable[[Arranged], None] = nobody
         self._turn = 0
+        self._tables: Int32 | None = None  # of the step last sent: what lies on the device
         self._ahead: Flight | None = None
         self._read_at = 0.0
 
@@ -139,7 +139,7 @@ class GpuRunner:
         special = _special(batch)
         at = _found(batch, ahead.batch) if ahead is not None and not special else None
         if ahead is not None and at is not None and (at >= 0).all():
-            self._ahead = self._follow(batch, at)
+            self._ahead = None if batch.is_last else self._follow(batch, at, behind=ahead)
             ids, is_bad = ahead.read()
             return self._result(ids[at], is_bad[at], ahead.launched_at)
         if ahead is not None and at is not None:
@@ -147,7 +147,7 @@ class GpuRunner:
         flight = self._launch(batch, None)
         if special:
             return self._choose_on_host(batch, flight, special)
-        if len(flight.batch.sample_rows) == len(batch.contexts) == len(batch.ids):
+        if _is_followed(batch):
             self._ahead = self._follow(batch, np.arange(len(batch.ids)))
         return self._result(*flight.read(), flight.launched_at)
 
@@ -163,32 +163,42 @@ class GpuRunner:
         return replace(self._result(ids, is_bad, flight.launched_at), scores=chosen.scores, messages=chosen.messages)
 
     def _beside(self, batch: StepBatch, ahead: Flight, at: Int64) -> StepResult:
-        """Rows of this batch that are not in flight, behind those that are."""
+        """Rows of this batch that are not in flight, behind those that are; what follows needs only their ids yet."""
         rest = self._launch(_part(batch, np.flatnonzero(at < 0)), None)
         ids, is_bad = ahead.read()
-        late_ids, late_bad = rest.read()
         sampled = at[np.searchsorted(batch.row_starts, batch.sample_rows, side="right") - 1]
-        all_ids, all_bad = np.empty(len(sampled), np.int32), np.empty(len(sampled), bool)
-        all_ids[sampled >= 0], all_bad[sampled >= 0] = ids[sampled[sampled >= 0]], is_bad[sampled[sampled >= 0]]
-        all_ids[sampled < 0], all_bad[sampled < 0] = late_ids, late_bad
+        is_here = sampled >= 0
+        all_ids, all_bad = np.zeros(len(sampled), np.int32), np.empty(len(sampled), bool)
+        all_ids[is_here], all_bad[is_here] = ids[sampled[is_here]], is_bad[sampled[is_here]]
+        if _is_followed(batch):
+            self._ahead = self._follow(batch, np.where(is_here, -1, np.cumsum(~is_here) - 1), all_ids)
+        all_ids[~is_here], all_bad[~is_here] = rest.read()
         return self._result(all_ids, all_bad, ahead.launched_at)
 
     def _result(self, ids: Int32, is_bad: np.typing.NDArray[np.bool_], launched_at: float) -> StepResult:
         before, self._read_at = self._read_at, time.perf_counter()
         return StepResult(ids, is_bad, self._read_at - max(before, launched_at))
 
-    def _follow(self, batch: StepBatch, at: Int64) -> Flight | None:
-        """Launch what comes after `batch`, whose ids the step in flight samples at `at`; None if blocks are missing."""
+    def _follow(
+        self, batch: StepBatch, at: Int64, ids: Int32 | None = None, behind: Flight | None = None
+    ) -> Flight | None:
+        """Launch what comes after `batch`, whose ids the step in flight samples at `at`; where that is -1, `ids` has
+        them. None if blocks are missing. `behind`: the step in flight, if that is what `batch` asks for."""
         contexts = batch.contexts
         if not len(batch.room) or (batch.room <= contexts).any() or (batch.write_slots < 0).any():
             return None
-        size, rows = self.block_tokens, np.arange(len(contexts))
+        size, rows = self.block_tokens, np.arange(len(contexts), dtype=np.int32)
         slots = batch.block_tables[rows, contexts // size].astype(np.int64) * size + contexts % size
         following = replace(
-            batch, ids=np.zeros_like(batch.ids), positions=contexts, write_slots=slots, contexts=contexts + 1,
-            sample_positions=batch.sample_positions + 1,
+            batch, ids=np.zeros_like(contexts) if ids is None else ids, positions=contexts, write_slots=slots,
+            contexts=contexts + 1, row_starts=np.arange(len(contexts) + 1, dtype=np.int32),
+            sample_rows=rows, sample_positions=batch.sample_positions + 1,
         )  # fmt: skip
-        return self._launch(following, at.astype(np.int32))
+        is_straight = np.array_equal(at, rows) and (behind is None or len(rows) == len(behind.batch.contexts))
+        known = None
+        if is_straight and behind is not None and behind.is_straight:
+            known = arrange.advanced(behind.step, following, size)
+        return replace(self._launch(following, at.astype(np.int32), known), is_straight=is_straight)
 
     def lead(self, tell: Callable[[Arranged], None]) -> None:
         """From now on `tell` makes other ranks `follow` each step."""
@@ -203,18 +213,19 @@ class GpuRunner:
             with torch.cuda.stream(self._stream):
                 self._send(step)
 
-    def _launch(self, batch: StepBatch, sources: Int32 | None) -> Flight:
+    def _launch(self, batch: StepBatch, sources: Int32 | None, known: Arranged | None = None) -> Flight:
         launched_at = time.perf_counter()
-        step = arrange.arrange(batch, self._packing, sources)
+        step = known or arrange.arrange(batch, self._packing, sources)
         self._tell(step)
-        return Flight(batch, *self._send(step), launched_at)
+        return Flight(batch, *self._send(step), launched_at, step)
 
     def _send(self, step: Arranged) -> tuple[Tensor, torch.cuda.Event | None]:
         """To the device; where its answer will be, and when it is there."""
         turn, self._turn = self._turn % HOST_BUFFERS, self._turn + 1
         if (last := self._sent[turn]) is not None:
             last.synchronize()
-        self._inputs.write(turn, step)
+        self._inputs.write(turn, step, has_tables=step.tables is not self._tables)
+        self._tables = step.tables
         self._compute(step)
         answer, done = self._answers[turn], None
         row_kernels.carry(self._sampler.answer, answer)
@@ -224,11 +235,15 @@ class GpuRunner:
         return answer, done
 
     def _compute(self, step: Arranged) -> None:
-        kind = self._kind(step)
-        if self._graphs is None or step.chunk_rows > CAPTURED_ROWS_MAX:
+        kind, graphs = self._kind(step), self._graphs_for(step)
+        if graphs is None:
             self._forward(step, kind)
         else:
-            self._graphs.run((step.size, kind), lambda: self._forward(step, kind))
+            graphs.run((step.size, kind), lambda: self._forward(step, kind))
+
+    def _graphs_for(self, step: Arranged) -> Graphs | None:
+        """Where steps of its size are kept; None: it is launched kernel by kernel."""
+        return self._graphs if step.chunk_rows <= self._captured_rows_max else None
 
     def _kind(self, step: Arranged) -> gpu.Kind:
         per_tile = CHUNK_ROWS // self._decoder.shape.pack
@@ -270,50 +285,38 @@ class GpuRunner:
             row_kernels.carry(self._sampler.answer, self._answers[0])
 
     def warm(self, sequences_max: int) -> None:
-        """Compile and capture the steps of decodes alone and of one chunk alone, so that no stream waits for it."""
+        """Have all kernels on the device, and steps of decodes alone and of one chunk alone captured, so that no stream
+        waits for it. None of these steps is computed: a capture is 350 launches, not 350 kernels."""
         context_max = min(self.model.context_max, self.blocks_total * self.block_tokens)
         for batch in warm_captured(self.block_tokens, self.blocks_total, sequences_max, context_max):
-            for _ in range(2):  # plain, then captured
-                self.run(batch)
+            self._load(batch, is_captured=True)
         for batch in warm_compiled(self.block_tokens, sequences_max, context_max):
             self._load(batch)
 
-    def _load(self, batch: StepBatch) -> None:
+    def _load(self, batch: StepBatch, *, is_captured: bool = False) -> None:
         """Have a step's kernels on the device: two layers launch all of them, and 256 decodes of 131,072 tokens, which
         take 1.4 s in an 8B model's 32 layers, take 0.1 s."""
         step = arrange.arrange(batch, self._packing)
+        kind = self._kind(step)
         stream = torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
         with torch.inference_mode(), stream:
             self._drain()  # what is in flight may still read the host buffer
             self._inputs.write(0, step)
-            self._forward(step, self._kind(step), layers=2)
+            self._tables = step.tables
+            self._forward(step, kind, layers=2)
             self._drain()
+            if is_captured and (graphs := self._graphs_for(step)) is not None:
+                graphs.capture((step.size, kind), lambda: self._forward(step, kind))
 
     def _drain(self) -> None:
         if self._stream is not None:
             self._stream.synchronize()
 
 
-def warm_captured(block_tokens: int, blocks_total: int, sequences_max: int, context_max: int) -> Iterator[StepBatch]:
-    """Steps that a worker captures at its start: decodes alone, one chunk alone."""
-    contexts = sorted({min(context, context_max - 1) for context in WARM_CONTEXTS})
-    decodes = [Shape(rows, 0, context) for rows in arrange.DECODE_BUCKETS for context in contexts]
-    chunks = [Shape(0, rows, 0) for rows in arrange.CHUNK_BUCKETS]
-    for shape in [shape for shape in decodes if shape.decodes <= sequences_max] + chunks:
-        if shape.context + max(shape.chunk, 1) > context_max:
-            continue
-        for blocks in {1, blocks_total} if shape.decodes > 1 else {1}:  # one block for all: a shared prefix
-            yield batch_of(shape, block_tokens, blocks)[0]
-
-
-def warm_compiled(block_tokens: int, sequences_max: int, context_max: int) -> Iterator[StepBatch]:
-    """Decodes and chunks at once: compiled only, for there are hundreds. Tiles differ by rows, lists by sequences, and
-    by whether decodes share a beginning."""
-    for beside in (rows for rows in arrange.BESIDE_BUCKETS if 0 < rows <= sequences_max):
-        for chunk_rows, chunked in WARM_CHUNKS:
-            yield _mixed(beside, chunk_rows, chunked, block_tokens, sequences_max)
-            for context in {min(WARM_CONTEXTS[-1], context_max - 1), context_max - 1}:
-                yield _mixed(beside, chunk_rows, chunked, block_tokens, sequences_max, context=context)
+def _is_followed(batch: StepBatch) -> bool:
+    """Whether the step behind it is known: one row of each of its sequences."""
+    is_sampled = len(batch.sample_rows) == len(batch.contexts) and not batch.is_last
+    return is_sampled and (batch.ends_prompts or len(batch.ids) == len(batch.contexts))
 
 
 def _found(batch: StepBatch, ahead: StepBatch) -> Int64 | None:
@@ -368,20 +371,3 @@ def _special(batch: StepBatch) -> list[int]:
 def _needs_host(wanted: Sampling, position: int) -> bool:
     is_steered = position < wanted.min_tokens or bool(wanted.grammar_kind or wanted.logit_bias)
     return is_steered or wanted.has_penalties or wanted.logprobs >= 0
-
-
-def _mixed(
-    decodes: int, chunk_rows: int, chunked: int, block_tokens: int, sampled_max: int, *, context: int = 1
-) -> StepBatch:
-    """A made-up step of decodes that see `context` tokens of one block and several chunks; it writes nowhere."""
-    counts = np.array([1] * decodes + [chunk_rows // chunked] * chunked)
-    contexts = np.array([context] * decodes + [chunk_rows // chunked] * chunked, np.int32)
-    starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
-    rows = int(starts[-1])
-    sampled = min(len(counts), sampled_max)
-    return StepBatch(
-        np.zeros(rows, np.int32), (np.arange(rows) - np.repeat(starts[:-1], counts)).astype(np.int32),
-        np.full(rows, -1, np.int64), starts, contexts,
-        np.zeros((len(counts), -(-int(contexts.max()) // block_tokens)), np.int32), starts[1 : sampled + 1] - 1,
-        (Sampling(temperature=0.0),) * sampled, np.zeros(sampled, np.int32),
-    )  # fmt: skip

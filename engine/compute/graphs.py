@@ -76,9 +76,9 @@ class StepInputs:
         knobs = Knobs(numbers["temperature"], at("top_k"), numbers["top_p"], numbers["min_p"], numbers["uniform"])
         return Inputs(at("ids"), at("positions"), at("sample_rows"), step, at("sources")), knobs
 
-    def write(self, turn: int, step: Arranged) -> None:
+    def write(self, turn: int, step: Arranged, *, has_tables: bool = True) -> None:
         """Send a step: its arrays from the front, padding behind them. The host buffer of this turn is read only when
-        the step begins: a caller with steps in flight counts turns up."""
+        the step begins: a caller with steps in flight counts turns up. Without tables those of the step before stay."""
         host = self.hosts[turn % HOST_BUFFERS]
         flat = host.numpy()
         for name, (start, _) in self.spans.items():
@@ -87,6 +87,9 @@ class StepInputs:
             if array is not None:
                 flat[start : start + count] = array.view(np.int32)
             flat[start + count : start + numbers_of(name, step.size)] = -1 if name in ("slots", "sources") else 0
+        if not has_tables:
+            self.send(turn, self.tables_at)
+            return
         end = self.tables_at + step.tables.size
         flat[self.tables_at : end] = step.tables.reshape(-1)
         self.send(turn, end)
@@ -110,13 +113,20 @@ class Graphs:
     def run(self, key: object, launch: Callable[[], object]) -> None:
         """Launch, or replay what was launched before under this key, on the current stream."""
         graph = self._captured.get(key)
-        if graph is None and key in self._seen and len(self._captured) < self._limit:
-            graph = self._captured[key] = self._capture(launch)
+        if graph is None and key in self._seen:
+            graph = self.capture(key, launch)
         if graph is not None:
             graph.replay()
             return
         self._seen.add(key)
         launch()
+
+    def capture(self, key: object, launch: Callable[[], object]) -> torch.cuda.CUDAGraph | None:
+        """Have it captured, not run; None if there are as many as may be. What it launches must be on the device."""
+        if len(self._captured) >= self._limit:
+            return None
+        graph = self._captured[key] = self._capture(launch)
+        return graph
 
     def _capture(self, launch: Callable[[], object]) -> torch.cuda.CUDAGraph:
         torch.cuda.synchronize()

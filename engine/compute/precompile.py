@@ -1,7 +1,8 @@
 """Every kernel a GPU worker will launch, compiled beside the loading of its weights, in as many processes as cores.
 
 Owns the rehearsal (the runner's own launches over tensors that lie nowhere, each told to this file instead of being
-compiled) and the processes. Never touches a GPU: what it makes is found in Triton's cache by whoever launches it.
+compiled) and the processes that compile. Never touches a GPU: what it makes is found in Triton's cache by whoever
+launches it.
 
     python -m engine.compute.precompile MODEL_DIR "NVIDIA H100 80GB HBM3" [--capability 90] [--jobs 16]"""
 
@@ -14,39 +15,38 @@ import json
 import logging
 import multiprocessing
 import os
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch.overrides import TorchFunctionMode
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
 
 from engine.compute.arrange import bucket
-from engine.compute.gpu_runner import GpuRunner, warm_captured, warm_compiled
+from engine.compute.gpu_runner import GpuRunner
+from engine.compute.warm import warm_captured, warm_compiled
 from engine.config import GPU_BLOCK_TOKENS, GPU_SEQUENCES_MAX, KV_DTYPES, WEIGHTS
 from engine.kernels import check
 from engine.models import config as model_config
 from engine.models import gpu
 from engine.models.config import ModelConfig
-from engine.models.shard import WHOLE, Shard
+from engine.models.shard import Shard
 
 log = logging.getLogger(__name__)
 
 NOWHERE = torch.device("meta")
 DTYPE = torch.bfloat16
 BLOCKS = 1 << 16  # enough that no two made-up sequences share one; the memory of the real card is not known yet
-WAIT_S = 300.0  # how long a worker waits for the compilers before it compiles by itself
-LONGEST = ("choose", "prefill", "attend")  # these first: seconds each, where a product takes one
 
 
 class Special(NamedTuple):
@@ -78,13 +78,33 @@ class Absent:
         return 0
 
 
+def nobody(_special: Special) -> None:
+    """Who hears of nothing."""
+
+
+class Unmade(TorchFunctionMode):
+    """Random weights and cuBLAS's products, which launch no kernel of ours, are not made. Over tensors that lie nowhere
+    torch would import its compiler for them, most of the time that listing took."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """The output as it was."""
+        if func is torch.Tensor.normal_:
+            return args[0]
+        if func not in (torch.mm, torch.addmm):
+            return func(*args, **(kwargs or {}))
+        x, weight = args[-2:]
+        return kwargs["out"] if kwargs else x.new_empty(len(x), weight.shape[1])
+
+
 @contextmanager
-def noted(found: dict[tuple[str, str, str], Special]) -> Iterator[None]:
-    """Launches in here compile and run nothing: each new one is noted."""
+def noted(found: dict[tuple[str, str, str], Special], tell: Callable[[Special], object] = nobody) -> Iterator[None]:
+    """Launches in here compile and run nothing: each new one is noted, and told at once."""
 
     def note(*, fn: Any, compile: dict[str, Any], **_: object) -> bool:  # noqa: A002  # Triton's name
         special = Special(fn.module, fn.name, compile["specialization_data"])
-        found.setdefault(special.key, special)
+        if special.key not in found:
+            found[special.key] = special
+            tell(special)
         return True
 
     before, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, note
@@ -95,27 +115,41 @@ def noted(found: dict[tuple[str, str, str], Special]) -> Iterator[None]:
 
 
 def specials(
-    config: ModelConfig, card: str, block_tokens: int, sequences_max: int, *, has_fp8_weights: bool = False,
-    is_kv_fp8: bool = False,
+    config: ModelConfig, card: str, block_tokens: int, sequences_max: int, tell: Callable[[Special], object] = nobody,
+    *, has_fp8_weights: bool = False, is_kv_fp8: bool = False,
 ) -> list[Special]:  # fmt: skip
-    """All that a worker of this model compiles at its start on that card, the longest first."""
+    """All that a worker of this model compiles at its start on that card, as they are found: the longest come early,
+    for a step with a chunk has them."""
     found: dict[tuple[str, str, str], Special] = {}
-    with noted(found), torch.inference_mode():
+    with noted(found, tell), torch.inference_mode(), Unmade():
         weights = gpu.random_weights(config, NOWHERE, DTYPE, is_fp8=has_fp8_weights)
         weights = replace(weights, layers=weights.layers[:2])  # the first, and one for all that follow
         runner = GpuRunner(weights, block_tokens, BLOCKS, sequences_max, card=card, is_kv_fp8=is_kv_fp8)
-        for batch in warm_captured(block_tokens, BLOCKS, bucket(sequences_max), config.context_max):
-            runner.rehearse(batch)
         for batch in warm_compiled(block_tokens, bucket(sequences_max), config.context_max):
             runner.rehearse(batch)
-        shape = gpu.shape_of(config, block_tokens, is_kv_fp8=is_kv_fp8)
+        for batch in warm_captured(block_tokens, BLOCKS, bucket(sequences_max), config.context_max):
+            runner.rehearse(batch)
+    shape = gpu.shape_of(config, block_tokens, is_kv_fp8=is_kv_fp8)
+    with noted(found, tell), torch.inference_mode():
         check.failures(torch.device("cpu"), DTYPE, shape, has_fp8=weights.has_fp8)  # it fails: nothing ran
-    return sorted(found.values(), key=lambda one: (one.kernel not in LONGEST, one.kernel, one.data))
+    return list(found.values())
 
 
 def compiled(special: Special) -> Any:
-    """Triton's compiled kernel, made now or found in its cache."""
-    return getattr(importlib.import_module(special.module), special.kernel).preload(special.data)
+    """Triton's compiled kernel, made now or found in its cache, and the C code that launches it."""
+    kernel = getattr(importlib.import_module(special.module), special.kernel).preload(special.data)
+    bind(kernel)
+    return kernel
+
+
+def bind(kernel: Any) -> None:
+    """Have the launcher of a kernel's signature in Triton's cache. Triton 3.6 has a C compiler make one for each, 0.3 s
+    of gcc, when a kernel is first launched: 15 of an 8B model's start, one after the other. Later ones share one."""
+    if hasattr(nvidia, "make_launcher"):
+        try:
+            nvidia.CudaLauncher(kernel.src, kernel.metadata)
+        except Exception as error:  # border: no libcuda, no C compiler; then a launch says it better  # noqa: BLE001
+            log.debug("no launcher was made: %s", error)
 
 
 def seconds(special: Special) -> float:
@@ -125,48 +159,14 @@ def seconds(special: Special) -> float:
     return time.perf_counter() - started
 
 
-def compile_all(wanted: list[Special], jobs: int) -> list[float]:
-    """Seconds of each. Raises what the compiler raises."""
-    if jobs == 1:
-        return [seconds(special) for special in wanted]
+def compile_found(find: Callable[[Callable[[Special], object]], object], jobs: int) -> list[float]:
+    """Seconds of each kernel that `find` tells of, compiled while it goes on finding. Raises what the compiler
+    raises."""
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
-        return list(pool.map(seconds, wanted))
-
-
-@contextmanager
-def beside(
-    folder: Path, device: torch.device, block_tokens: int, sequences_max: int, shard: Shard = WHOLE,
-    *, has_fp8_weights: bool = False, is_kv_fp8: bool = False,
-) -> Iterator[None]:  # fmt: skip
-    """Compile for the card at hand while the body runs, in processes that never see the card; then wait for them.
-    Whatever they did not make is compiled where it is launched: later, and no worse."""
-    major, minor = torch.cuda.get_device_capability(device)
-    card = torch.cuda.get_device_name(device)
-    command = [
-        sys.executable, "-m", __name__, str(folder), card, "--capability", str(10 * major + minor),
-        "--block-tokens", str(block_tokens), "--sequences-max", str(sequences_max),
-        "--ranks", str(shard.ranks), "--weights", "fp8" if has_fp8_weights else "bf16",
-        "--kv-dtype", "fp8" if is_kv_fp8 else "bf16",
-    ]  # fmt: skip
-    with running(command) as compilers:
-        yield
-        if code := compilers.wait(WAIT_S):
-            log.warning("kernels were not compiled ahead (exit %d): the start takes longer", code)
-
-
-@contextmanager
-def running(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that sees no card, ended with all it started when the body is left, however that is."""
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
-    try:
-        yield process
-    except subprocess.TimeoutExpired:
-        log.warning("kernels were not compiled in %.0f s: the start takes longer", WAIT_S)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        pool.submit(os.getpid).result()  # all are forked here, before this process has imported more
+        coming: list[Future[float]] = []
+        find(lambda special: coming.append(pool.submit(seconds, special)))
+        return [one.result() for one in coming]
 
 
 def stamp(arguments: argparse.Namespace, config: ModelConfig) -> Path:
@@ -175,7 +175,12 @@ def stamp(arguments: argparse.Namespace, config: ModelConfig) -> Path:
     facts = [triton.__version__, torch.__version__, repr(config), arguments.card, str(arguments.capability)]
     facts += [str(arguments.block_tokens), str(arguments.sequences_max), arguments.weights, arguments.kv_dtype]
     digest = hashlib.sha256("\n".join(facts).encode() + b"".join(path.read_bytes() for path in sources))
-    digest.update(Path(gpu.__file__).read_bytes() + Path(sys.modules[GpuRunner.__module__].__file__ or "").read_bytes())
+    for path in (
+        gpu.__file__,
+        *(sys.modules[one.__module__].__file__ or "" for one in (GpuRunner, warm_captured)),
+        __file__,
+    ):
+        digest.update(Path(path).read_bytes())
     return Path(knobs.cache.dir) / f"headway-{digest.hexdigest()[:32]}"
 
 
@@ -199,16 +204,19 @@ def main() -> int:
     if mark.exists():
         return 0
     driver.set_active(Absent(arguments.capability))
-    facts = (arguments.card, arguments.block_tokens, arguments.sequences_max)
     kinds = {"has_fp8_weights": arguments.weights == "fp8", "is_kv_fp8": arguments.kv_dtype == "fp8"}
-    wanted = specials(config, *facts, **kinds)
-    listed = time.perf_counter() - started
-    taken = compile_all(wanted, arguments.jobs)
+    listed: list[float] = []
+
+    def find(tell: Callable[[Special], object]) -> None:
+        specials(config, arguments.card, arguments.block_tokens, arguments.sequences_max, tell, **kinds)
+        listed.append(time.perf_counter() - started)
+
+    taken = compile_found(find, arguments.jobs)
     mark.parent.mkdir(parents=True, exist_ok=True)
     mark.touch()
     print(
-        f"{len(wanted)} kernels in {time.perf_counter() - started:.1f} s by {arguments.jobs} processes "
-        f"({listed:.1f} s to list them; the longest took {max(taken):.1f} s, all together {sum(taken):.1f} s)",
+        f"{len(taken)} kernels in {time.perf_counter() - started:.1f} s by {arguments.jobs} processes "
+        f"({listed[0]:.1f} s to list them; the longest took {max(taken):.1f} s, all together {sum(taken):.1f} s)",
         file=sys.stderr,
     )  # fmt: skip
     return 0

@@ -38,6 +38,7 @@ class Launch:
         self._table: Table
         self._block_tokens = 0
         self.grammars: dict[int, Follower] = {}  # by sampled row
+        self.ends_prompts = False  # of all in the view, and all of them
         self._residents = residents  # rows of the table; the view's rows in front
         self._everyone = everyone
         self._decodes: list[Sequence] = []
@@ -98,6 +99,8 @@ class Launch:
         ended = [s for (chunk, s, at, _) in chunks if at + chunk.tokens == s.length]
         self.sampled_rows = join(decodes, [s.row for s in ended])
         self.sampled = self._decodes + ended
+        is_all = len(ended) == len(chunks) and not (len(self.plan.paused) or self.has_preempted)
+        self.ends_prompts = is_all and np.count_nonzero(self.view.is_decoding) == len(self._everyone) - len(ended)
         self.grammars = {at: s.grammar for at, s in enumerate(self.sampled) if s.grammar is not None}
         self.features = StepFeatures(
             rows=len(decodes) + sum(sizes),
@@ -136,6 +139,8 @@ class Launch:
             sample_positions=table.emitted[self.sampled_rows].astype(np.int32),
             histories={at: s.history for at, s in enumerate(self.sampled) if s.has_penalties},
             room=(table.blocks[self.rows] * block_tokens).astype(np.int32),
+            ends_prompts=self.ends_prompts,
+            is_last=all(s.length + 1 >= s.length_max for s in self.sampled),
             scored_rows=scored[0],
             scored_ids=scored[1],
             scored_tops=scored[2],

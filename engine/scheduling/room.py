@@ -47,6 +47,8 @@ class Room:
 
     def fits(self, sequence: Sequence, found: list[Block]) -> bool:
         """Whether KV suffices at the coming peak; what sequences share counts for each of them."""
+        if self._memory.fits_surely(self._table, sequence, self._trie.blocks_total):
+            return True
         held = self._trie.counts().held - self._tiers.lent
         shared = int(self._table.blocks[self._table.is_used].sum()) - held + sum(1 for block in found if block.refs)
         return self._memory.fits(self._table, sequence, self._trie.blocks_total + shared)

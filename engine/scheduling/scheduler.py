@@ -314,6 +314,9 @@ class Scheduler:
             tokens = min(tokens, (len(sequence.blocks) + missing) * size - context)
         if tokens <= 0:
             return False
+        is_end = context + tokens == sequence.length
+        if is_end and self._limits.ahead_tokens and sequence.length % size == 0 and missing < self._trie.available:
+            missing += 1  # for the step after, which begins before this one's token is known
         self._holdings.take(sequence, max(missing, 0), step.now)
         if sequence.prefill_at < 0.0:
             sequence.prefill_at = step.now

@@ -42,6 +42,7 @@ class Table:
         self.deadline = np.zeros(rows)
         self.arrived = np.zeros(rows)
         self.block_table = np.zeros((rows, blocks_max), dtype=np.int32)
+        self.tokens_max = 0  # of all, if every answer is as long as it may be
 
     @property
     def has_row(self) -> bool:
@@ -63,6 +64,7 @@ class Table:
         row = sequence.row = self._free.pop()
         self.sequences[row] = sequence
         self.is_used[row] = True
+        self.tokens_max += most_tokens(sequence)
         self.is_decoding[row] = False
         self.request_class[row] = sequence.request_class
         self.context[row] = context
@@ -162,8 +164,14 @@ class Table:
         row, sequence.row = sequence.row, WAITING
         self.sequences[row] = None
         self.is_used[row] = False
+        self.tokens_max -= most_tokens(sequence)
         self.is_restoring[row] = self.is_late[row] = False
         self._free.append(row)
+
+
+def most_tokens(sequence: Sequence) -> int:
+    """Tokens it has if its answer is as long as it may be: the same before and after any step."""
+    return sequence.prompt_len + sequence.sampling.max_tokens
 
 
 def join(residents: npt.NDArray[Any], heads: list[Any]) -> npt.NDArray[Any]:

@@ -63,8 +63,8 @@ class Bench:
         adapters = {"ours": adapter("ours", 20.0), "theirs": adapter("theirs", 100.0)}
         return gpu_engine.main(["shapes/8b", *FLAGS, "--out", str(self.out), *more], adapters, lambda: device)
 
-    def kept(self, name: str) -> dict[str, Any]:
-        content: dict[str, Any] = json.loads((self.out / f"gpu_engine-8b-{name}.json").read_text())
+    def kept(self, name: str, device: str = "card") -> dict[str, Any]:
+        content: dict[str, Any] = json.loads((self.out / f"gpu_engine-8b-{name}-{device}.json").read_text())
         return content
 
 
@@ -86,7 +86,8 @@ def test_both_engines_get_the_same_tokens_and_the_table_comes_last(
     assert ours["start to first token, s"]["all"] == [20.0]
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "complete"
-    assert "| TPOT batch 1, ms | 1.0 (1.0-1.0, 2x) | 1.0 (1.0-1.0, 2x) |" in lines[-20:]
+    assert "| TPOT batch 1, ms | 1.0 (1.0-1.0, 2x) | 1.0 (1.0-1.0, 2x) | 1.00x |" in lines[-20:]
+    assert "| start to first token, s | 20.0 (20.0-20.0, 1x) | 100.0 (100.0-100.0, 1x) | 5.00x |" in lines[-20:]
     assert not any(engine.is_open for engine in bench.made)
 
 
@@ -113,8 +114,17 @@ def test_figures_of_another_card_are_not_mixed_in(bench: Bench) -> None:
 
     assert bench.run("--minutes", "60", "--repeats", "1", device="another") == 0
 
-    assert bench.kept("ours")["device"] == "another"
-    assert len(bench.kept("ours")["TPOT batch 1, ms"]["all"]) == 1
+    assert bench.kept("ours", "another")["device"] == "another"
+    assert len(bench.kept("ours", "another")["TPOT batch 1, ms"]["all"]) == 1
+    assert len(bench.kept("ours")["TPOT batch 1, ms"]["all"]) == 2  # and those of the first card stay
+
+
+def test_a_row_says_how_many_times_faster_ours_is() -> None:
+    ours, theirs = {"median": 5.0}, {"median": 6.0}
+
+    assert gpu_engine.faster("TPOT batch 1, ms", ours, theirs) == "1.20x"
+    assert gpu_engine.faster("nano256, tok/s", ours, theirs) == "0.83x"
+    assert gpu_engine.faster("nano256, tok/s", ours, None) == "-"
 
 
 def test_an_engine_that_gives_too_little_ends_the_run_and_is_closed(

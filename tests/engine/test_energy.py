@@ -11,6 +11,7 @@ from engine.energy import IDLE, WINDOW_S, Counter, CounterError, Energy, Nvml, c
 from engine.wire import StepFrame, Submit
 from policies.costs import StepModel
 from policies.request import RequestClass
+from tests.engine.later import Later
 from tests.engine.rig import BATCH, CHAT, order, prompt
 from tests.engine.test_core import Loop
 
@@ -98,6 +99,17 @@ def test_a_counter_that_starts_anew_takes_nothing_back() -> None:
 
     assert energy.read(1.0) == [0.0, 0.0, 0.0, 0.0]
     assert energy.read(2.0) == [0.0, 0.0, 0.0, 7.0]
+
+
+def test_steps_go_on_while_the_counter_is_asked() -> None:
+    reader, readings = Later(), iter([100.0, 130.0, 150.0])
+    energy = Energy(SimpleNamespace(joules=lambda: next(readings)), 0.0, reader)
+
+    assert energy.read(1.0) == energy.read(2.5) == [0.0, 0.0, 0.0, 0.0]  # asked once, not answered
+    reader.run()
+    assert energy.read(2.6) == energy.read(2.7) == [0.0, 0.0, 0.0, 30.0]
+    reader.run()
+    assert energy.read(2.8) == [0.0, 0.0, 0.0, 50.0]
 
 
 class NVMLError(Exception):

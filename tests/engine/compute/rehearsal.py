@@ -18,8 +18,9 @@ from triton.runtime import driver
 
 from engine.compute import arrange, precompile
 from engine.compute.calibrate import Shape, batch_of
-from engine.compute.gpu_runner import GpuRunner, _mixed
+from engine.compute.gpu_runner import GpuRunner
 from engine.compute.precompile import DTYPE, NOWHERE, Absent, Special, noted, specials
+from engine.compute.warm import mixed
 from engine.kernels import rows
 from engine.models import config as model_config
 from engine.models import gpu
@@ -41,7 +42,7 @@ def drawn(random: np.random.Generator, block_tokens: int, context_max: int) -> S
         return batch_of(Shape(decodes, 0, context), block_tokens, int(random.choice([1, 1 << 16])))[0]
     decodes *= int(random.integers(2))
     rows_each = int(random.integers(2, min(4096 // chunked, context_max) + 1))
-    batch = _mixed(decodes, rows_each * chunked, chunked, block_tokens, 256, context=context)
+    batch = mixed(decodes, rows_each * chunked, chunked, block_tokens, 256, context=context)
     apart = np.arange(len(batch.contexts), dtype=np.int32)[:, None] * int(random.integers(2))
     return replace(batch, block_tables=batch.block_tables + apart)
 
@@ -94,7 +95,7 @@ class StopError(Exception):
 def compiled() -> dict[str, object]:
     """Whether a launch finds in the cache what other processes compiled from the list."""
     wanted = [one for one in specials(SMALL, CARD, 16, 8) if one.kernel in ("gate_rows", "embed", "norm_rows")]
-    precompile.compile_all(wanted, 2)
+    precompile.compile_found(lambda tell: [tell(one) for one in wanted], 2)
     hits = []
 
     def listener(*, cache_hit: bool, **_: object) -> None:

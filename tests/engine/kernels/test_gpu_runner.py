@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,10 +40,13 @@ def with_room(batch: StepBatch, turns: list[tuple[Generation, int]]) -> StepBatc
     return replace(batch, room=np.array([len(one.blocks) * BLOCK for one, _ in turns], np.int32))
 
 
-def step(runner: GpuRunner | TorchRunner, turns: list[tuple[Generation, int]], *, says_room: bool = True) -> None:
+def step(
+    runner: GpuRunner | TorchRunner, turns: list[tuple[Generation, int]], *, says_room: bool = True,
+    ends_prompts: bool = False,
+) -> None:  # fmt: skip
     """Each sequence in turn with so many rows; tokens are taken where all is computed."""
     ends = [one for one, rows in turns if one.computed + rows == len(one.ids)]
-    batch = batch_of(turns, BLOCK)
+    batch = replace(batch_of(turns, BLOCK), ends_prompts=ends_prompts)
     result = runner.run(with_room(batch, turns) if says_room else batch)
     for one, rows in turns:
         one.computed += rows
@@ -131,7 +135,35 @@ def test_steps_are_launched_ahead_and_used(made: gpu.Weights, monkeypatch: pytes
         step(runner, [(one, 1)])
 
     assert len(launched) == 1 + 1 + 5  # the prompt, the first decode, and one ahead of each decode
-    assert [sources is not None for _, sources in launched] == [False, False] + [True] * 5
+    assert [what[1] is not None for what in launched] == [False, False] + [True] * 5
+
+
+def test_the_decodes_behind_the_last_prompts_are_launched_ahead(
+    made: gpu.Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[bool] = []
+    launch = GpuRunner._launch
+
+    def noted(self: GpuRunner, batch: StepBatch, sources: Any, known: Any = None) -> Any:
+        launched.append(sources is not None)
+        return launch(self, batch, sources, known)
+
+    monkeypatch.setattr(GpuRunner, "_launch", noted)
+    texts = []
+    for ends in (True, False):
+        launched.clear()
+        runner, blocks = on_gpu(made), Blocks(BLOCKS, BLOCK)
+        first, second, third = (blocks.start(list(range(at, at + n)), 8) for at, n in ((3, 20), (50, 33), (90, 5)))
+        step(runner, [(first, 20)], ends_prompts=ends)
+        step(runner, [(first, 1), (second, 33), (third, 5)], ends_prompts=ends)
+        for _ in range(3):
+            step(runner, [(second, 1), (first, 1), (third, 1)])  # in whatever order they stand then
+        texts.append([one.output for one in (first, second, third)])
+        # The prompt, its decode, two prompts beside that decode, the three decodes behind, and so on.
+        behind = [True, False, True] if ends else [False, False]
+        assert launched == [False, *behind, True, True, True]
+
+    assert texts[0] == texts[1]
 
 
 def test_nothing_is_launched_ahead_where_no_block_is(made: gpu.Weights, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,6 +207,32 @@ def test_rows_in_device_order_are_all_rows_once() -> None:
     assert arranged.arrays["slots"].tolist()[2:4] == [-1, -1]
     assert arranged.arrays["sample_rows"].tolist() == [0, 1]
     assert arranged.arrays["contexts"].tolist() == [10, 1, 1, 1, 30]
+
+
+def test_a_step_one_token_on_is_arranged_as_if_anew() -> None:
+    knobs = Sampling(temperature=0.8, top_k=20, seed=5), Sampling(temperature=0.0)
+    kept = dict.fromkeys((True, False), 0)
+    decodes = [
+        Generation([1] * 200, 0, list(range(at * 9, at * 9 + 9)), knobs[at % 2], computed=20 + 3 * at)
+        for at in range(5)
+    ]
+    before, sources = None, np.arange(5, dtype=np.int32)
+    for number in range(60):
+        batch = replace(batch_of([(one, 1) for one in decodes], BLOCK), sample_positions=np.full(5, number, np.int32))
+        anew = arrange.arrange(batch, PACKING, sources)
+        quick = arrange.advanced(before, batch, BLOCK) if before is not None else None
+        kept[quick is not None] += 1
+        if quick is not None and before is not None:
+            assert replace(quick, arrays={}, tables=anew.tables) == replace(anew, arrays={})
+            assert {name: array.tolist() for name, array in quick.arrays.items() if name != "ids"} == {
+                name: array.tolist() for name, array in anew.arrays.items() if name != "ids"
+            }
+            assert quick.tables is before.tables
+        before = anew
+        for one in decodes:
+            one.computed += 1
+
+    assert min(kept.values()) > 10
 
 
 def test_parts_are_larger_where_they_would_be_too_many() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,7 +45,9 @@ def test_kernels_that_fail_their_self_check_end_the_start(tmp_path: Path, monkey
     cpu = torch.device("cpu")
     for name in ("set_device", "synchronize", "get_device_name"):
         monkeypatch.setattr(gpu_build.torch.cuda, name, lambda *_: "a card")
-    monkeypatch.setattr(gpu_build.precompile, "beside", lambda *_, **__: nullcontext())
+    nothing = SimpleNamespace(begin=lambda _: None, wait=lambda: None)
+    monkeypatch.setattr(gpu_build, "compilers", lambda: nullcontext(nothing))
+    monkeypatch.setattr(gpu_build, "wanted", lambda *_, **__: None)
     made = gpu.random_weights(config(has_qk_norm=False), cpu, torch.bfloat16)
     monkeypatch.setattr(gpu_build, "on_device", lambda *_, **__: made)
     monkeypatch.setattr(gpu_build.check, "failures", lambda *_, **__: {"prefill": "relative error 1"})

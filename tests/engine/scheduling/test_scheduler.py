@@ -345,3 +345,20 @@ def test_a_leak_is_mended_and_counted_in_production_and_a_failure_in_a_test() ->
     rig.submit(order(2, prompt(1, 64)))
     rig.run()
     assert rig.tokens[2] == expected(prompt(1, 64), 8)
+
+
+def test_a_step_says_what_of_the_next_one_is_known() -> None:
+    rig = Rig(limits=SchedulerLimits(ahead_tokens=1), plan_limits=PlanLimits(quantum_tokens=SIZE, rows_max=40))
+    rig.submit(order(1, prompt(1, 2 * SIZE), max_tokens=3), order(2, prompt(2, 2 * SIZE), max_tokens=2))
+    said = []
+    while (launch := rig.scheduler.launch(rig.speed, rig.now)) is not None:
+        batch = launch.batch
+        said.append((len(batch.contexts), batch.ends_prompts, batch.is_last))
+        assert (batch.room > batch.contexts)[np.diff(batch.row_starts) == 1].all()
+        if batch.ends_prompts and not batch.is_last:
+            assert (batch.room > batch.contexts).all()  # a block is there for the row that may be computed ahead
+        rig.scheduler.collect(launch, rig.runner.run(batch), rig.speed, rig.now)
+
+    # Two prompts of which one has to wait for its second half; a decode beside that; the last tokens of both.
+    assert [ends for _, ends, _ in said] == [False, True, True]
+    assert [is_last for *_, is_last in said] == [False, False, True]
