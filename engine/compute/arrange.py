@@ -42,6 +42,7 @@ class Arranged:
     decodes: int  # rows before it belong to sequences of one row
     chunk_rows: int
     chunked: int  # sequences with a chunk, at most
+    chunk_context: int  # tokens of the longest context of a chunk
     has_parts: bool
     has_shared: bool
     tables: Int32  # [sequences, blocks]
@@ -114,8 +115,9 @@ def arrange(batch: StepBatch, packing: Packing, sources: Int32 | None = None) ->
         arrays["sources"] = _spread(sources, origin, place, used, -1)
     has_parts = bool((own > part).any())
     return Arranged(
-        size, decodes, chunk_rows, chunk_slots, has_parts, "shared" in arrays, tables, arrays | _knobs(batch)
-    )
+        size, decodes, chunk_rows, chunk_slots, int(batch.contexts[chunked].max(initial=0)), has_parts,
+        "shared" in arrays, tables, arrays | _knobs(batch),
+    )  # fmt: skip
 
 
 def _grouped(batch: StepBatch, single: npt.NDArray[np.int64], packing: Packing) -> tuple[Any, Int32, Int32]:

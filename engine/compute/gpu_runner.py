@@ -26,7 +26,8 @@ from engine.compute.graphs import HOST_BUFFERS, Graphs, StepInputs
 from engine.compute.runner import nobody
 from engine.kernels import rows as row_kernels
 from engine.kernels import tuned
-from engine.kernels.paged import CHUNK_ROWS, SHARED_PART_TOKENS, Launch
+from engine.kernels.paged import CHUNK_ROWS, SHARED_PART_TOKENS, Launch, chunk_programs
+from engine.kernels.plan import CHUNK_PART_TOKENS, CHUNK_PARTS, chunk_parts
 from engine.kernels.sample import Sampler
 from engine.kv.device_memory import DeviceMemory
 from engine.models import gpu
@@ -231,9 +232,10 @@ class GpuRunner:
             self._graphs.run((step.size, kind), lambda: self._forward(step, kind))
 
     def _kind(self, step: Arranged) -> gpu.Kind:
-        per_tile = CHUNK_ROWS // self._decoder.shape.pack
-        tiles = step.chunk_rows // per_tile + step.chunked
-        return gpu.Kind(step.decodes, tiles, step.has_shared, step.has_parts)
+        shape = self._decoder.shape
+        tiles = step.chunk_rows // (CHUNK_ROWS // shape.pack) + step.chunked
+        parts = chunk_parts(chunk_programs(shape, tiles), step.chunk_context)
+        return gpu.Kind(step.decodes, tiles, parts, step.has_shared, step.has_parts)
 
     def _forward(self, step: Arranged, kind: gpu.Kind, layers: int | None = None) -> None:
         """Launch all of a step: what a graph captures. `layers`: the first so many alone, which is no answer."""
@@ -314,6 +316,9 @@ def warm_compiled(block_tokens: int, sequences_max: int, context_max: int) -> It
             yield _mixed(beside, chunk_rows, chunked, block_tokens, sequences_max)
             for context in {min(WARM_CONTEXTS[-1], context_max - 1), context_max - 1}:
                 yield _mixed(beside, chunk_rows, chunked, block_tokens, sequences_max, context=context)
+    past = CHUNK_PARTS[-1] * CHUNK_PART_TOKENS  # of a short chunk whose tiles are cut
+    if past + WARM_CHUNKS[0][0] <= context_max:
+        yield _mixed(0, *WARM_CHUNKS[0], block_tokens, sequences_max, past=past)
 
 
 def _found(batch: StepBatch, ahead: StepBatch) -> Int64 | None:
@@ -371,11 +376,12 @@ def _needs_host(wanted: Sampling, position: int) -> bool:
 
 
 def _mixed(
-    decodes: int, chunk_rows: int, chunked: int, block_tokens: int, sampled_max: int, *, context: int = 1
+    decodes: int, chunk_rows: int, chunked: int, block_tokens: int, sampled_max: int, *, context: int = 1, past: int = 0
 ) -> StepBatch:
-    """A made-up step of decodes that see `context` tokens of one block and several chunks; it writes nowhere."""
+    """A made-up step of decodes that see `context` tokens of one block and several chunks behind `past` tokens; it
+    writes nowhere."""
     counts = np.array([1] * decodes + [chunk_rows // chunked] * chunked)
-    contexts = np.array([context] * decodes + [chunk_rows // chunked] * chunked, np.int32)
+    contexts = np.array([context] * decodes + [past + chunk_rows // chunked] * chunked, np.int32)
     starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
     rows = int(starts[-1])
     sampled = min(len(counts), sampled_max)

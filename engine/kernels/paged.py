@@ -15,6 +15,7 @@ from torch import Tensor
 from engine.kernels import attend, plan, prefill, rows
 
 CHUNK_ROWS = 128  # rows of a prefill tile, query heads included: 4 warps and 3 stages, best of 15 on an H100
+JOIN_ROWS = 16  # rows of a tile that one program joins the parts of
 SHARED_ROWS = 64  # rows of a shared-prefix tile
 SHARED_PART_TOKENS = 256
 MERGE_ELEMENTS = 4096  # float32 numbers of parts held in registers at a time
@@ -93,7 +94,7 @@ def work_lists(shape: Shape, sequences: int, row_count: int, parts: int, device:
     """Buffers for steps of up to `sequences` sequences, `row_count` rows and `parts` parts of context."""
     return plan.WorkLists.empty(
         sequences, row_count, parts, shape.heads, shape.head_dim, shape.padded_few_rows,
-        CHUNK_ROWS // shape.pack, device,
+        CHUNK_ROWS // shape.pack, CHUNK_ROWS, device,
     )  # fmt: skip
 
 
@@ -166,11 +167,27 @@ def pool_map(shape: Shape, pool: Tensor) -> Any:
 
 
 def run_prefill(
-    shape: Shape, step: Step, lists: plan.WorkLists, tiles_max: int, qkv: Tensor, pool: Any, layer: int, out: Tensor
-) -> None:
-    """Chunks of one layer; `tiles_max` bounds the tiles the plan may have made."""
-    prefill.prefill[(tiles_max * shape.heads // shape.pack,)](
-        qkv, pool, step.table, step.row_starts, step.contexts, lists.chunk_items, lists.counts, out, layer,
-        step.table.stride(0), shape.layers, shape.scale, H=shape.heads, HK=shape.kv_heads, HEAD_DIM=shape.head_dim,
-        D=shape.padded_dim, BLOCK=shape.block_tokens, ROWS=CHUNK_ROWS, PACK=shape.pack, num_warps=4, num_stages=3,
+    shape: Shape, step: Step, lists: plan.WorkLists, tiles_max: int, qkv: Tensor, pool: Any, layer: int, out: Tensor,
+    parts: int = 1,
+) -> None:  # fmt: skip
+    """Chunks of one layer; `tiles_max` bounds the tiles the plan may have made. `parts` of each tile's past, at most
+    plan.chunk_parts of `chunk_programs`, are programs of their own."""
+    programs = chunk_programs(shape, tiles_max)
+    assert parts == 1 or programs * parts <= len(lists.chunk_o), "more parts than run at once"
+    prefill.prefill[(programs * parts,)](
+        qkv, pool, step.table, step.row_starts, step.contexts, lists.chunk_items, lists.counts, out,
+        lists.chunk_o, lists.chunk_lse, layer, parts, step.table.stride(0), shape.layers, shape.scale,
+        H=shape.heads, HK=shape.kv_heads, HEAD_DIM=shape.head_dim, D=shape.padded_dim, BLOCK=shape.block_tokens,
+        ROWS=CHUNK_ROWS, PACK=shape.pack, HAS_PARTS=parts > 1, num_warps=4, num_stages=3,
     )  # fmt: skip
+    if parts > 1:
+        prefill.join[(programs * (CHUNK_ROWS // JOIN_ROWS),)](
+            step.row_starts, lists.chunk_items, lists.counts, out, lists.chunk_o, lists.chunk_lse, parts,
+            H=shape.heads, HEAD_DIM=shape.head_dim, D=shape.padded_dim, ROWS=CHUNK_ROWS, PACK=shape.pack,
+            SLICE=JOIN_ROWS, num_warps=4,
+        )  # fmt: skip
+
+
+def chunk_programs(shape: Shape, tiles: int) -> int:
+    """Programs of so many chunk tiles, uncut."""
+    return tiles * shape.heads // shape.pack
