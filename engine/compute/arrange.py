@@ -43,6 +43,7 @@ class Arranged:
     decodes: int  # rows before it belong to sequences of one row
     chunk_rows: int
     chunked: int  # sequences with a chunk, at most
+    chunk_context: int  # tokens of the longest context of a chunk
     has_parts: bool
     has_shared: bool
     tables: Int32  # [sequences, blocks]
@@ -115,8 +116,9 @@ def arrange(batch: StepBatch, packing: Packing, sources: Int32 | None = None) ->
         arrays["sources"] = _spread(sources, origin, place, used, -1)
     has_parts = bool((own > part).any())
     return Arranged(
-        size, decodes, chunk_rows, chunk_slots, has_parts, "shared" in arrays, tables, arrays | _knobs(batch)
-    )
+        size, decodes, chunk_rows, chunk_slots, int(batch.contexts[chunked].max(initial=0)), has_parts,
+        "shared" in arrays, tables, arrays | _knobs(batch),
+    )  # fmt: skip
 
 
 def advanced(before: Arranged, batch: StepBatch, block_tokens: int) -> Arranged | None:

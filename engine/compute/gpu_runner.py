@@ -27,7 +27,8 @@ from engine.compute.runner import nobody
 from engine.compute.warm import captured_rows_max, warm_captured, warm_compiled
 from engine.kernels import rows as row_kernels
 from engine.kernels import tuned
-from engine.kernels.paged import CHUNK_ROWS, SHARED_PART_TOKENS, Launch
+from engine.kernels.paged import CHUNK_ROWS, SHARED_PART_TOKENS, Launch, chunk_programs
+from engine.kernels.plan import chunk_parts
 from engine.kernels.sample import Sampler
 from engine.kv.device_memory import DeviceMemory
 from engine.models import gpu
@@ -246,9 +247,10 @@ class GpuRunner:
         return self._graphs if step.chunk_rows <= self._captured_rows_max else None
 
     def _kind(self, step: Arranged) -> gpu.Kind:
-        per_tile = CHUNK_ROWS // self._decoder.shape.pack
-        tiles = step.chunk_rows // per_tile + step.chunked
-        return gpu.Kind(step.decodes, tiles, step.has_shared, step.has_parts)
+        shape = self._decoder.shape
+        tiles = step.chunk_rows // (CHUNK_ROWS // shape.pack) + step.chunked
+        parts = chunk_parts(chunk_programs(shape, tiles), step.chunk_context)
+        return gpu.Kind(step.decodes, tiles, parts, step.has_shared, step.has_parts)
 
     def _forward(self, step: Arranged, kind: gpu.Kind, layers: int | None = None) -> None:
         """Launch all of a step: what a graph captures. `layers`: the first so many alone, which is no answer."""

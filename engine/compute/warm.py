@@ -10,6 +10,7 @@ import numpy as np
 
 from engine.compute import arrange
 from engine.compute.calibrate import Shape, batch_of
+from engine.kernels.plan import CHUNK_PART_TOKENS, CHUNK_PARTS
 from engine.models.config import ModelConfig
 from engine.step import StepBatch
 from engine.wire import Sampling
@@ -48,14 +49,18 @@ def warm_compiled(block_tokens: int, sequences_max: int, context_max: int) -> It
             yield mixed(beside, chunk_rows, chunked, block_tokens, sequences_max)
             for context in {min(WARM_CONTEXTS[-1], context_max - 1), context_max - 1}:
                 yield mixed(beside, chunk_rows, chunked, block_tokens, sequences_max, context=context)
+    past = CHUNK_PARTS[-1] * CHUNK_PART_TOKENS  # of a short chunk whose tiles are cut
+    if past + WARM_CHUNKS[0][0] <= context_max:
+        yield mixed(0, *WARM_CHUNKS[0], block_tokens, sequences_max, past=past)
 
 
 def mixed(
-    decodes: int, chunk_rows: int, chunked: int, block_tokens: int, sampled_max: int, *, context: int = 1
+    decodes: int, chunk_rows: int, chunked: int, block_tokens: int, sampled_max: int, *, context: int = 1, past: int = 0
 ) -> StepBatch:
-    """A made-up step of decodes that see `context` tokens of one block and several chunks; it writes nowhere."""
+    """A made-up step of decodes that see `context` tokens of one block and several chunks behind `past` tokens; it
+    writes nowhere."""
     counts = np.array([1] * decodes + [chunk_rows // chunked] * chunked)
-    contexts = np.array([context] * decodes + [chunk_rows // chunked] * chunked, np.int32)
+    contexts = np.array([context] * decodes + [past + chunk_rows // chunked] * chunked, np.int32)
     starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
     rows = int(starts[-1])
     sampled = min(len(counts), sampled_max)

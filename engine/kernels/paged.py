@@ -18,6 +18,7 @@ from engine.kernels.layout import LayerKv, Layout
 
 CHUNK_ROWS = 128  # rows of a prefill tile, query heads included: 4 warps and 3 stages, best of 15 on an H100
 FP8_CHUNK_WARPS = 8  # of a prefill tile: four would spill 884 bytes, some in the loop over tiles
+JOIN_ROWS = 16  # rows of a tile that one program joins the parts of
 SHARED_ROWS = 64  # rows of a shared-prefix tile
 SHARED_PART_TOKENS = 256
 MERGE_ELEMENTS = 4096  # float32 numbers of parts held in registers at a time
@@ -101,7 +102,7 @@ def work_lists(shape: Shape, sequences: int, row_count: int, parts: int, device:
     """Buffers for steps of up to `sequences` sequences, `row_count` rows and `parts` parts of context."""
     return plan.WorkLists.empty(
         sequences, row_count, parts, shape.heads, shape.head_dim, shape.padded_few_rows,
-        CHUNK_ROWS // shape.pack, device,
+        CHUNK_ROWS // shape.pack, CHUNK_ROWS, device,
     )  # fmt: skip
 
 
@@ -196,13 +197,28 @@ def _scales(kv: LayerKv) -> Tensor:
 
 
 def run_prefill(
-    shape: Shape, step: Step, lists: plan.WorkLists, tiles_max: int, qkv: Tensor, pool: PoolMap, layer: int, out: Tensor
-) -> None:
-    """Chunks of one layer; `tiles_max` bounds the tiles the plan may have made."""
-    prefill.prefill[(tiles_max * shape.heads // shape.pack,)](
+    shape: Shape, step: Step, lists: plan.WorkLists, tiles_max: int, qkv: Tensor, pool: PoolMap, layer: int,
+    out: Tensor, parts: int = 1,
+) -> None:  # fmt: skip
+    """Chunks of one layer; `tiles_max` bounds the tiles the plan may have made. `parts` of each tile's past, at most
+    plan.chunk_parts of `chunk_programs`, are programs of their own."""
+    programs = chunk_programs(shape, tiles_max)
+    assert parts == 1 or programs * parts <= len(lists.chunk_o), "more parts than run at once"
+    prefill.prefill[(programs * parts,)](
         qkv, pool.numbers, pool.quads, pool.scales, step.table, step.row_starts, step.contexts, lists.chunk_items,
-        lists.counts, out, layer, step.table.stride(0), pool.block_rows, pool.scales.stride(0), shape.scale,
-        H=shape.heads, HK=shape.kv_heads, HEAD_DIM=shape.head_dim,
+        lists.counts, out, lists.chunk_o, lists.chunk_lse, layer, parts, step.table.stride(0), pool.block_rows,
+        pool.scales.stride(0), shape.scale, H=shape.heads, HK=shape.kv_heads, HEAD_DIM=shape.head_dim,
         D=shape.padded_dim, BLOCK=shape.block_tokens, ROWS=CHUNK_ROWS, PACK=shape.pack, FP8=shape.is_kv_fp8,
-        num_warps=FP8_CHUNK_WARPS if shape.is_kv_fp8 else 4, num_stages=3,
+        HAS_PARTS=parts > 1, num_warps=FP8_CHUNK_WARPS if shape.is_kv_fp8 else 4, num_stages=3,
     )  # fmt: skip
+    if parts > 1:
+        prefill.join[(programs * (CHUNK_ROWS // JOIN_ROWS),)](
+            step.row_starts, lists.chunk_items, lists.counts, out, lists.chunk_o, lists.chunk_lse, parts,
+            H=shape.heads, HEAD_DIM=shape.head_dim, D=shape.padded_dim, ROWS=CHUNK_ROWS, PACK=shape.pack,
+            SLICE=JOIN_ROWS, num_warps=4,
+        )  # fmt: skip
+
+
+def chunk_programs(shape: Shape, tiles: int) -> int:
+    """Programs of so many chunk tiles, uncut."""
+    return tiles * shape.heads // shape.pack

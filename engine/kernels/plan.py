@@ -115,6 +115,16 @@ def _predicted_us(own: np.typing.NDArray[np.integer], kv_heads: int, size: int) 
     return max(rounds * longest * TOKEN_US, read_us) + rounds * ITEM_US + is_split * MERGE_US
 
 
+CHUNK_PARTS = (8, 4, 2)
+CHUNK_PART_TOKENS = 512  # a part's 8 tiles of KV take about three times as long as adding it
+
+
+def chunk_parts(programs: int, context: int) -> int:
+    """Into how many parts the past of each chunk tile is cut: as many as run at once, none of them short."""
+    most = min(SLOTS // max(1, programs), context // CHUNK_PART_TOKENS)
+    return next((parts for parts in CHUNK_PARTS if parts <= most), 1)
+
+
 @dataclass(frozen=True, slots=True)
 class WorkLists:
     """Device buffers of one step's lists, written by `make` and read by the attention kernels of every layer."""
@@ -126,13 +136,16 @@ class WorkLists:
     slot_starts: Tensor  # [sequences + 1] int32: where a sequence's parts lie
     part_o: Tensor  # [slots, rows a sequence, heads, head_dim] float32, each divided by its own sum
     part_lse: Tensor  # [slots, rows a sequence, heads] float32, base 2
+    chunk_o: Tensor  # [programs at once, rows of a chunk tile, head_dim] float32: parts of chunk tiles
+    chunk_lse: Tensor  # [programs at once, rows of a chunk tile] float32, base 2
 
     @classmethod
     def empty(
         cls, sequences: int, rows: int, parts: int, heads: int, head_dim: int, few_rows: int,
-        chunk_rows: int, device: torch.device,
+        chunk_rows: int, tile_rows: int, device: torch.device,
     ) -> WorkLists:  # fmt: skip
-        """Room for `parts` parts in all and chunks of `rows` rows in all."""
+        """Room for `parts` parts in all and chunks of `rows` rows in all; a chunk tile is `tile_rows` rows, heads
+        included, of `chunk_rows` positions."""
 
         def integers(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
@@ -142,4 +155,5 @@ class WorkLists:
             integers(slots, ITEM.value), integers(slots, ITEM.value), integers(sequences + rows // chunk_rows, 2),
             integers(3), integers(sequences + 1), torch.empty(slots, few_rows, heads, head_dim, device=device),
             torch.empty(slots, few_rows, heads, device=device),
+            torch.zeros(SLOTS, tile_rows, head_dim, device=device), torch.zeros(SLOTS, tile_rows, device=device),
         )  # fmt: skip

@@ -99,6 +99,7 @@ class Kind:
 
     first_chunk_row: int  # rows before it belong to sequences of few rows
     chunk_tiles_max: int = 0
+    chunk_parts: int = 1  # of each chunk tile's past
     has_shared: bool = False
     has_parts: bool = True  # False: no context exceeds the step's part size
 
@@ -207,7 +208,10 @@ class GpuDecoder:
         norms = (layer.q_norm, layer.k_norm)
         if kind.chunk_tiles_max:
             paged.run_rope_write(shape, step, kind.first_chunk_row, room.qkv, kv, *norms)
-            paged.run_prefill(shape, step, room.lists, kind.chunk_tiles_max, room.qkv, pool_map, number, room.attended)
+            paged.run_prefill(
+                shape, step, room.lists, kind.chunk_tiles_max, room.qkv, pool_map, number, room.attended,
+                kind.chunk_parts,
+            )  # fmt: skip
         if kind.has_shared:
             paged.run_attend(shape, step, room.lists, self.launch, room.qkv, kv, room.attended, *norms, is_shared=True)
         if kind.first_chunk_row:

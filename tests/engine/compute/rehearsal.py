@@ -42,7 +42,8 @@ def drawn(random: np.random.Generator, block_tokens: int, context_max: int) -> S
         return batch_of(Shape(decodes, 0, context), block_tokens, int(random.choice([1, 1 << 16])))[0]
     decodes *= int(random.integers(2))
     rows_each = int(random.integers(2, min(4096 // chunked, context_max) + 1))
-    batch = mixed(decodes, rows_each * chunked, chunked, block_tokens, 256, context=context)
+    past = int(random.choice([0, min(context, context_max - rows_each)]))
+    batch = mixed(decodes, rows_each * chunked, chunked, block_tokens, 256, context=context, past=past)
     apart = np.arange(len(batch.contexts), dtype=np.int32)[:, None] * int(random.integers(2))
     return replace(batch, block_tables=batch.block_tables + apart)
 

@@ -42,7 +42,7 @@ def is_gone(pid: int) -> bool:
 def test_the_command_says_all_that_is_wanted() -> None:
     assert H100.command[1:] == [
         "-m", "engine.compute.precompile", "models/8b", "NVIDIA H100", "--capability", "90", "--block-tokens", "64",
-        "--sequences-max", "256", "--ranks", "1",
+        "--sequences-max", "256", "--ranks", "1", "--weights", "bf16", "--kv-dtype", "bf16",
     ]  # fmt: skip
 
 

@@ -115,14 +115,18 @@ def few(case: Case, launch: Launch, part_tokens: int, is_shared: bool = False) -
     return out
 
 
-def chunks(case: Case) -> Tensor:
-    """The prefill kernel's answer; writes the case's pool and turns its queries in place."""
+def chunks(case: Case, parts: int = 1) -> Tensor:
+    """The prefill kernel's answer, each tile's past in so many parts; writes the case's pool and turns its queries in
+    place."""
     made = paged.work_lists(case.shape, len(case.step.contexts), case.rows, 64, case.qkv.device)
     out = torch.full((case.rows, case.shape.heads, case.shape.head_dim), torch.nan, device=case.qkv.device)
     paged.run_plan(case.shape, case.step, made, has_chunks=True)
     paged.run_rope_write(case.shape, case.step, 0, case.qkv, case.last, case.q_norm, case.k_norm)
     pool = paged.pool_map(case.shape, case.pool)
-    paged.run_prefill(case.shape, case.step, made, len(made.chunk_items), case.qkv, pool, case.shape.layers - 1, out)
+    made.chunk_o.fill_(torch.nan)
+    per_tile = paged.CHUNK_ROWS // case.shape.pack
+    layer, tiles = case.shape.layers - 1, sum(-(-rows // per_tile) for rows in case.step.row_starts.diff().tolist())
+    paged.run_prefill(case.shape, case.step, made, tiles, case.qkv, pool, layer, out, parts)
     return out
 
 

@@ -8,7 +8,7 @@ import torch
 
 from engine.kernels import ref
 from engine.kernels.paged import Launch, Shape
-from engine.kernels.plan import WHOLE, part_tokens
+from engine.kernels.plan import WHOLE, chunk_parts, part_tokens
 from tests.engine.kernels import attention_case
 
 RAGGED = [(1, 1), (37, 1), (16, 1), (100, 1), (17, 1)]
@@ -130,6 +130,27 @@ def test_chunks_agree_with_the_oracle_at_any_offset(group: int, dtype: torch.dty
     got = attention_case.chunks(case)
 
     assert attention_case.error(got, case.wanted) < 5e-3
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize(("group", "head_dim"), [(1, 64), (3, 64), (7, 32), (4, 96), (8, 128)])
+def test_a_chunk_whose_past_is_cut_agrees_with_the_oracle(
+    group: int, head_dim: int, parts: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Past of 200 tokens and none, parts without any block, a chunk that begins where a block does."""
+    case = attention_case.make(shape(group, head_dim), [(233, 33), (20, 20), (70, 2), (80, 16)], dtype, device)
+
+    got = attention_case.chunks(case, parts)
+
+    assert attention_case.error(got, case.wanted) < 5e-3
+
+
+@pytest.mark.parametrize(
+    ("programs", "context", "wanted"),
+    [(24, 12_000, 8), (24, 2048, 4), (24, 1000, 1), (64, 30_000, 4), (128, 8192, 2), (264, 32_768, 1), (0, 0, 1)],
+)
+def test_the_past_of_chunks_is_cut_only_when_programs_would_idle(programs: int, context: int, wanted: int) -> None:
+    assert chunk_parts(programs, context) == wanted
 
 
 def test_a_row_does_not_depend_on_its_neighbours_when_parts_are_fixed(dtype: torch.dtype, device: torch.device) -> None:

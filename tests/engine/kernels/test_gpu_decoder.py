@@ -128,7 +128,7 @@ def test_a_chunk_then_a_mixed_step_give_the_logits_of_the_cpu(
             "row_starts": step.row_starts, "contexts": step.contexts, "sample_rows": step.sample_rows,
             "part_size": np.array([BLOCK], np.int32),
         }  # fmt: skip
-        held.write(0, Arranged(size, few, rows - few, 0, True, False, step.block_tables, arrays))
+        held.write(0, Arranged(size, few, rows - few, 0, 0, True, False, step.block_tables, arrays))
         inputs, _ = held.view(size)
         room = gpu.Buffers.make(made, shape, rows, sequences, sequences, 32)
         return error(ours.forward(inputs, gpu.Kind(few, 8 if rows > few else 0), room).cpu(), wanted)
