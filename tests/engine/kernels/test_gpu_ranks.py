@@ -37,7 +37,7 @@ def test_two_halves_tell_the_story_of_the_whole(tmp_path: Path, monkeypatch: pyt
 
     assert [len(output) for output in told] == [7, 9, 7, 7]
     assert told[:3] == story(cpu)[:3]  # the fourth draws: the GPU walks tokens by id, the CPU by rank
-    assert any(sources is not None for _, sources in launched)
+    assert any(sources is not None for _, sources, *_ in launched)
     assert lost == []
 
 
