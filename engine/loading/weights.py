@@ -43,7 +43,10 @@ def shards(folder: Path) -> list[Path]:
         return [folder / SINGLE_FILE]
     if not (folder / INDEX_FILE).exists():
         raise ModelError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}; {ELSEWHERE}")
-    names = set(read_json(folder / INDEX_FILE).get("weight_map", {}).values())
+    placed = read_json(folder / INDEX_FILE).get("weight_map")
+    names = {str(name) for name in placed.values()} if isinstance(placed, dict) else set()
+    if not names:
+        raise ModelError(f"{folder / INDEX_FILE} names no weight file")
     if any(Path(name).name != name for name in names):
         raise ModelError(f"{folder / INDEX_FILE} names files outside its folder")
     return [folder / name for name in sorted(names)]

@@ -120,6 +120,12 @@ def test_eos_ids_come_from_the_generation_config_first(tiny_llama: Path, tmp_pat
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0, "factor": 2.0}}, "yarn"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"hidden_size": "wide"}, "config.json"),
+        ({"num_hidden_layers": 0}, "a size is below 1"),
+        ({"num_key_value_heads": 4}, "heads do not divide"),
+        ({"max_position_embeddings": 0}, "a size is below 1"),
+        ({"num_attention_heads": 0, "head_dim": None}, "config.json"),
+        ({"vocab_size": float("inf")}, "config.json"),
+        ({"quantization_config": "fp8"}, "config.json"),
     ],
 )
 def test_what_the_decoder_does_not_cover_is_refused_in_one_sentence(
@@ -141,6 +147,16 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
 
     with pytest.raises(ModelError, match=r"model\.layers\.2\.input_layernorm"):
+        TorchRunner.load(tmp_path, RunnerConfig(kv_bytes=2**20))
+
+
+@pytest.mark.parametrize("placed", ['["model-1.safetensors"]', "{}", "null"])
+def test_an_index_that_names_no_file_is_refused(placed: str, tmp_path: Path) -> None:
+    tiny.save("llama", tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(f'{{"weight_map": {placed}}}')
+
+    with pytest.raises(ModelError, match="names no weight file"):
         TorchRunner.load(tmp_path, RunnerConfig(kv_bytes=2**20))
 
 
