@@ -120,8 +120,8 @@ class Scheduler:
         self._sequences[link, order.handle] = sequence
         if not sequence.needs_all_rows:
             found = self._trie.match(order.ids, order.salt, order.public_blocks)
-            below = self._tiers.find(found, sequence.known, order.salt, order.public_blocks)
-            sequence.uncached_estimate = max(1, sequence.length - (len(found) + len(below)) * self._block_tokens)
+            lower = self._tiers.find(found, order.ids, order.salt, order.public_blocks)
+            sequence.uncached_estimate = max(1, sequence.length - (len(found) + len(lower.keys)) * self._block_tokens)
             sequence.reach = Reach(len(found), found[-1].serial) if found else Reach()
         self._waiting.add(sequence)
         return Outcome()
@@ -346,19 +346,18 @@ class Scheduler:
         if not sequence.has_yielded:
             sequence.cached_tokens = min(len(found) * self._block_tokens, sequence.prompt_len)
         self._table.add(sequence, min(len(found) * self._block_tokens, sequence.length - 1))
-        self._bring_up(sequence, step, model)
+        self._bring_up(sequence, known, step, model)
         return True
 
-    def _bring_up(self, sequence: Sequence, step: Launch, model: StepModel) -> None:
+    def _bring_up(self, sequence: Sequence, known: bytes, step: Launch, model: StepModel) -> None:
         """Have what lower tiers know of it copied to the device. It waits for that; nobody else does."""
         if sequence.needs_all_rows:
             return
         found = sequence.blocks
-        below = self._tiers.find(found, sequence.known, sequence.salt, sequence.public_blocks)
-
+        lower = self._tiers.find(found, known, sequence.salt, sequence.public_blocks)
         make_room = partial(self.room.make, urgent=sequence.request_class, step=step)
         band = CLASS_BANDS[sequence.request_class]
-        restore = self._tiers.bring_up(found, below, band, make_room=make_room, model=model, now=step.now)
+        restore = self._tiers.bring_up(found, lower, band, make_room=make_room, model=model, now=step.now)
         if restore is None:
             return
         sequence.restore = restore
