@@ -70,12 +70,11 @@ class Scheduler:
     ) -> None:
         self._trie = trie
         self._tiers = tiers or Tiers(trie)
-        self._is_strict = is_strict  # a leak is a crash; else it is mended and counted
+        self._is_strict = is_strict  # a leak is a crash
         self._limits = limits
         self._plan_limits = plan_limits
         self._policy = policy or headway_engine(plan_limits)
         self._block_tokens = trie.block_tokens
-        self._blocks_total = trie.blocks_total
         self._context_max = min(facts.context_max, trie.blocks_total * trie.block_tokens)
         self._facts = replace(facts, context_max=self._context_max)
         self._table = Table(limits.sequences_max, -(-self._context_max // trie.block_tokens))
@@ -255,6 +254,8 @@ class Scheduler:
     def check_idle(self) -> None:
         """With no sequence left, only copies hold blocks. A test fails of a leak, a worker starts over and counts."""
         assert not self._sequences
+        if self._is_strict:
+            self._trie.check()
         if self._trie.counts().held != self._tiers.lent:
             assert not self._is_strict, "blocks are held by nobody"
             self.repairs += 1
