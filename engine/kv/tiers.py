@@ -165,10 +165,10 @@ class Tiers:
         if self._copies is None or self._host is None:
             return lower
         digest, own, keys, slots = xxhash.xxh3_128_digest, self._host.slot_of, lower.keys, lower.slots
-        chained: bytes = key
-        for number in range(len(found), len(ids) // size):
-            salted = chained + salt if number == public_blocks else chained
-            chained = digest(salted + ids[number * size : (number + 1) * size])
+        salted, chained = public_blocks * size, bytes(key)
+        for at in range(len(found) * size, len(ids) - size + 1, size):
+            parent = chained + salt if at == salted else chained
+            chained = digest(parent + ids[at : at + size])
             slot = own.get(chained)
             if slot is None:
                 slot = self._elsewhere(chained)
