@@ -227,7 +227,15 @@ class Scheduler:
     def load(self, now: float, step_s: float, steps: int) -> Load:
         """What the worker holds right now."""
         now_held = held(self._table, self._waiting, self._trie.counts(), now)
-        return structs.replace(now_held, step_s=step_s, steps=steps, tiers=self._tiers.load(), repairs=self.repairs)
+        return structs.replace(
+            now_held,
+            step_s=step_s,
+            steps=steps,
+            tiers=self._tiers.load(),
+            repairs=self.repairs,
+            preemptions=self.room.preemptions,
+            parks=self.room.parks,
+        )
 
     def renew(self, root: ChainKey, now: float) -> None:
         """The weights are others: all KV is void. Who runs keeps its tokens and computes their KV anew."""

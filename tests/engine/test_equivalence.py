@@ -172,8 +172,8 @@ def test_parked_and_back(tiny_llama: Path, sampling: Sampling, cold: Cold) -> No
     rig.submit(order(2, prompt_of(2, 110), cls=BATCH, max_tokens=4), link=2)
     while 2 not in rig.ends:
         rig.step(full_links=frozenset({1}))
-    assert rig.scheduler.room.parks == 1
-    assert rig.scheduler.room.preemptions == 0
+    told = rig.scheduler.load(rig.now, 0.0, 0)
+    assert (told.parks, told.preemptions) == (1, 0)
     assert len(rig.tokens[1]) == 13
     rig.run()
     assert rig.tiers.load().restored_host > 0
