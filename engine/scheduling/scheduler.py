@@ -228,20 +228,16 @@ class Scheduler:
         """What the worker holds right now."""
         now_held = held(self._table, self._waiting, self._trie.counts(), now)
         return structs.replace(
-            now_held,
-            step_s=step_s,
-            steps=steps,
-            tiers=self._tiers.load(),
-            repairs=self.repairs,
-            preemptions=self.room.preemptions,
-            parks=self.room.parks,
-        )
+            now_held, step_s=step_s, steps=steps, tiers=self._tiers.load(), repairs=self.repairs,
+            preemptions=self.room.preemptions, parks=self.room.parks,
+        )  # fmt: skip
 
     def renew(self, root: ChainKey, now: float) -> None:
         """The weights are others: all KV is void. Who runs keeps its tokens and computes their KV anew."""
         self.room.give_up_all(now)
+        self._tiers.reclaim(now)  # what came up later would be the old weights' KV under the new root
         self._trie.root_key = root
-        self._trie.reset(self._tiers.held)
+        self._trie.reset(())
 
     def sleep(self, now: float) -> None:
         """The device's KV goes, once what is being written through lies in the pool. Who runs waits for `wake`."""
@@ -360,8 +356,6 @@ class Scheduler:
 
     def _bring_up(self, sequence: Sequence, known: bytes, step: Launch, model: StepModel) -> None:
         """Have what lower tiers know of it copied to the device. It waits for that; nobody else does."""
-        if sequence.needs_all_rows:
-            return
         found = sequence.blocks
         lower = self._tiers.find(found, known, sequence.salt, sequence.public_blocks)
         make_room = partial(self.room.make, urgent=sequence.request_class, step=step)
