@@ -16,6 +16,7 @@ ARCHITECTURES = (
     "Qwen3ForCausalLM",
     "Qwen3MoeForCausalLM",
 )
+RANDOM_MARK = "random_weights"  # a key of config.json: weights of this shape are made up, for figures alone
 ELSEWHERE = "serve it with another engine and put Headway before it: headway serve --upstream URL"
 
 
@@ -103,6 +104,11 @@ def read(folder: Path) -> ModelConfig:
         return _parse(raw, _eos_ids(folder, raw))
     except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:  # others than ours
         raise ModelError(f"{folder / 'config.json'} is not a usable model config ({error!r}); {ELSEWHERE}") from error
+
+
+def is_random(folder: Path) -> bool:
+    """Whether this folder is a shape without weights."""
+    return bool(read_json(folder / "config.json").get(RANDOM_MARK))
 
 
 def read_json(path: Path) -> dict[str, Any]:

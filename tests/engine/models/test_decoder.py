@@ -84,6 +84,25 @@ def test_shards_are_read_as_one_checkpoint(tmp_path: Path) -> None:
     torch.testing.assert_close(all_logits(runner, IDS, chunks=[150]), tiny.logits(model, IDS), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("family", ["qwen3-moe", "llama-tied"])
+def test_a_shape_without_weights_is_served_with_made_up_ones_the_same_each_time(family: str, tmp_path: Path) -> None:
+    tiny.save(family, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="holds neither"):
+        TorchRunner.load(tmp_path, RunnerConfig(block_tokens=4, kv_bytes=2**20))
+    config = json.loads((tmp_path / "config.json").read_text()) | {"random_weights": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    first, again = (
+        all_logits(TorchRunner.load(tmp_path, RunnerConfig(block_tokens=4, kv_bytes=2**20)), IDS, chunks=[150])
+        for _ in range(2)
+    )
+
+    assert first.isfinite().all()
+    assert first.std() > 1e-3
+    torch.testing.assert_close(first, again, atol=0, rtol=0)
+
+
 def test_bfloat16_runs_and_stays_near_float32(tiny_llama: Path) -> None:
     exact = TorchRunner.load(tiny_llama, RunnerConfig(block_tokens=4, kv_bytes=2**20))
     rough = TorchRunner.load(tiny_llama, RunnerConfig(block_tokens=4, kv_bytes=2**20, dtype=torch.bfloat16))
