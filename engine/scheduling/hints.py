@@ -68,7 +68,7 @@ class Hints:
     # Sessions --------------------------------------------------------------------------------------------------------
 
     def note(self, sequence: Sequence) -> None:
-        """A sequence ended, or gave its KV up: this is where its session stands."""
+        """A sequence ended: this is where its session stands."""
         if not sequence.session:
             return
         key = (sequence.salt, sequence.session)
