@@ -148,4 +148,5 @@ def _woken(runner: Sleeper) -> _Loaded:
 
 
 def _prepared(runner: Renewable, folder: Path) -> _Loaded:
-    return _Loaded(manifest.digest_of(folder), runner.prepare(folder))
+    put = runner.prepare(folder)  # first: it has a sentence for what is not there
+    return _Loaded(manifest.digest_of(folder), put)

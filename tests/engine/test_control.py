@@ -92,7 +92,7 @@ def test_weights_of_another_shape_or_place_are_refused_and_all_goes_on(folders: 
     assert heard.versions == [0] * 60
     first, second = loop.told
     assert "another shape" in first.error
-    assert "/no/such/folder" in second.error
+    assert "/no/such/folder/config.json cannot be read" in second.error
 
 
 def test_steps_are_planned_by_another_policy_and_the_text_stays(folders: tuple[Path, Path, Path]) -> None:
