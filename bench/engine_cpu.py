@@ -88,7 +88,7 @@ def main() -> None:
         return [[int(token) for token in rng.integers(100, 49_000, tokens)] for _ in range(count)]
 
     rows = [_decode(model, runner, prompts(batch, args.context), args.steps) for batch in args.batches]
-    rows.append(_prefill(model, runner, [prompts(1, args.prefill) for _ in range(args.prefills)]))
+    rows += [_prefill(model, runner, [prompts(1, tokens) for _ in range(args.prefills)]) for tokens in args.prefill]
     _report(rows, args)
 
 
@@ -148,7 +148,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--context", type=int, default=128, help="prompt tokens of each row")
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--prefill", type=int, default=512)
+    parser.add_argument("--prefill", type=int, nargs="+", default=[512, 2048])
     parser.add_argument("--prefills", type=int, default=5)
     parser.add_argument("--kv-mb", type=int, default=512)
     parser.add_argument("--cache", type=Path, default=convert.default_cache())

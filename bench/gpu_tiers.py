@@ -149,7 +149,7 @@ class Bench:
 
         def begin_and_work() -> None:
             if not begun:
-                below = self.tiers.find([], self.ids, b"", 0)
+                below = self.tiers.find([], self.ids.tobytes(), b"", 0)
                 now = time.monotonic()
                 restore = self.tiers.bring_up(
                     [], below, Band.CHATBOT, make_room=self._has_room, model=ALL_IS_WORTH_IT, now=now

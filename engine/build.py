@@ -46,9 +46,15 @@ SWITCH_S = 1e-3
 
 
 def build(
-    runner: Runner, facts: ModelFacts, config: EngineConfig, inbox: Inbox, clock: Callable[[], float] = time.monotonic
+    runner: Runner,
+    facts: ModelFacts,
+    config: EngineConfig,
+    inbox: Inbox,
+    clock: Callable[[], float] = time.monotonic,
+    *,
+    is_strict: bool = False,
 ) -> Core:
-    """A core that is ready to run."""
+    """A core that is ready to run. In a strict one a leaked block is a crash; else it is mended and counted."""
     root = keys.root(facts.digest, kv_dtype=facts.kv_dtype)
     trie = BlockTrie(runner.blocks_total, config.block_tokens, root)
     epoch = time.time_ns() // 1_000_000
@@ -60,7 +66,7 @@ def build(
     if is_gpu:
         plan_limits = replace(plan_limits, rows_max=GPU_ROWS_MAX)
     policy = headway_engine(plan_limits) if config.policy == "headway" else load_engine(config.policy)
-    scheduler = Scheduler(trie, facts, limits, plan_limits, tiers, policy=policy, is_strict=False)
+    scheduler = Scheduler(trie, facts, limits, plan_limits, tiers, policy=policy, is_strict=is_strict)
     hello = Hello(
         protocol=PROTOCOL_VERSION,
         worker=config.name,

@@ -22,16 +22,24 @@ from engine.step import DROPS_WEIGHTS, ModelFacts, Renewable, Runner, Sleeper
 from engine.wire import Control as Order
 from engine.wire import Hello, SetPolicy, Sleep, Told, UpdateWeights, Wake
 from policies import plugins
+from policies.api import PolicySpec
 
 log = logging.getLogger(__name__)
 
 LOADING_MAX = 1  # each holds a second set of weights in memory
 
 
+class _Loaded(NamedTuple):
+    """Weights that are in memory."""
+
+    digest: str
+    put: Callable[[], None]  # between two steps
+
+
 class _Loading(NamedTuple):
     link: int
     order: UpdateWeights | Wake
-    renewal: Future[Callable[[], None]]
+    renewal: Future[_Loaded]
 
 
 class Control:
@@ -46,12 +54,13 @@ class Control:
         self._loading: list[_Loading] = []
         self._told: list[tuple[int, Told]] = []
         self._identity: tuple[str, ChainKey] | None = None  # digest and root, once they are not those of the start
+        self._policy_digest = ""  # once it is not that of the start
         self.weights_version = 0
         self.asleep = 0  # the level; 0: awake
 
     def introduce(self, hello: Hello) -> Hello:
         """The hello as of now."""
-        hello = replace(hello, asleep=self.asleep)
+        hello = replace(hello, asleep=self.asleep, policy_digest=self._policy_digest or hello.policy_digest)
         if self._identity is None:
             return hello
         digest, root = self._identity
@@ -78,11 +87,11 @@ class Control:
             return
         self._told.append((link, Told(order.request, error)))
 
-    def _loader(self, order: UpdateWeights | Wake) -> Callable[[], Callable[[], None]] | None:
+    def _loader(self, order: UpdateWeights | Wake) -> Callable[[], _Loaded] | None:
         """What loads, in any thread; None where the runner cannot."""
         if isinstance(order, Wake):
-            return self._runner.wake if isinstance(self._runner, Sleeper) else None
-        return partial(self._runner.prepare, Path(order.folder)) if isinstance(self._runner, Renewable) else None
+            return partial(_woken, self._runner) if isinstance(self._runner, Sleeper) else None
+        return partial(_prepared, self._runner, Path(order.folder)) if isinstance(self._runner, Renewable) else None
 
     def _sleep(self, level: int, now: float) -> str:
         if not isinstance(self._runner, Sleeper):
@@ -106,30 +115,38 @@ class Control:
 
     def _renew(self, loading: _Loading, now: float) -> str:
         try:
-            renew = loading.renewal.result()
-        except ModelError as error:
+            loaded = loading.renewal.result()
+        except (ModelError, OSError) as error:  # OSError: the disk went away under it
             return str(error)
-        renew()
+        loaded.put()
         if isinstance(loading.order, Wake):
             self._scheduler.wake()
             self.asleep = 0
             log.info("awake again")
         else:
-            self._identify(loading.order, now)
+            self._identify(loading.order, loaded.digest, now)
         return ""
 
-    def _identify(self, order: UpdateWeights, now: float) -> None:
-        folder = Path(order.folder)
-        digest = manifest.digest_of(folder)
+    def _identify(self, order: UpdateWeights, digest: str, now: float) -> None:
         root = keys.root(digest, weights_version=order.version, kv_dtype=self._kv_dtype)
         self._scheduler.renew(root, now)
         self._identity, self.weights_version = (digest, root), order.version
-        log.info("weights are of version %d now, from %s", order.version, folder)
+        log.info("weights are of version %d now, from %s", order.version, order.folder)
 
     def _set_policy(self, ref: str) -> str:
         try:
             self._scheduler.obey(plugins.load_engine(ref))
         except plugins.PolicyError as error:
             return str(error)
+        self._policy_digest = PolicySpec(ref).digest
         log.info("steps are planned by %s now", ref)
         return ""
+
+
+def _woken(runner: Sleeper) -> _Loaded:
+    return _Loaded("", runner.wake())
+
+
+def _prepared(runner: Renewable, folder: Path) -> _Loaded:
+    put = runner.prepare(folder)  # first: it has a sentence for what is not there
+    return _Loaded(manifest.digest_of(folder), put)

@@ -97,6 +97,8 @@ class Load(Message, frozen=True):
     repairs: int = 0  # times that the worker found its block accounts wrong and started its cache over
     joules: list[float] = []  # since it started, attributed: by class, then idle; empty where nothing counts them
     asleep: int = 0  # at which level; 0: awake
+    preemptions: int = 0  # times that a sequence gave its KV up to a more urgent one
+    parks: int = 0  # and because nobody read its stream
 
 
 class Start(Message, frozen=True):

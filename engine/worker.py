@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import socket
+import stat
 import threading
 import time
 from collections.abc import Callable
@@ -209,6 +210,8 @@ def listen(path: str) -> socket.socket:
     try:
         probe.connect(path)
     except (FileNotFoundError, ConnectionRefusedError):
+        if os.path.lexists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):  # it refuses connections as well
+            raise StartError(f"{path} is there and no socket; give this worker a path of its own") from None
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)  # left behind by a worker that was killed
     except OSError as error:

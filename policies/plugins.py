@@ -38,7 +38,7 @@ def _find(ref: str):  # type: ignore[no-untyped-def]  # whatever a stranger's mo
         module, _, attribute = ref.partition(":")
         try:
             return getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # border: a stranger's module may raise anything as it is imported
             raise PolicyError(f"policy {ref!r} cannot be imported: {error}") from error
     installed = {point.name: point for point in entry_points(group=GROUP)}
     if ref not in installed:
@@ -52,7 +52,10 @@ def load_engine(ref: str) -> EnginePolicy:
     factory = ENGINES.get(ref) or (_find(ref) if ":" in ref else None)
     if factory is None:
         raise PolicyError(f"no engine policy is called {ref!r}; there are {', '.join(ENGINES)}, or module:attribute")
-    policy = factory()
+    try:
+        policy = factory()
+    except Exception as error:  # border: a worker that is told a broken policy goes on with the one it has
+        raise PolicyError(f"engine policy {ref!r} cannot be made: {error!r}") from error
     if not isinstance(policy, EnginePolicy):
         raise PolicyError(f"engine policy {ref!r} made a {type(policy).__name__}, not an EnginePolicy")
     return policy

@@ -4,7 +4,6 @@ Owns the order of a GPU worker's start and its fall-backs. Never computes a step
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 
@@ -21,14 +20,13 @@ from engine.kernels.paged import Shape
 from engine.loading import manifest, weights
 from engine.models import config as model_config
 from engine.models import gpu
-from engine.models.config import ModelError
+from engine.models.config import ModelError, is_random
 from engine.models.shard import WHOLE, Shard
 from engine.phases import Phases
 
 log = logging.getLogger(__name__)
 
 DTYPE = torch.bfloat16
-RANDOM_MARK = "random_weights"  # a key of config.json: weights of this shape are made up, for figures alone
 RESERVE_BYTES = 2 * 2**30  # for what is allocated after KV: graphs, libraries, work lists
 
 
@@ -116,11 +114,6 @@ def on_device(
         return gpu.random_weights(config, device, DTYPE, shard=shard, is_fp8=has_fp8_weights)
     manifest.verify(folder)
     return gpu.from_decoder(weights.load(folder, DTYPE, device, shard), is_fp8=has_fp8_weights)
-
-
-def is_random(folder: Path) -> bool:
-    """Whether this folder is a shape without weights."""
-    return bool(json.loads((folder / "config.json").read_text(encoding="utf-8")).get(RANDOM_MARK))
 
 
 def blocks_for(made: gpu.Weights, shape: Shape, kv_bytes: int) -> int:

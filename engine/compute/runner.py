@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,14 +34,16 @@ class RunnerConfig:
 
 
 def refuse_what_does_not_fit(folder: Path, model: ModelConfig, config: RunnerConfig) -> None:
-    """Raise ModelError, so that no half-loaded worker is killed by the system."""
+    """Raise ModelError, so that no half-loaded worker is killed by the system. KV that is there already counts as 0."""
     if torch.device(config.device).type != "cpu":
         return
     needed, free = model.parameters * config.dtype.itemsize, room.available_bytes()
     if needed + config.kv_bytes > free:
-        sizes = f"{needed / 2**30:.1f} GiB of weights and {config.kv_bytes / 2**30:.1f} of KV"
-        left = f"{free / 2**30:.1f} GiB of memory are free"
-        raise ModelError(f"{folder} needs {sizes}, and {left}; lower --kv-bytes, or {ELSEWHERE}")
+        kv = f" and {config.kv_bytes / 2**30:.1f} of KV" if config.kv_bytes else ""
+        sizes, left = f"{needed / 2**30:.1f} GiB of weights{kv}", f"{free / 2**30:.1f} GiB of memory are free"
+        raise ModelError(
+            f"{folder} needs {sizes}, and {left}; {'lower --kv-bytes' if kv else 'free some'}, or {ELSEWHERE}"
+        )
 
 
 def nobody(_message: object) -> None:
@@ -83,6 +85,7 @@ class TorchRunner:
 
     def prepare(self, folder: Path) -> Callable[[], None]:
         """engine.step.Renewable. Both sets of weights are in memory until the old one is let go."""
+        refuse_what_does_not_fit(folder, read(folder), replace(self._config, kv_bytes=0))
         decoder, source = self._load(folder), _Source(folder, manifest.digest_of(folder))
 
         def renew() -> None:
@@ -91,6 +94,7 @@ class TorchRunner:
         return renew
 
     def _load(self, folder: Path) -> Decoder:
+        manifest.verify(folder)
         with torch.inference_mode():
             decoder = weights.load(folder, self._config.dtype, self._device)
         if decoder.config != self.model:
@@ -101,7 +105,6 @@ class TorchRunner:
         folder = source.folder
         if not folder.is_dir() or manifest.digest_of(folder) != source.digest:
             raise ModelError(f"{folder} does not hold the weights any more that were served; restart the worker")
-        manifest.verify(folder)
         refuse_what_does_not_fit(folder, self.model, self._config)
         return self._load(folder)
 

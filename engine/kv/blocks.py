@@ -102,11 +102,10 @@ class BlockTrie:
     def match(self, ids: bytes, salt: bytes, public_blocks: int) -> list[Block]:
         """The longest chain of blocks that hold exactly `ids` (int32 bytes), whole blocks only, oldest first."""
         found: list[Block] = []
-        serial, nodes, step = ROOT, self._nodes, self._bytes
-        for number in range(len(ids) // step):
-            block = nodes.get(
-                (serial, ids[number * step : (number + 1) * step], salt if number == public_blocks else b"")
-            )
+        serial, get, step = ROOT, self._nodes.get, self._bytes
+        salted = public_blocks * step
+        for at in range(0, len(ids) - step + 1, step):
+            block = get((serial, ids[at : at + step], salt if at == salted else b""))
             if block is None:
                 break
             found.append(block)

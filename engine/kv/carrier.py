@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from engine.kv.disk import Disk
 from engine.kv.pool import Content, PoolMemory
@@ -29,8 +30,7 @@ class Tier(enum.IntEnum):
     DISK = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Below:
+class Below(NamedTuple):
     """A block that a lower tier says it has: to be believed once it was read."""
 
     content: Content

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import xxhash
 
 from engine.kv.blocks import Block, BlockTrie
 from engine.kv.carrier import Arrived, Below, Tier
 from engine.kv.copies import Copies, CopyLimits, Hands, Restore
 from engine.kv.disk import Disk
-from engine.kv.keys import ChainKey, Ids, extend, split
+from engine.kv.keys import ChainKey, split
 from engine.kv.pinning import Pinning
 from engine.kv.pool import Content, PoolWriter
 from engine.step import HOST_BYTES_PER_S, KVMemory
@@ -22,7 +26,39 @@ from policies.retention import Band
 
 SPEED_WEIGHT = 0.2  # of the newest copies in what bringing a block up takes
 DISK_BYTES_PER_S = 0.5e9  # until files were timed: an ordinary SSD
+ON_DISK = -1  # in place of a slot
 WAIT_S_MIN = 0.05  # a request waits for its blocks as long as computing them would take, and at least so long
+
+
+def tier_of(slot: int) -> Tier:
+    """Where such a slot lies."""
+    return Tier.DISK if slot == ON_DISK else Tier.HOST
+
+
+@dataclass(frozen=True, slots=True)
+class Lower:
+    """What lower tiers say they have right behind blocks of the device: names and places alone. Records are made of
+    those that are to be copied: made of all that is found, they were six sevenths of finding it."""
+
+    ids: bytes  # the prompt's, from its start
+    first: int  # block
+    parent: ChainKey
+    salt: bytes
+    public_blocks: int
+    size: int  # bytes of a block's ids
+    keys: list[bytes] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)  # of the pool, or ON_DISK
+
+    def records(self, count: int) -> list[Below]:
+        """The first ones, as copies need them."""
+        return [self._record(at) for at in range(count)]
+
+    def _record(self, at: int) -> Below:
+        number = self.first + at
+        tokens = np.frombuffer(self.ids, np.int32, self.size // 4, number * self.size)
+        content = Content(self.keys[at], self.keys[at - 1] if at else self.parent, tokens)
+        salt = self.salt if number == self.public_blocks else b""
+        return Below(content, salt, tier_of(self.slots[at]), self.slots[at])
 
 
 class Tiers:
@@ -121,37 +157,37 @@ class Tiers:
 
     # Up --------------------------------------------------------------------------------------------------------------
 
-    def find(self, found: list[Block], ids: Ids, salt: bytes, public_blocks: int) -> list[Below]:
-        """What lower tiers have of `ids` right behind the blocks that were found on the device."""
-        if self._copies is None:
-            return []
-        size = self._trie.block_tokens
-        key = ChainKey(found[-1].key) if found else self._trie.root_key
-        below: list[Below] = []
-        for number in range(len(found), len(ids) // size):
-            tokens, parent = ids[number * size : (number + 1) * size], key
-            salted = salt if number == public_blocks else b""
-            key = extend(parent, tokens, salted)
-            where = self._where(key)
-            if where is None:
+    # Hot: at submit and again at admission, over all that a prompt has below the device; bench/tiers.py.
+    def find(self, found: list[Block], ids: bytes, salt: bytes, public_blocks: int) -> Lower:
+        """What lower tiers have of `ids` (int32 bytes) right behind the blocks that were found on the device."""
+        key, size = ChainKey(found[-1].key) if found else self._trie.root_key, self._trie.block_tokens * 4
+        lower = Lower(ids, len(found), key, salt, public_blocks, size)
+        if self._copies is None or self._host is None:
+            return lower
+        digest, own, keys, slots = xxhash.xxh3_128_digest, self._host.slot_of, lower.keys, lower.slots
+        salted, chained = public_blocks * size, bytes(key)
+        for at in range(len(found) * size, len(ids) - size + 1, size):
+            parent = chained + salt if at == salted else chained
+            chained = digest(parent + ids[at : at + size])
+            slot = own.get(chained)
+            if slot is None:
+                slot = self._elsewhere(chained)
+            if slot is None:
                 break
-            below.append(Below(Content(key, parent, tokens), salted, *where))
-        return below
+            keys.append(chained)
+            slots.append(slot)
+        return lower
 
-    def _where(self, key: bytes) -> tuple[Tier, int] | None:
-        """The nearest tier that says it has a block, and the slot there; other workers' slots count."""
+    def _elsewhere(self, key: bytes) -> int | None:
+        """The slot, of another worker's, that says it has a block, or ON_DISK."""
         assert self._host is not None
-        slot = self._host.slot_of.get(key)
-        if slot is None:
-            slot = self._host.memory.lookup(key)
-        if slot is not None:
-            return Tier.HOST, slot
-        return (Tier.DISK, 0) if self._disk is not None and self._disk.holds(key) else None
+        slot = self._host.memory.lookup(key)
+        return ON_DISK if slot is None and self._disk is not None and self._disk.holds(key) else slot
 
     def bring_up(
         self,
         found: list[Block],
-        below: list[Below],
+        lower: Lower,
         band: Band,
         *,
         make_room: Callable[[int], bool],
@@ -159,26 +195,27 @@ class Tiers:
         now: float,
     ) -> Restore | None:
         """Have what was found below copied to the device, as far as that is quicker than computing it; else None."""
-        if self._copies is None or self.is_asleep or not below:
+        if self._copies is None or self.is_asleep or not lower.keys:
             return None
-        coming = self._copies.coming(below[0].content.key)
+        coming = self._copies.coming(lower.keys[0])
         if coming is not None:
             return coming
         context = len(found) * self._trie.block_tokens
-        count = min(self._worth(below, context, model), self._copies.restores_left)
+        count = min(self._worth(lower, context, model), self._copies.restores_left)
         if not make_room(count):
             count = self._trie.available
         if not count:
             return None
         wait_s = max(WAIT_S_MIN, model.prefill_s(count * self._trie.block_tokens, context))
-        return self._copies.restore(found[-1] if found else None, below[:count], band, now + wait_s, now)
+        return self._copies.restore(found[-1] if found else None, lower.records(count), band, now + wait_s, now)
 
-    def _worth(self, below: list[Below], context: int, model: StepModel) -> int:
+    def _worth(self, lower: Lower, context: int, model: StepModel) -> int:
         """How many of these blocks, from the front, save most time if they are brought up rather than computed."""
         best, best_s, seconds = 0, 0.0, 0.0
-        for at, item in enumerate(below, 1):
-            seconds += self._block_s[item.tier]
-            if at == len(below) or below[at].tier != item.tier:  # between changes the sum is as good as straight
+        tiers = [tier_of(slot) for slot in lower.slots]
+        for at, tier in enumerate(tiers, 1):
+            seconds += self._block_s[tier]
+            if at == len(tiers) or tiers[at] != tier:  # between changes the sum is as good as straight
                 saved_s = model.prefill_s(at * self._trie.block_tokens, context) - seconds
                 if saved_s > best_s:
                     best, best_s = at, saved_s

@@ -31,6 +31,6 @@ def fetch(model: str) -> Path:
     try:
         folder = snapshot_download(name, revision=revision or None, allow_patterns=[*FILES], ignore_patterns=[*NEVER])
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        said = str(error).strip().split("\n", maxsplit=1)[0][:200]
+        said = re.split(r"\n|\. ", str(error).strip(), maxsplit=1)[0][:200]  # its first sentence
         raise ModelError(f"the model {model} cannot be downloaded ({said}); name a folder, or {ELSEWHERE}") from error
     return Path(folder)

@@ -1,4 +1,4 @@
-"""Weights from a Hugging Face folder (safetensors, one file or shards) into a Decoder: merged, cast, packed.
+"""Weights from a Hugging Face folder (safetensors, one file or shards), or made up, in a Decoder: merged, cast, packed.
 
 Owns the order of rows in memory. Reads by mmap and never unpickles; makes no file."""
 
@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engine.models.config import ELSEWHERE, Fp8Config, ModelConfig, ModelError, read, read_json
+from engine.models.config import ELSEWHERE, Fp8Config, ModelConfig, ModelError, is_random, read, read_json
 from engine.models.decoder import Decoder, Layer, rope_frequencies
 from engine.models.linear import Linear, pack
 from engine.models.mlp import Experts, Mlp
@@ -29,7 +30,7 @@ def load(folder: Path, dtype: torch.dtype, device: torch.device, shard: Shard = 
     config = read(folder)
     part = shard.config(config)
     with _opened(folder) as checkpoint:
-        source = _Source(checkpoint, config, dtype, device, shard)
+        source = (_MadeUp if is_random(folder) else _Source)(checkpoint, config, dtype, device, shard)
         embedding = source.tensor("model.embed_tokens.weight", (config.vocab_size, config.hidden))
         layers = tuple(_layer(source, number) for number in range(config.layers))
         head = embedding if config.is_head_tied else source.tensor("lm_head.weight", (config.vocab_size, config.hidden))
@@ -43,7 +44,10 @@ def shards(folder: Path) -> list[Path]:
         return [folder / SINGLE_FILE]
     if not (folder / INDEX_FILE).exists():
         raise ModelError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}; {ELSEWHERE}")
-    names = set(read_json(folder / INDEX_FILE).get("weight_map", {}).values())
+    placed = read_json(folder / INDEX_FILE).get("weight_map")
+    names = {str(name) for name in placed.values()} if isinstance(placed, dict) else set()
+    if not names:
+        raise ModelError(f"{folder / INDEX_FILE} names no weight file")
     if any(Path(name).name != name for name in names):
         raise ModelError(f"{folder / INDEX_FILE} names files outside its folder")
     return [folder / name for name in sorted(names)]
@@ -117,6 +121,17 @@ class _Source:
         return rope_order(tensor, self.config.head_dim) if part in ("q_proj", "k_proj") else tensor
 
 
+class _MadeUp(_Source):
+    """Of a shape without weights: normal ones of transformers' own initial scale, by name, so that ranks have parts of
+    one model."""
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        if len(shape) == 1:  # a norm's
+            return torch.ones(shape, dtype=self.dtype, device=self.device)
+        generator = torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(name.encode()) >> 1)
+        return torch.empty(shape).normal_(0.0, 0.02, generator=generator).to(self.device, self.dtype)
+
+
 def rope_order(rows: Tensor, head_dim: int) -> Tensor:
     """Rows of each head reordered so that the two numbers that turn together are neighbours: rope is then one
     complex product. Queries and keys move alike, so their dot products stay what they were."""
@@ -158,7 +173,7 @@ def _experts(source: _Source, prefix: str) -> Experts:
 def _opened(folder: Path) -> Iterator[dict[str, safe_open]]:
     with ExitStack() as stack:
         checkpoint: dict[str, safe_open] = {}
-        for path in shards(folder):
+        for path in () if is_random(folder) else shards(folder):
             try:
                 file = stack.enter_context(safe_open(path, framework="pt"))
             except (OSError, SafetensorError) as error:

@@ -16,6 +16,7 @@ ARCHITECTURES = (
     "Qwen3ForCausalLM",
     "Qwen3MoeForCausalLM",
 )
+RANDOM_MARK = "random_weights"  # a key of config.json: weights of this shape are made up, for figures alone
 ELSEWHERE = "serve it with another engine and put Headway before it: headway serve --upstream URL"
 
 
@@ -101,8 +102,13 @@ def read(folder: Path) -> ModelConfig:
     raw = read_json(folder / "config.json")
     try:
         return _parse(raw, _eos_ids(folder, raw))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:  # others than ours
         raise ModelError(f"{folder / 'config.json'} is not a usable model config ({error!r}); {ELSEWHERE}") from error
+
+
+def is_random(folder: Path) -> bool:
+    """Whether this folder is a shape without weights."""
+    return bool(read_json(folder / "config.json").get(RANDOM_MARK))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -123,7 +129,7 @@ def _parse(raw: dict[str, Any], eos_ids: tuple[int, ...]) -> ModelConfig:
     if raw.get("hidden_act", "silu") != "silu":
         raise ModelError(f"the activation {raw['hidden_act']} is not supported, only silu; {ELSEWHERE}")
     rope = _rope(raw)
-    return ModelConfig(
+    config = ModelConfig(
         hidden=int(raw["hidden_size"]),
         layers=int(raw["num_hidden_layers"]),
         heads=int(raw["num_attention_heads"]),
@@ -141,6 +147,10 @@ def _parse(raw: dict[str, Any], eos_ids: tuple[int, ...]) -> ModelConfig:
         moe=_moe(raw) if architecture == "Qwen3MoeForCausalLM" else None,
         fp8=_fp8(raw.get("quantization_config") or {}),
     )
+    sizes = (config.hidden, config.layers, config.heads, config.kv_heads, config.head_dim, config.ffn)
+    if min(*sizes, config.vocab_size, config.context_max) < 1 or config.heads % config.kv_heads or config.head_dim % 2:
+        raise ValueError("a size is below 1, or heads do not divide")
+    return config
 
 
 def _moe(raw: dict[str, Any]) -> MoeConfig:

@@ -10,8 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-
 from engine.kv.blocks import Block, BlockTrie
 from engine.kv.copies import Restore
 from engine.kv.tiers import Tiers
@@ -70,7 +68,7 @@ class Hints:
     # Sessions --------------------------------------------------------------------------------------------------------
 
     def note(self, sequence: Sequence) -> None:
-        """A sequence ended, or gave its KV up: this is where its session stands."""
+        """A sequence ended: this is where its session stands."""
         if not sequence.session:
             return
         key = (sequence.salt, sequence.session)
@@ -146,15 +144,15 @@ class Hints:
 
     def _prefetch(self, branch: Branch, model: StepModel, now: float) -> Restore | None:
         """Up to the device, in room that nobody holds."""
-        found, ids = self._found(branch), np.frombuffer(branch.ids, dtype=np.int32)
-        below = self._tiers.find(found, ids, branch.salt, branch.public_blocks)
+        found = self._found(branch)
+        lower = self._tiers.find(found, branch.ids, branch.salt, branch.public_blocks)
 
         def has_room(blocks: int) -> bool:
             return blocks <= self._trie.available
 
         for block in found[-1:]:  # what the others continue is no room for them
             self._trie.pin(block)
-        restore = self._tiers.bring_up(found, below, branch.band, make_room=has_room, model=model, now=now)
+        restore = self._tiers.bring_up(found, lower, branch.band, make_room=has_room, model=model, now=now)
         for block in found[-1:]:
             self._trie.unpin(block, now)
         return restore

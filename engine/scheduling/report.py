@@ -11,7 +11,7 @@ from engine.wire import Load
 
 
 def held(table: Table, waiting: WaitingQueue, counts: Counts, now: float) -> Load:
-    """The load part of a frame, but for what the caller alone knows: steps, tiers and repairs."""
+    """The load part of a frame, but for what the caller alone knows: steps, tiers, and what it had to do."""
     rows = table.is_used.nonzero()[0]
     is_decoding, context = table.is_decoding[rows], table.context[rows]
     unfinished = int((table.length[rows] - context)[~is_decoding].sum())

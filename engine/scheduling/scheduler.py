@@ -70,12 +70,11 @@ class Scheduler:
     ) -> None:
         self._trie = trie
         self._tiers = tiers or Tiers(trie)
-        self._is_strict = is_strict  # a leak is a crash; else it is mended and counted
+        self._is_strict = is_strict  # a leak is a crash
         self._limits = limits
         self._plan_limits = plan_limits
         self._policy = policy or headway_engine(plan_limits)
         self._block_tokens = trie.block_tokens
-        self._blocks_total = trie.blocks_total
         self._context_max = min(facts.context_max, trie.blocks_total * trie.block_tokens)
         self._facts = replace(facts, context_max=self._context_max)
         self._table = Table(limits.sequences_max, -(-self._context_max // trie.block_tokens))
@@ -120,8 +119,8 @@ class Scheduler:
         self._sequences[link, order.handle] = sequence
         if not sequence.needs_all_rows:
             found = self._trie.match(order.ids, order.salt, order.public_blocks)
-            below = self._tiers.find(found, sequence.known, order.salt, order.public_blocks)
-            sequence.uncached_estimate = max(1, sequence.length - (len(found) + len(below)) * self._block_tokens)
+            lower = self._tiers.find(found, order.ids, order.salt, order.public_blocks)
+            sequence.uncached_estimate = max(1, sequence.length - (len(found) + len(lower.keys)) * self._block_tokens)
             sequence.reach = Reach(len(found), found[-1].serial) if found else Reach()
         self._waiting.add(sequence)
         return Outcome()
@@ -228,13 +227,17 @@ class Scheduler:
     def load(self, now: float, step_s: float, steps: int) -> Load:
         """What the worker holds right now."""
         now_held = held(self._table, self._waiting, self._trie.counts(), now)
-        return structs.replace(now_held, step_s=step_s, steps=steps, tiers=self._tiers.load(), repairs=self.repairs)
+        return structs.replace(
+            now_held, step_s=step_s, steps=steps, tiers=self._tiers.load(), repairs=self.repairs,
+            preemptions=self.room.preemptions, parks=self.room.parks,
+        )  # fmt: skip
 
     def renew(self, root: ChainKey, now: float) -> None:
         """The weights are others: all KV is void. Who runs keeps its tokens and computes their KV anew."""
         self.room.give_up_all(now)
+        self._tiers.reclaim(now)  # what came up later would be the old weights' KV under the new root
         self._trie.root_key = root
-        self._trie.reset(self._tiers.held)
+        self._trie.reset(())
 
     def sleep(self, now: float) -> None:
         """The device's KV goes, once what is being written through lies in the pool. Who runs waits for `wake`."""
@@ -255,6 +258,8 @@ class Scheduler:
     def check_idle(self) -> None:
         """With no sequence left, only copies hold blocks. A test fails of a leak, a worker starts over and counts."""
         assert not self._sequences
+        if self._is_strict:
+            self._trie.check()
         if self._trie.counts().held != self._tiers.lent:
             assert not self._is_strict, "blocks are held by nobody"
             self.repairs += 1
@@ -349,19 +354,16 @@ class Scheduler:
         if not sequence.has_yielded:
             sequence.cached_tokens = min(len(found) * self._block_tokens, sequence.prompt_len)
         self._table.add(sequence, min(len(found) * self._block_tokens, sequence.length - 1))
-        self._bring_up(sequence, step, model)
+        self._bring_up(sequence, known, step, model)
         return True
 
-    def _bring_up(self, sequence: Sequence, step: Launch, model: StepModel) -> None:
+    def _bring_up(self, sequence: Sequence, known: bytes, step: Launch, model: StepModel) -> None:
         """Have what lower tiers know of it copied to the device. It waits for that; nobody else does."""
-        if sequence.needs_all_rows:
-            return
         found = sequence.blocks
-        below = self._tiers.find(found, sequence.known, sequence.salt, sequence.public_blocks)
-
+        lower = self._tiers.find(found, known, sequence.salt, sequence.public_blocks)
         make_room = partial(self.room.make, urgent=sequence.request_class, step=step)
         band = CLASS_BANDS[sequence.request_class]
-        restore = self._tiers.bring_up(found, below, band, make_room=make_room, model=model, now=step.now)
+        restore = self._tiers.bring_up(found, lower, band, make_room=make_room, model=model, now=step.now)
         if restore is None:
             return
         sequence.restore = restore

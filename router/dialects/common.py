@@ -14,7 +14,7 @@ import msgspec
 
 from engine.wire import Sampling
 from router.dialects.grammars import of_body
-from router.dialects.schema import Common
+from router.dialects.schema import Common, refuse_unsupported
 from router.errors import ErrorDetail, error_body
 from router.language.turn import Encoder, ErrorShape, Message, Turn, Usage
 
@@ -50,7 +50,10 @@ def failure(detail: ErrorDetail) -> bytes:
 
 
 def sampling(body: Common, logprobs: int = -1) -> Sampling:
-    """How to choose tokens. A request without a seed gets one, so that an answer can be resumed elsewhere."""
+    """How to choose tokens. A request without a seed gets one, so that an answer can be resumed elsewhere.
+    Raises RequestError 400."""
+    if body.prompt_logprobs is not None:
+        raise refuse_unsupported("prompt_logprobs", "echo with logprobs at /v1/completions tells those of the prompt")
     grammar = of_body(body)
     return Sampling(
         temperature=1.0 if body.temperature is None else body.temperature,

@@ -106,6 +106,7 @@ class Common(Struct, kw_only=True):
     min_p: Share | None = None
     min_tokens: Tokens | None = None
     ignore_eos: bool = False
+    prompt_logprobs: int | None = None  # refused: OpenAI's echo tells the same
     stop_token_ids: Annotated[list[Annotated[int, Meta(ge=0, le=2**31 - 1)]], Meta(max_length=64)] | None = None
 
 

@@ -1,4 +1,4 @@
-"""Metrics of the tiers below the workers' devices: what lies there, what went down, what came back.
+"""Metrics of workers' KV: what lies below their devices, what went down, what came back, and who gave way.
 
 Owns their names. Reads the newest frame's load part alone."""
 
@@ -21,6 +21,15 @@ class _Row:
     host: Callable[[TierLoad], int]
     disk: Callable[[TierLoad], int]
     is_total: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class _Count:
+    """One counter of a worker."""
+
+    name: str
+    help_text: str
+    value: Callable[[Load], int]
 
 
 ROWS = (
@@ -52,6 +61,30 @@ ROWS = (
 )
 
 
+COUNTS = (
+    _Count(
+        "headway_worker_tier_missed_blocks",
+        "Blocks that a tier promised and then did not have",
+        lambda load: load.tiers.missed,
+    ),
+    _Count(
+        "headway_worker_repairs",
+        "Times that block accounts were wrong and a cache started over",
+        lambda load: load.repairs,
+    ),
+    _Count(
+        "headway_worker_preemptions",
+        "Times that a sequence gave its KV up to a more urgent one",
+        lambda load: load.preemptions,
+    ),
+    _Count(
+        "headway_worker_parks",
+        "Times that a sequence gave its KV up because nobody read its stream",
+        lambda load: load.parks,
+    ),
+)
+
+
 def collect(loads: list[tuple[str, Load]]) -> Iterable[Metric]:
     """All of them, for the workers (name, newest load) that have said something."""
     for row in ROWS:
@@ -61,19 +94,14 @@ def collect(loads: list[tuple[str, Load]]) -> Iterable[Metric]:
             family.add_metric([worker, "host"], row.host(load.tiers))
             family.add_metric([worker, "disk"], row.disk(load.tiers))
         yield family
-    missed = CounterMetricFamily(
-        "headway_worker_tier_missed_blocks", "Blocks that a tier promised and then did not have", labels=["worker"]
-    )
-    repairs = CounterMetricFamily(
-        "headway_worker_repairs", "Times that block accounts were wrong and a cache started over", labels=["worker"]
-    )
+    for count in COUNTS:
+        counter = CounterMetricFamily(count.name, count.help_text, labels=["worker"])
+        for worker, load in loads:
+            counter.add_metric([worker], count.value(load))
+        yield counter
     pinned = GaugeMetricFamily(
         "headway_worker_pool_pinned_bytes", "Host pool registered with the worker's device", labels=["worker"]
     )
     for worker, load in loads:
         pinned.add_metric([worker], load.tiers.pinned_bytes)
-        missed.add_metric([worker], load.tiers.missed)
-        repairs.add_metric([worker], load.repairs)
-    yield missed
     yield pinned
-    yield repairs

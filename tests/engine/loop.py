@@ -45,7 +45,9 @@ class Loop:
         self._inbox = Inbox()
         config = EngineConfig(socket="", block_tokens=block_tokens, has_drafts=has_drafts)
         ticks = itertools.count()
-        self.core: Core = build(runner, facts, config, self._inbox, clock or (lambda: next(ticks) / 100))
+        self.core: Core = build(
+            runner, facts, config, self._inbox, clock or (lambda: next(ticks) / 100), is_strict=True
+        )
         self._outbox = Outbox(lambda: None)
         self._inbox.put(Attach(1, self._outbox))
         self._handles = 0

@@ -65,6 +65,7 @@ class Peer:
         self.starts |= {start.handle: start for start in frame.starts}
         self.ends |= {end.handle: end for end in frame.ends}
         self.loads.append(frame.load)
+        assert not frame.load.repairs, "the worker lost blocks and started its cache over"
         return frame
 
     def until(self, is_so: Callable[[], bool]) -> None:

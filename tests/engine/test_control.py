@@ -12,8 +12,10 @@ import torch
 
 from engine.compute.runner import RunnerConfig, TorchRunner
 from engine.kv import keys
+from engine.loading import manifest, room
 from engine.step import ModelFacts
 from engine.wire import Hint, HintAction, Sampling, SetPolicy, Sleep, UpdateWeights, Wake
+from policies.api import PolicySpec
 from tests.engine import tiny
 from tests.engine.loop import Loop
 from tests.engine.rig import order
@@ -90,7 +92,7 @@ def test_weights_of_another_shape_or_place_are_refused_and_all_goes_on(folders: 
     assert heard.versions == [0] * 60
     first, second = loop.told
     assert "another shape" in first.error
-    assert "/no/such/folder" in second.error
+    assert "/no/such/folder/config.json cannot be read" in second.error
 
 
 def test_steps_are_planned_by_another_policy_and_the_text_stays(folders: tuple[Path, Path, Path]) -> None:
@@ -102,6 +104,40 @@ def test_steps_are_planned_by_another_policy_and_the_text_stays(folders: tuple[P
     assert loop.ask(PROMPT, WANTED).ids == Loop(runner(old), FACTS, SIZE).ask(PROMPT, WANTED).ids
     assert loop.told[0].error == ""
     assert "no-such-policy" in loop.told[1].error
+    assert loop.attach().policy_digest == PolicySpec("static-512").digest
+
+
+def test_a_policy_that_cannot_be_made_leaves_the_one_that_is_there(folders: tuple[Path, Path, Path]) -> None:
+    loop = Loop(runner(folders[0]), FACTS, SIZE)
+    before = loop.attach().policy_digest
+    loop.tell(SetPolicy(1, "tests.engine.test_control:broken"))
+
+    assert (
+        loop.told[0].error == "engine policy 'tests.engine.test_control:broken' cannot be made: ZeroDivisionError('oh')"
+    )
+    assert loop.attach().policy_digest == before
+    assert len(loop.ask(PROMPT, WANTED).ids) == 60
+
+
+def broken() -> None:
+    raise ZeroDivisionError("oh")
+
+
+def test_weights_that_are_damaged_or_too_large_are_refused_and_all_goes_on(
+    folders: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new, _ = folders
+    loop = Loop(runner(old), FACTS, SIZE)
+    damaged = shutil.copytree(new, tmp_path / "damaged")
+    size = (damaged / "model.safetensors").stat().st_size
+    manifest.write(damaged, manifest.Manifest(manifest.LAYOUT, "m.gguf", "0", "model.safetensors", size, "f" * 32))
+    loop.tell(UpdateWeights(1, str(damaged), 7))
+    monkeypatch.setattr(room, "available_bytes", lambda: 1000)
+    loop.tell(UpdateWeights(2, str(new), 8))
+
+    assert "is damaged" in loop.told[0].error
+    assert "0.0 GiB of weights, and 0.0 GiB of memory are free; free some" in loop.told[1].error
+    assert loop.attach().weights_version == 0
 
 
 def test_one_set_of_weights_is_loaded_at_a_time(folders: tuple[Path, Path, Path]) -> None:

@@ -24,7 +24,9 @@ class Loop:
         self.now = 0.0
         self.inbox = Inbox()
         self.runner = FakeRunner(FACTS, (BLOCKS, SIZE), speed(slower), self._sleep)
-        self.core: Core = build(self.runner, FACTS, EngineConfig(socket=""), self.inbox, lambda: self.now)
+        self.core: Core = build(
+            self.runner, FACTS, EngineConfig(socket=""), self.inbox, lambda: self.now, is_strict=True
+        )
         self.outbox = Outbox(lambda: None, tokens_max)
 
     def _sleep(self, seconds: float) -> None:

@@ -153,7 +153,7 @@ class TierMachine(RuleBasedStateMachine):
     def restore(self, which: int) -> None:
         domain, ids = self.chains[which % len(self.chains)]
         found = self.trie.match(ids.tobytes(), SALTS[domain], 0)
-        below = self.tiers.find(found, ids, SALTS[domain], 0)
+        below = self.tiers.find(found, ids.tobytes(), SALTS[domain], 0)
 
         def has_room(blocks: int) -> bool:
             return blocks <= self.trie.available

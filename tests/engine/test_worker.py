@@ -188,6 +188,18 @@ def test_a_dead_workers_socket_is_taken_over(tmp_path: Path) -> None:
             assert second.connect().hello.worker == "w0"
 
 
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_is_no_socket_is_left_alone_and_said(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine"
+    path.mkdir() if kind == "folder" else path.write_text("a file that somebody needs")
+    command = [sys.executable, "-m", "engine", "fake", "--socket", str(path), "--calibrate-s", "0"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+    assert run.returncode == 2
+    assert run.stderr.splitlines()[-1] == f"engine: {path} is there and no socket; give this worker a path of its own"
+    assert path.is_dir() if kind == "folder" else path.read_text() == "a file that somebody needs"
+
+
 def test_scripted_faults_happen(tmp_path: Path) -> None:
     with fake_worker(tmp_path, "--fault", "nan@2", "--fault", "foreign@4", "--fault", "bad-frame@200") as worker:
         peer = worker.connect()

@@ -252,6 +252,7 @@ async def house(
     try:
         async with built:
             yield built
+        assert "the cache starts over" not in logs(directory), "a worker lost blocks"
     except BaseException:
         print(logs(directory))
         raise

@@ -162,8 +162,8 @@ def test_what_restores_took_before_is_forgotten_when_the_pool_is_registered() ->
         parent = trie.publish(block, parent, ids[number * SIZE : (number + 1) * SIZE].tobytes())
     tiers.store(trie.commit())
     tiers.wait(0.0)
-    below = tiers.find([], ids, b"", 0)
-    assert len(below) == 10
+    below = tiers.find([], ids.tobytes(), b"", 0)
+    assert len(below.keys) == 10
 
     def bring_up() -> object:
         return tiers.bring_up([], below, Band.CHATBOT, make_room=lambda _: True, model=FAKE_SPEED, now=0.0)

@@ -435,3 +435,20 @@ def test_a_hint_crosses_the_wire_and_is_answered_in_a_frame(tmp_path: Path) -> N
         while not (frame := peer.frame()).acks:
             pass
         assert frame.acks == [HintAck("m", "a", "done", 4), HintAck("m", "b", "unknown", 0)]
+
+
+def test_blocks_that_come_up_while_the_weights_change_are_not_found_under_the_new_ones() -> None:
+    later = Later()
+    rig, ids = rig_with_pool(blocks=40, hands=Hands(Inline(), later)), prompt(1, 10 * SIZE)
+    serve(rig, 1, ids)
+    push_out(rig)
+    rig.submit(order(2, ids))
+    rig.step()
+    assert len(later.jobs) == 1
+    rig.scheduler.renew(keys.root("other weights"), rig.now)
+    later.run()
+    rig.tiers.poll(rig.now)
+    assert rig.trie.match(ids.tobytes(), b"", 0) == []
+    rig.run()
+    assert rig.starts[2].cached_tokens == 0
+    assert rig.tiers.load().restored_host == 0

@@ -352,12 +352,13 @@ def test_a_hub_name_is_downloaded_without_pickle_or_code(tiny_llama: Path, monke
 
 def test_a_hub_that_cannot_be_reached_is_said_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(name: str, **_: Any) -> str:
-        raise LocalEntryNotFoundError(f"{name} is not cached\nand more lines")
+        raise LocalEntryNotFoundError(f"{name} is not cached. To look it up, set 'SOMETHING\nand more lines")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
 
     with pytest.raises(ModelError, match="org/model cannot be downloaded") as error:
         convert.locate("org/model")
+    assert "(org/model is not cached); name a folder, or" in str(error.value)
     assert "--upstream" in str(error.value)
     assert "\n" not in str(error.value)
 

@@ -84,6 +84,25 @@ def test_shards_are_read_as_one_checkpoint(tmp_path: Path) -> None:
     torch.testing.assert_close(all_logits(runner, IDS, chunks=[150]), tiny.logits(model, IDS), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("family", ["qwen3-moe", "llama-tied"])
+def test_a_shape_without_weights_is_served_with_made_up_ones_the_same_each_time(family: str, tmp_path: Path) -> None:
+    tiny.save(family, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="holds neither"):
+        TorchRunner.load(tmp_path, RunnerConfig(block_tokens=4, kv_bytes=2**20))
+    config = json.loads((tmp_path / "config.json").read_text()) | {"random_weights": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    first, again = (
+        all_logits(TorchRunner.load(tmp_path, RunnerConfig(block_tokens=4, kv_bytes=2**20)), IDS, chunks=[150])
+        for _ in range(2)
+    )
+
+    assert first.isfinite().all()
+    assert first.std() > 1e-3
+    torch.testing.assert_close(first, again, atol=0, rtol=0)
+
+
 def test_bfloat16_runs_and_stays_near_float32(tiny_llama: Path) -> None:
     exact = TorchRunner.load(tiny_llama, RunnerConfig(block_tokens=4, kv_bytes=2**20))
     rough = TorchRunner.load(tiny_llama, RunnerConfig(block_tokens=4, kv_bytes=2**20, dtype=torch.bfloat16))
@@ -120,6 +139,12 @@ def test_eos_ids_come_from_the_generation_config_first(tiny_llama: Path, tmp_pat
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0, "factor": 2.0}}, "yarn"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"hidden_size": "wide"}, "config.json"),
+        ({"num_hidden_layers": 0}, "a size is below 1"),
+        ({"num_key_value_heads": 4}, "heads do not divide"),
+        ({"max_position_embeddings": 0}, "a size is below 1"),
+        ({"num_attention_heads": 0, "head_dim": None}, "config.json"),
+        ({"vocab_size": float("inf")}, "config.json"),
+        ({"quantization_config": "fp8"}, "config.json"),
     ],
 )
 def test_what_the_decoder_does_not_cover_is_refused_in_one_sentence(
@@ -141,6 +166,16 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
 
     with pytest.raises(ModelError, match=r"model\.layers\.2\.input_layernorm"):
+        TorchRunner.load(tmp_path, RunnerConfig(kv_bytes=2**20))
+
+
+@pytest.mark.parametrize("placed", ['["model-1.safetensors"]', "{}", "null"])
+def test_an_index_that_names_no_file_is_refused(placed: str, tmp_path: Path) -> None:
+    tiny.save("llama", tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(f'{{"weight_map": {placed}}}')
+
+    with pytest.raises(ModelError, match="names no weight file"):
         TorchRunner.load(tmp_path, RunnerConfig(kv_bytes=2**20))
 
 

@@ -211,7 +211,7 @@ def test_memory_for_a_chat_comes_from_batch_work_which_later_goes_on_with_the_sa
     rig.submit(order(2, prompt(2, 150), max_tokens=100))
     rig.run()
 
-    assert rig.scheduler.room.preemptions == 1
+    assert rig.scheduler.load(rig.now, 0.0, 0).preemptions == 1
     assert rig.times[2][-1] < rig.times[1][-1]
     assert rig.tokens[1] == expected(prompt(1, 150), 150)
     assert rig.tokens[2] == expected(prompt(2, 150), 100)

@@ -49,9 +49,10 @@ def test_what_is_asked_of_the_form_becomes_a_grammar(fields: dict[str, Any], gra
         ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
         ({"structured_outputs": {"choice": ["x"] * 257}}, "structured_outputs.choice"),
         ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "structured_outputs"),
+        ({"prompt_logprobs": 0}, "prompt_logprobs"),
     ],
 )
-def test_what_cannot_be_a_grammar_is_refused_with_its_field(fields: dict[str, Any], param: str) -> None:
+def test_what_cannot_be_served_as_it_is_asked_is_refused_with_its_field(fields: dict[str, Any], param: str) -> None:
     with pytest.raises(RequestError) as refused:
         asked(**fields)
     assert (refused.value.status, refused.value.detail.param) == (400, param)
@@ -70,9 +71,10 @@ def test_sampling_fields_are_carried_or_refused() -> None:
         ("logit_bias", {"7": 101}),
         ("logit_bias", {"x": 1}),
         ("logit_bias", {str(token): 1 for token in range(1025)}),
+        ("prompt_logprobs", 1),
     ]:
         with pytest.raises(RequestError) as refused:
-            completions.read(json.dumps(body | {field: value}).encode())
+            completions.turn(completions.read(json.dumps(body | {field: value}).encode()))
         assert (refused.value.detail.param or "").startswith(field)
 
 

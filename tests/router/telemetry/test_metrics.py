@@ -106,7 +106,8 @@ def test_workers_are_read_when_scraped() -> None:
     tiers = TierLoad(
         block_bytes=100, host_blocks=5, stored=7, restored_host=3, disk_blocks=2, missed=1, pinned_bytes=3000
     )
-    link.load = load(running=3, step_s=0.02, tiers=tiers, repairs=4, joules=[5.0, 0.0, 7.5, 30.0])
+    counts = {"repairs": 4, "preemptions": 6, "parks": 2}
+    link.load = load(running=3, step_s=0.02, tiers=tiers, joules=[5.0, 0.0, 7.5, 30.0], **counts)
     metrics.watch(fleet, live_count=lambda: 7, dropped_events=lambda: 2)
 
     seen = samples(metrics)
@@ -124,6 +125,8 @@ def test_workers_are_read_when_scraped() -> None:
     assert seen["headway_worker_tier_missed_blocks_total", "w0"] == 1
     assert seen["headway_worker_pool_pinned_bytes", "w0"] == 3000
     assert seen["headway_worker_repairs_total", "w0"] == 4
+    assert seen["headway_worker_preemptions_total", "w0"] == 6
+    assert seen["headway_worker_parks_total", "w0"] == 2
     assert seen["headway_worker_energy_joules_total", "data-processor", "w0"] == 7.5
     assert seen["headway_worker_energy_joules_total", "idle", "w0"] == 30
     assert seen[("headway_requests_live",)] == 7
