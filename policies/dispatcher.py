@@ -141,8 +141,11 @@ class Dispatcher:
         if self._room.reservations.due_at <= now:
             self._room.reservations.advance(now)
         self._handlers[type(event)](event, now, actions)
-        self._expire(now, actions)
-        self._schedule(actions)
+        leaves_at = self._patience.next_at()
+        if leaves_at <= now:
+            self._expire(now, actions)
+            leaves_at = self._patience.next_at()
+        self._schedule(min(self._pump.wanted_at, leaves_at), actions)
         return actions
 
     # Events -----------------------------------------------------------------------------------------------------------
@@ -419,9 +422,8 @@ class Dispatcher:
         for live in self._patience.expired(now):
             self._step(live, OutOfPatience(), now, actions)
 
-    def _schedule(self, actions: list[Action]) -> None:
+    def _schedule(self, due_at: float, actions: list[Action]) -> None:
         """Ask for a Tick at the next moment when something is due by itself."""
-        due_at = min(self._pump.wanted_at, self._patience.next_at())
         if due_at < self._wake_at:
             self._wake_at = due_at
             actions.append(WakeAt(due_at))

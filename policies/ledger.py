@@ -18,25 +18,6 @@ Z80, Z90 = 0.8416, 1.2816  # standard normal quantiles
 RESIDUAL_GAIN = 0.05  # weight of one TTFT in actual / predicted: about the last 20 count
 SILENCE_S = 0.2  # a busy worker's view is stale after this or three predicted steps, whichever is longer
 
-COLUMNS = (
-    ("row_s", 1),
-    ("chunk_context_s", 1),
-    ("decode_context_s", 1),
-    ("sequence_s", 1),
-    ("q90", 1),
-    ("ahead_s", 3),
-    ("step_s", 3),
-    ("pace_s", 3),
-    ("room_tokens", 3),
-    ("free_tokens", 1),
-    ("silent_after", 1),
-    ("residual", 1),
-    ("streams", 1),
-    ("waiting_tokens", 1),
-    ("staged", 1),
-    ("context_max", 1),
-)
-
 
 class Charge(NamedTuple):
     """What one placed request was booked with, so that the same is released."""
@@ -207,7 +188,7 @@ class Ledger:
         return self.other_s + self.left * own_s
 
     def column(self) -> tuple[float, ...]:
-        """This worker as placement sees it, in the order of COLUMNS."""
+        """This worker as placement sees it: the fields of a WorkerView in their order, three figures for a PerClass."""
         load = self.load
         chat, agent, batch = self.streams
         own_streams = chat + agent + batch

@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from policies.api import Forecast, Job
+from policies.formula import Weights, in_time
 from policies.limits import Limits
-from policies.placement import budget_place, in_time, lmetric_place
+from policies.placement import FEW, budget_place, lmetric_place
 from policies.request import RequestClass, WorkerId
+from policies.scene import Scene
 from policies.worker import Fleet
 from tests.policies.scenes import STEP_MODEL, chain, job, load, up
 
@@ -214,3 +216,42 @@ def test_the_probability_of_being_in_time_fits_the_90th_percentile() -> None:
     assert in_time(1.0, 1.25, 1.25) == pytest.approx(0.9, abs=1e-3)
     assert in_time(1.0, 1.25, -1.0) == 0.0
     assert in_time(1.0, 1.25, math.inf) == 1.0
+
+
+A_WORKER = st.fixed_dictionaries(
+    {
+        "running": st.integers(0, 30),
+        "waiting": st.integers(0, 3),
+        "waiting_uncached_tokens": st.sampled_from([0, 500, 8_000, 60_000]),
+        "blocks_free": st.sampled_from([0, 20, 4_000]),
+        "decode_context": st.sampled_from([0, 50_000, 600_000]),
+    }
+)
+
+
+@given(
+    workers=st.lists(
+        st.tuples(A_WORKER, st.sampled_from([1.0, 1.0, 1.3]), st.integers(0, 100)), min_size=1, max_size=FEW
+    ),
+    cls=st.sampled_from(RequestClass),
+    ttft_s=st.sampled_from([0.01, 0.4, 2.0, 15.0]),
+    resident_line_s=st.sampled_from([2.5, 30.0]),
+    now=st.sampled_from([0.0, 0.1, 5.0]),
+)
+def test_one_by_one_and_all_at_once_make_the_same_choice_to_the_last_bit(
+    workers: list[tuple[dict[str, int], float, int]],
+    cls: RequestClass,
+    ttft_s: float,
+    resident_line_s: float,
+    now: float,
+) -> None:
+    """Law: how many workers there are chooses how they are looked at, never which is taken."""
+    fleet, keys = Fleet(Limits(index_every_block=1)), chain("a", 100)
+    for number, (said, slowness, held) in enumerate(workers):
+        model = replace(STEP_MODEL, row_s=slowness * STEP_MODEL.row_s)
+        fleet.up(up(number, step_model=model, cached=keys[: 16 * held]), 0.0)
+        busy(fleet, number, **said)
+    placed(fleet, 0, 1, resident_line_s)
+    fleet.publish()
+    asked = job(7, cls=cls, tokens=6_500, keys=keys, ttft_s=ttft_s, avoid=WorkerId(0) if len(workers) == 3 else None)
+    assert budget_place()(asked, fleet, now) == Scene.of(asked, fleet, now, Weights()).best()

@@ -11,7 +11,7 @@ import pytest
 from policies.api import PolicySpec, RouterPolicy
 from policies.baselines.routers import lmetric
 from policies.builtin import BUILTINS, _weights
-from policies.placement import Weights
+from policies.formula import Weights
 from policies.plugins import ParamsError, PolicyError, load
 
 

@@ -15,7 +15,7 @@ from policies.ledger import Charge
 from policies.limits import Limits
 from policies.placement import budget_place
 from policies.request import RequestClass, WorkerId
-from policies.worker import Fleet
+from policies.worker import ONCE, PER_CLASS, REST, Fleet
 from tests.policies.scenes import STEP_MODEL, chain, job, load, up
 
 CHATBOT, BACKGROUND, BATCH = RequestClass
@@ -206,3 +206,15 @@ def test_the_fastest_worker_is_the_profile_also_while_it_is_away() -> None:
     assert fleet.profile("m") is not None
     assert fleet.block_tokens("m") == 64
     assert fleet.count("m") == 0
+
+
+def test_views_and_arrays_say_the_same() -> None:
+    fleet = fleet_of(2)
+    charged(fleet, job(tokens=2_000))
+    for slot in range(2):
+        view = fleet.view(slot)
+        for name in (*ONCE, *REST):
+            assert float(getattr(fleet, name)[slot]) == getattr(view, name), name
+        for name in PER_CLASS:
+            assert tuple(getattr(fleet, name)[:, slot].tolist()) == getattr(view, name), name
+        assert fleet.worker[slot] == view.worker
