@@ -332,7 +332,7 @@ class Dispatcher:
             self._room.push(job, forecast.cost_s if forecast is not None else 0.0, now)
 
     def _ask(self, job: Job, now: float, *, is_next: bool) -> tuple[Verdict, Forecast | None]:
-        self.fleet.publish()
+        self.fleet.publish(now)
         forecasts = self._trust.policy("place", now).place(job, self.fleet, now)
         flow = QueueFlow(self._limits, self._room, self.fleet, is_next)
         return self._trust.policy("admit", now).admit(job, forecasts, flow, now), forecasts[0] if forecasts else None

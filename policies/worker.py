@@ -16,10 +16,12 @@ from policies.api import Bools, Floats, Forecast, Job, WorkerView
 from policies.chain import Chain, sample
 from policies.costs import StepModel
 from policies.events import WorkerLoad, WorkerUp
-from policies.ledger import Charge, Ledger
+from policies.ledger import DOUBT_AFTER_S, Charge, Ledger
 from policies.limits import Limits
 from policies.prefix_index import PrefixIndex
 from policies.request import RequestClass, WorkerId
+
+DOUBT_EVERY_S = 1.0  # how often idle workers are looked for
 
 # The fields of a WorkerView, in its order, and how they lie in a row: first one figure each, then three, then one.
 ONCE = ("row_s", "chunk_context_s", "decode_context_s", "sequence_s", "q90")
@@ -68,6 +70,7 @@ class Fleet:
         self.is_calibrated = False
         self._context_min = 0
         self._context_limits: dict[str, int] = {}
+        self._doubt_at = -math.inf
         self._silent_from = math.inf  # nobody is silent before: a bound, so that most decisions need not look
         self.dispatched = 0
         self.index = PrefixIndex(limits.index_nodes_per_worker)
@@ -132,11 +135,26 @@ class Fleet:
             if not self._profiles[ledger.model_name].version:
                 self._measure(ledger.model_name, model)
 
-    def publish(self) -> None:
+    def publish(self, now: float) -> None:
         """Make the arrays as new as the ledgers. Before anybody looks, not at each change: most are never looked at."""
+        if now >= self._doubt_at:
+            self._doubt_at = now + DOUBT_EVERY_S
+            self._doubt(now)
         for ledger in self._stale.values():
             self._publish(ledger)
         self._stale.clear()
+
+    def _doubt(self, now: float) -> None:
+        """Who looks slow is not asked, and who is not asked cannot learn that it is not slow any more."""
+        fastest: dict[str, float] = {}
+        measured = [ledger for ledger in self._ledgers.values() if ledger.model.version > 0]
+        for ledger in measured:
+            name = ledger.model_name
+            fastest[name] = min(fastest.get(name, math.inf), ledger.first_token_s)
+        for ledger in measured:
+            if not ledger.is_doubted and ledger.is_idle(now, DOUBT_AFTER_S):
+                ledger.doubt(fastest[ledger.model_name])
+                self._stale[ledger.worker] = ledger
 
     def charge(self, job: Job, forecast: Forecast, now: float) -> Charge:
         """Book a placement: at once, so that the next request in this millisecond sees it."""

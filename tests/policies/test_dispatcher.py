@@ -55,7 +55,7 @@ def saturate(mind: Dispatcher, now: float = 0.0) -> None:
 
 def streams(mind: Dispatcher) -> float:
     """What the first worker serves, as placement sees it."""
-    mind.fleet.publish()
+    mind.fleet.publish(0.0)
     return float(mind.fleet.streams[0])
 
 

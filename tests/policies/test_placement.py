@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from policies.api import Forecast, Job
 from policies.formula import Weights, in_time
+from policies.ledger import DOUBT_AFTER_S, DOUBT_FACTOR
 from policies.limits import Limits
 from policies.placement import FEW, budget_place, lmetric_place
 from policies.request import RequestClass, WorkerId
@@ -30,11 +31,11 @@ def fleet_of(*models: object, **changes: object) -> Fleet:
 
 def busy(fleet: Fleet, worker: int, **said: object) -> None:
     fleet.report(WorkerId(worker), load(**said), None, 0.0)
-    fleet.publish()
+    fleet.publish(0.0)
 
 
 def best(fleet: Fleet, asked: Job, now: float = 0.0) -> Forecast:
-    fleet.publish()
+    fleet.publish(now)
     (forecast,) = budget_place()(asked, fleet, now)
     return forecast
 
@@ -193,6 +194,43 @@ def test_an_unmeasured_worker_brings_the_simple_rule() -> None:
     assert best(fleet, asked).worker == 1
 
 
+def slow_start(now: float) -> tuple[Fleet, Forecast]:
+    """Worker 0 was measured beside a busy neighbour and said that it is half as fast; worker 1 has work."""
+    slow = replace(STEP_MODEL, bias=2.0)
+    fleet = fleet_of(slow, STEP_MODEL)
+    fleet.report(WorkerId(1), load(running=1, decode_context=2_000, waiting_uncached_tokens=200), None, now)
+    return fleet, best(fleet, job(tokens=4_000, arrived=now), now)
+
+
+def test_who_looks_slow_is_asked_again_once_it_has_been_idle_for_long() -> None:
+    assert slow_start(DOUBT_AFTER_S - 1.0)[1].worker == 1
+    _, trial = slow_start(DOUBT_AFTER_S)
+    assert (trial.worker, trial.is_feasible) == (0, True)
+    assert trial.own_s == pytest.approx(STEP_MODEL.prefill_s(4_000))
+
+
+def test_one_request_is_the_trial_and_what_the_worker_says_counts_again() -> None:
+    fleet, trial = slow_start(DOUBT_AFTER_S)
+    fleet.charge(job(tokens=4_000), trial, DOUBT_AFTER_S)
+    assert best(fleet, job(1, tokens=4_000, arrived=DOUBT_AFTER_S), DOUBT_AFTER_S).worker == 1
+    fleet.publish(2 * DOUBT_AFTER_S)  # the trial still runs
+    assert fleet.view(0).row_s == pytest.approx(2 * STEP_MODEL.row_s)
+
+
+def test_a_much_slower_machine_is_not_taken_for_a_fast_one() -> None:
+    fleet = fleet_of(replace(STEP_MODEL, bias=50.0), STEP_MODEL)
+    fleet.publish(DOUBT_AFTER_S)
+    assert fleet.view(0).row_s == pytest.approx(50 / DOUBT_FACTOR * STEP_MODEL.row_s)
+    assert fleet.view(1).row_s == STEP_MODEL.row_s
+
+
+def test_work_of_another_router_ends_the_doubt() -> None:
+    fleet, _ = slow_start(DOUBT_AFTER_S)
+    fleet.report(WorkerId(0), load(running=1), None, DOUBT_AFTER_S)
+    fleet.publish(DOUBT_AFTER_S)
+    assert fleet.view(0).row_s == pytest.approx(2 * STEP_MODEL.row_s)
+
+
 @given(
     backlogs=st.lists(st.integers(0, 40_000), min_size=2, max_size=6),
     budgets_s=st.tuples(st.floats(0.05, 20.0), st.floats(0.05, 20.0)),
@@ -252,6 +290,6 @@ def test_one_by_one_and_all_at_once_make_the_same_choice_to_the_last_bit(
         fleet.up(up(number, step_model=model, cached=keys[: 16 * held]), 0.0)
         busy(fleet, number, **said)
     placed(fleet, 0, 1, resident_line_s)
-    fleet.publish()
+    fleet.publish(0.0)
     asked = job(7, cls=cls, tokens=6_500, keys=keys, ttft_s=ttft_s, avoid=WorkerId(0) if len(workers) == 3 else None)
     assert budget_place()(asked, fleet, now) == Scene.of(asked, fleet, now, Weights()).best()

@@ -30,19 +30,19 @@ def fleet_of(workers: int = 1, limits: Limits = Limits(index_every_block=1)) -> 
 
 
 def forecast(fleet: Fleet, asked: Job, now: float = 0.0) -> Forecast:
-    fleet.publish()
+    fleet.publish(0.0)
     return budget_place()(asked, fleet, now)[0]
 
 
 def charged(fleet: Fleet, asked: Job) -> Charge:
     charge = fleet.charge(asked, forecast(fleet, asked), 0.0)
-    fleet.publish()
+    fleet.publish(0.0)
     return charge
 
 
 def frame(fleet: Fleet, said: WorkerLoad, now: float = 1.0, worker: int = 0) -> None:
     fleet.report(WorkerId(worker), said, None, now)
-    fleet.publish()
+    fleet.publish(0.0)
 
 
 def test_the_next_request_in_the_same_millisecond_sees_the_charge() -> None:
@@ -114,7 +114,7 @@ def test_growth_of_residents_is_kept_free() -> None:
     for number in range(3):  # its prompt and half of its answer, and some for the spread
         assert fleet.room_tokens[number, 0] < free[number] - 1_000 - 1_000
     fleet.release(charge, has_started=False)
-    fleet.publish()
+    fleet.publish(0.0)
     assert fleet.room_tokens[:, 0].tolist() == free
 
 
@@ -137,7 +137,7 @@ def test_what_less_urgent_residents_computed_is_room_for_a_person() -> None:
     assert chat == free[0]
     assert agent == batch < free[1] - 2_000
     fleet.release(charge, has_started=False)
-    fleet.publish()
+    fleet.publish(0.0)
     assert fleet.room_tokens[:, 0].tolist() == free
 
 
@@ -148,7 +148,7 @@ def test_predictions_that_are_always_too_short_are_corrected() -> None:
         charge = charged(fleet, asked)
         charge.ledger.start(charge, 1.5 * charge.predicted_ttft_s)
         fleet.release(charge, has_started=True)
-    fleet.publish()
+    fleet.publish(0.0)
     assert 1.3 < fleet.residual[0] <= 2.0
 
 
@@ -166,7 +166,7 @@ def test_a_lost_worker_frees_its_slot_and_its_prefixes() -> None:
     fleet.lost(W0, 1.0)
     fleet.release(charge, has_started=False)  # late news of a lost worker changes nothing
     fleet.up(up(7), 1.0)
-    fleet.publish()
+    fleet.publish(0.0)
     assert fleet.worker.tolist() == [7, 1]
     assert fleet.streams.tolist() == [0.0, 0.0]
     assert fleet.hit_tokens(asked.prompt.chain, "m").tolist() == [0.0, 0.0]
