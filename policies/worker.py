@@ -81,6 +81,7 @@ class Fleet:
         for name in (*ONCE, *PER_CLASS, *REST):
             rows = len(RequestClass) if name in PER_CLASS else 1
             columns = self._table[:, row : row + rows].T
+            columns.flags.writeable = False  # policies see them
             setattr(self, name, columns[0] if rows == 1 else columns)
             row += rows
         self._buffer = self._table.data.cast("B") if len(self._table) else memoryview(b"")
@@ -103,10 +104,10 @@ class Fleet:
         if slot == len(self._slots):
             self._slots.append(None)
             self._table = np.vstack([self._table, np.zeros((1, HEIGHT))])
-            self.worker = np.append(self.worker, 0)
             self._bind()
         self._slots[slot] = self._ledgers[event.worker] = ledger
-        self.worker[slot] = event.worker
+        self.worker = np.array([one.worker if one is not None else -1 for one in self._slots])
+        self.worker.flags.writeable = False
         self.index.add(slot, sample(event.cached, self._limits.index_every_block).sampled())
         self._publish(ledger)
         self._survey()
@@ -119,7 +120,7 @@ class Fleet:
         self._stale.pop(worker, None)
         if ledger is not None:
             self._slots[ledger.slot] = None
-            self.silent_after[ledger.slot] = math.inf
+            self._table[ledger.slot, SILENT_AFTER] = math.inf
             self.index.remove_worker(ledger.slot)
             self._survey()
             if not self.count(ledger.model_name):
@@ -249,6 +250,8 @@ class Fleet:
             self._blocks[ledger.model_name] = ledger.block_tokens
             longest = self._context_limits.get(ledger.model_name, 0)
             self._context_limits[ledger.model_name] = max(longest, ledger.context_max)
+        for mask in self._serving.values():
+            mask.flags.writeable = False
 
     def _measure(self, name: str, model: StepModel) -> None:
         """Keep the faster one; any that was measured before one that was not."""

@@ -16,7 +16,7 @@ from policies.limits import Limits
 from policies.placement import budget_place
 from policies.request import RequestClass, WorkerId
 from policies.worker import ONCE, PER_CLASS, REST, Fleet
-from tests.policies.scenes import STEP_MODEL, chain, job, load, up
+from tests.policies.scenes import MODEL, STEP_MODEL, chain, job, load, up
 
 CHATBOT, BACKGROUND, BATCH = RequestClass
 W0 = WorkerId(0)
@@ -218,3 +218,11 @@ def test_views_and_arrays_say_the_same() -> None:
         for name in PER_CLASS:
             assert tuple(getattr(fleet, name)[:, slot].tolist()) == getattr(view, name), name
         assert fleet.worker[slot] == view.worker
+
+
+def test_what_policies_are_shown_cannot_be_written_into() -> None:
+    fleet = fleet_of(2)
+    shown = [getattr(fleet, name) for name in ("worker", *ONCE, *PER_CLASS, *REST)]
+    for array in (*shown, fleet.serves(MODEL, 10, None)):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 1
