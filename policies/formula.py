@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from policies.api import FleetView, Floats, Forecast, Job, WorkerView
+from policies.ledger import PACE_MIN_S
 from policies.request import RequestClass
 
 # Hot: once a placement, for each of a few workers or at once for all of many. Operators alone, in one order: so numbers
@@ -82,7 +83,7 @@ def meet(job: Job, seen: Seen[N], hit: N, larger: Callable[[N, float], N], small
     own_s = uncached * (seen.row_s + seen.chunk_context_s * (tokens - 0.5 * uncached))
     context_s = seen.decode_context_s * tokens
     step_s = seen.step_s[number] + context_s
-    used = step_s / smaller(seen.pace_s[number], job.promise.budget.tpot_s)
+    used = step_s / smaller(seen.pace_s[number], max(PACE_MIN_S, job.promise.budget.tpot_s))
     share = larger(1.0 - used, MIN_SHARE)
     ttft_s = seen.residual * ((seen.ahead_s[number] + own_s) / share + step_s)
     return Met(hit, uncached, own_s, context_s, step_s, used, share, ttft_s)

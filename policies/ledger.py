@@ -19,6 +19,7 @@ RESIDUAL_GAIN = 0.05  # weight of one TTFT in actual / predicted: about the last
 DOUBT_AFTER_S = 30.0  # of idleness: a worker learns its speed from steps alone, so what it said may be of a bad moment
 DOUBT_FACTOR = 2.0  # it is then believed up to so many times faster: half is what a busy neighbour took of a start
 DOUBT_TOKENS = 1024  # a prompt whose first token compares two workers
+PACE_MIN_S = 1e-6  # a promise of no time at all is one of so little: steps are divided by it
 SILENCE_S = 0.2  # a busy worker's view is stale after this or three predicted steps, whichever is longer
 
 
@@ -115,7 +116,7 @@ class Ledger:
     def doubt(self, fastest_s: float) -> None:
         """It has been idle for long: the next request may find it as fast as the fastest of its model. That one is the
         trial; from then on what the worker says counts again, and its steps teach it."""
-        self._believe(min(1.0, max(1.0 / DOUBT_FACTOR, fastest_s / self.first_token_s)))
+        self._believe(min(1.0, max(1.0 / DOUBT_FACTOR, fastest_s / max(1e-9, self.first_token_s))))
         self.is_doubted = True
 
     def _begin_work(self) -> None:
@@ -148,7 +149,7 @@ class Ledger:
             context=tokens + output.mean / 2,
             growth=output.mean,
             variance=spread * spread,
-            pace_s=job.promise.budget.tpot_s,
+            pace_s=max(PACE_MIN_S, job.promise.budget.tpot_s),
             placed_at=now,
             predicted_ttft_s=forecast.ttft_s,
             frame=self.frame,

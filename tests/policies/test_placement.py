@@ -194,6 +194,15 @@ def test_an_unmeasured_worker_brings_the_simple_rule() -> None:
     assert best(fleet, asked).worker == 1
 
 
+@pytest.mark.parametrize("workers", [1, FEW + 1])
+def test_a_pace_of_zero_is_a_promise_that_nobody_keeps_and_no_fault(workers: int) -> None:
+    fleet, asked = fleet_of(*[STEP_MODEL] * workers), job(tpot_s=0.0)
+    first = best(fleet, asked)
+    assert not first.is_steady
+    fleet.charge(asked, first, 0.0)
+    assert not best(fleet, asked).is_steady
+
+
 def slow_start(now: float) -> tuple[Fleet, Forecast]:
     """Worker 0 was measured beside a busy neighbour and said that it is half as fast; worker 1 has work."""
     slow = replace(STEP_MODEL, bias=2.0)
