@@ -72,13 +72,13 @@ class Scene:
         self.actions = self.dispatcher.handle(event, self.now)
         return (time.perf_counter_ns() - begin) / 1e3
 
-    def request(self) -> tuple[Offered, Arrived]:
-        """The next request: a turn of one of 512 sessions, 1k to 32k tokens."""
+    def request(self, most: RequestClass = RequestClass.BACKGROUND_AGENT) -> tuple[Offered, Arrived]:
+        """The next request: a turn of one of 512 sessions, 1k to 32k tokens, of class chatbot+ to `most`."""
         session = int(self.rng.integers(len(self.chains)))
         self.number += 1
         chain = self.chains[session]
         tokens = len(chain) // 16 * BLOCK + int(self.rng.integers(1, BLOCK))
-        cls = RequestClass(int(self.rng.integers(0, 2)))
+        cls = RequestClass(int(self.rng.integers(0, most + 1)))
         request = Request(
             id=RequestId(f"r{self.number}"),
             tenant=Tenant(id=f"t{session % 16}"),
@@ -122,7 +122,7 @@ def crowded(policy: str, workers: int, waiting: int, count: int) -> dict[str, li
     """No KV anywhere: everything waits. Then more come, some leave, frames go on, and the heads are asked again."""
     scene = Scene(policy, workers)
     for _ in range(workers * 4):
-        for event in scene.request():
+        for event in scene.request(RequestClass.CHATBOT):  # agents would give their KV back to a chat prompt
             scene.timed(event)
     for worker in range(workers):
         scene.timed(WorkerReport(WorkerId(worker), WorkerLoad(24, 2, 4_000, 0, 0, 200_000, 0.02)))

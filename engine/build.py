@@ -27,15 +27,14 @@ from engine.kv.pinning import Pinning
 from engine.kv.pool import EXTENT_SLOTS, PoolError, PoolWriter, attach
 from engine.kv.tiers import Tiers
 from engine.phases import Phases
+from engine.scheduling import guard
 from engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from engine.scheduling.speculate import Speculator
 from engine.step import ModelFacts, Pinner, Runner, Sharer
 from engine.wire import PROTOCOL_VERSION, Hello, Message, encode
 from engine.worker import Worker
 from policies.api import PolicySpec
-from policies.builtin import headway_engine
 from policies.costs import StepFit
-from policies.plugins import load_engine
 from policies.step_plan import PlanLimits
 
 log = logging.getLogger(__name__)
@@ -65,7 +64,7 @@ def build(
     plan_limits = PlanLimits(quantum_tokens=config.block_tokens)
     if is_gpu:
         plan_limits = replace(plan_limits, rows_max=GPU_ROWS_MAX)
-    policy = headway_engine(plan_limits) if config.policy == "headway" else load_engine(config.policy)
+    policy = guard.load(config.policy, plan_limits)
     scheduler = Scheduler(trie, facts, limits, plan_limits, tiers, policy=policy, is_strict=is_strict)
     hello = Hello(
         protocol=PROTOCOL_VERSION,

@@ -17,6 +17,7 @@ from engine.kv import keys
 from engine.kv.keys import ChainKey
 from engine.loading import manifest
 from engine.models.config import ModelError
+from engine.scheduling import guard
 from engine.scheduling.scheduler import Scheduler
 from engine.step import DROPS_WEIGHTS, ModelFacts, Renewable, Runner, Sleeper
 from engine.wire import Control as Order
@@ -135,7 +136,7 @@ class Control:
 
     def _set_policy(self, ref: str) -> str:
         try:
-            self._scheduler.obey(plugins.load_engine(ref))
+            self._scheduler.obey(guard.load(ref, self._scheduler.plan_limits))
         except plugins.PolicyError as error:
             return str(error)
         self._policy_digest = PolicySpec(ref).digest

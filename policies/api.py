@@ -113,28 +113,55 @@ class Job:
 # What a decision looks at ---------------------------------------------------------------------------------------------
 
 
-class FleetView(Protocol):
-    """All workers as arrays over their slots. To read only: the next decision sees the same arrays.
+PerClass = tuple[float, float, float]  # for a request of that class: work as urgent or more urgent counts
 
-    Rows of the [3, slots] arrays are for a request of that class: they count work as urgent or more urgent."""
+
+class WorkerView(NamedTuple):
+    """One worker as placement sees it."""
+
+    row_s: float  # cost model, bias included
+    chunk_context_s: float
+    decode_context_s: float
+    sequence_s: float
+    q90: float  # 90th percentile of actual / predicted time
+    ahead_s: PerClass  # prefill seconds that run first
+    step_s: PerClass  # seconds of a decode step with one more sequence
+    pace_s: PerClass  # tightest TPOT promised to a resident
+    room_tokens: PerClass  # KV tokens that can be had without hurting residents as urgent
+    free_tokens: float  # of which no cache has to go
+    silent_after: float  # when a busy worker's silence is more than its steps explain; infinity: it is idle
+    residual: float  # actual / predicted TTFT, as seen from here
+    streams: int  # everything that runs or waits there
+    waiting_tokens: int  # uncached prompt tokens queued there
+    staged: int  # data-processor requests before their first token
+    context_max: int
+    worker: WorkerId
+
+
+class FleetView(Protocol):
+    """All workers as arrays over their slots, those of a PerClass [3, slots]; each by itself is `view`. To read only:
+    the next decision sees the same. What a slot without a worker says means nothing; see `serves`."""
 
     worker: npt.NDArray[np.int64]
-    row_s: Floats  # cost model, bias included
+    row_s: Floats
     chunk_context_s: Floats
     decode_context_s: Floats
     sequence_s: Floats
-    q90: Floats  # 90th percentile of actual / predicted time
+    q90: Floats
+    ahead_s: Floats
+    step_s: Floats
+    pace_s: Floats
+    room_tokens: Floats
+    free_tokens: Floats
+    residual: Floats
+    streams: Floats
+    waiting_tokens: Floats
+    staged: Floats
     is_calibrated: bool  # every worker has measured its own model
-    ahead_s: Floats  # [3, slots] prefill seconds that run first
-    step_s: Floats  # [3, slots] seconds of a decode step with one more sequence
-    pace_s: Floats  # [3, slots] tightest TPOT promised to a resident
-    room_tokens: Floats  # [3, slots] KV tokens that can be had without hurting residents as urgent
-    free_tokens: Floats  # of which no cache has to go
-    residual: Floats  # actual / predicted TTFT, as seen from here
-    streams: Floats  # everything that runs or waits there
-    waiting_tokens: Floats  # uncached prompt tokens queued there
-    staged: Floats  # data-processor requests before their first token
     dispatched: int  # placements so far
+
+    def view(self, slot: int) -> WorkerView:
+        """One slot's figures as plain numbers: a few workers are quicker to look at one by one."""
 
     def serves(self, model: str, tokens: int, avoid: WorkerId | None) -> Bools:
         """Which slots hold a live worker of `model` with room in its context; `avoid` only if there is no other."""

@@ -15,9 +15,10 @@ from policies.baselines.engines import ENGINES as BASELINES
 from policies.baselines.routers import ROUTERS
 from policies.budget import from_params
 from policies.classify import classify
+from policies.formula import Weights
 from policies.ordering import least_laxity
 from policies.params import number, refuse_unknown, table
-from policies.placement import Weights, budget_place
+from policies.placement import budget_place
 from policies.request import RequestClass
 from policies.retention import keep
 from policies.step_plan import PlanLimits, plan

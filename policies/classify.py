@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from policies.api import Classified, SessionView
 from policies.request import Facts, Request, RequestClass
@@ -28,8 +29,7 @@ INTERACTIVE_AGENTS = ("codex-tui", "(external, cli)", "mozilla/")
 PLAIN_CLIENTS = ("python-requests", "openai/python", "anthropic/python", "curl/", "python-httpx", "aiohttp")
 
 
-@dataclass(frozen=True, slots=True)
-class Evidence:
+class Evidence(NamedTuple):
     """All that a row may look at."""
 
     request: Request

@@ -141,8 +141,11 @@ class Dispatcher:
         if self._room.reservations.due_at <= now:
             self._room.reservations.advance(now)
         self._handlers[type(event)](event, now, actions)
-        self._expire(now, actions)
-        self._schedule(actions)
+        leaves_at = self._patience.next_at()
+        if leaves_at <= now:
+            self._expire(now, actions)
+            leaves_at = self._patience.next_at()
+        self._schedule(min(self._pump.wanted_at, leaves_at), actions)
         return actions
 
     # Events -----------------------------------------------------------------------------------------------------------
@@ -329,7 +332,7 @@ class Dispatcher:
             self._room.push(job, forecast.cost_s if forecast is not None else 0.0, now)
 
     def _ask(self, job: Job, now: float, *, is_next: bool) -> tuple[Verdict, Forecast | None]:
-        self.fleet.publish()
+        self.fleet.publish(now)
         forecasts = self._trust.policy("place", now).place(job, self.fleet, now)
         flow = QueueFlow(self._limits, self._room, self.fleet, is_next)
         return self._trust.policy("admit", now).admit(job, forecasts, flow, now), forecasts[0] if forecasts else None
@@ -419,9 +422,8 @@ class Dispatcher:
         for live in self._patience.expired(now):
             self._step(live, OutOfPatience(), now, actions)
 
-    def _schedule(self, actions: list[Action]) -> None:
+    def _schedule(self, due_at: float, actions: list[Action]) -> None:
         """Ask for a Tick at the next moment when something is due by itself."""
-        due_at = min(self._pump.wanted_at, self._patience.next_at())
         if due_at < self._wake_at:
             self._wake_at = due_at
             actions.append(WakeAt(due_at))

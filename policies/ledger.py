@@ -16,26 +16,11 @@ from policies.request import RequestClass
 
 Z80, Z90 = 0.8416, 1.2816  # standard normal quantiles
 RESIDUAL_GAIN = 0.05  # weight of one TTFT in actual / predicted: about the last 20 count
+DOUBT_AFTER_S = 30.0  # of idleness: a worker learns its speed from steps alone, so what it said may be of a bad moment
+DOUBT_FACTOR = 2.0  # it is then believed up to so many times faster: half is what a busy neighbour took of a start
+DOUBT_TOKENS = 1024  # a prompt whose first token compares two workers
+PACE_MIN_S = 1e-6  # a promise of no time at all is one of so little: steps are divided by it
 SILENCE_S = 0.2  # a busy worker's view is stale after this or three predicted steps, whichever is longer
-
-COLUMNS = (
-    ("row_s", 1),
-    ("chunk_context_s", 1),
-    ("decode_context_s", 1),
-    ("sequence_s", 1),
-    ("q90", 1),
-    ("ahead_s", 3),
-    ("step_s", 3),
-    ("pace_s", 3),
-    ("room_tokens", 3),
-    ("free_tokens", 1),
-    ("silent_after", 1),
-    ("residual", 1),
-    ("streams", 1),
-    ("waiting_tokens", 1),
-    ("staged", 1),
-    ("context_max", 1),
-)
 
 
 class Charge(NamedTuple):
@@ -70,6 +55,8 @@ class Ledger:
         "frame",
         "fresh_tokens",
         "growth",
+        "idle_since",
+        "is_doubted",
         "left",
         "load",
         "model",
@@ -103,6 +90,7 @@ class Ledger:
         self.requests_max = up.requests_max or math.inf
         self.load = WorkerLoad(0, 0, 0, up.blocks_total, 0, 0, 0.0)
         self.reported_at, self.frame, self.residual = now, 0, 1.0
+        self.idle_since = now  # infinity: it has something to do
         self.pending_s, self.streams, self.staged = [0.0, 0.0, 0.0], [0, 0, 0], 0
         self.context, self.pace_s = [0.0, 0.0, 0.0], [math.inf, math.inf, math.inf]
         self.own_tokens = self.fresh_tokens = self.previous_tokens = 0  # uncached prompt tokens not yet computed
@@ -113,8 +101,33 @@ class Ledger:
 
     def learn(self, model: StepModel) -> None:
         """The worker published its step model."""
-        bias = model.bias
         self.model, self.q90 = model, model.q90
+        self._believe(1.0)
+
+    def is_idle(self, now: float, seconds: float) -> bool:
+        """Whether it has had nothing to do for so long."""
+        return now - self.idle_since >= seconds and not any(self.streams)
+
+    @property
+    def first_token_s(self) -> float:
+        """How fast it says that it is."""
+        return self.model.unloaded_ttft_s(DOUBT_TOKENS)
+
+    def doubt(self, fastest_s: float) -> None:
+        """It has been idle for long: the next request may find it as fast as the fastest of its model. That one is the
+        trial; from then on what the worker says counts again, and its steps teach it."""
+        self._believe(min(1.0, max(1.0 / DOUBT_FACTOR, fastest_s / max(1e-9, self.first_token_s))))
+        self.is_doubted = True
+
+    def _begin_work(self) -> None:
+        self.idle_since = math.inf
+        if self.is_doubted:
+            self._believe(1.0)
+
+    def _believe(self, share: float) -> None:
+        """Take so much of the times that its model says."""
+        model, bias = self.model, self.model.bias * share
+        self.is_doubted = False
         self.floor_s, self.base_s, self.row_s = model.floor_s * bias, model.base_s * bias, model.row_s * bias
         self.chunk_context_s, self.decode_context_s = model.chunk_context_s * bias, model.decode_context_s * bias
         self.sequence_s = model.sequence_s * bias
@@ -136,7 +149,7 @@ class Ledger:
             context=tokens + output.mean / 2,
             growth=output.mean,
             variance=spread * spread,
-            pace_s=job.promise.budget.tpot_s,
+            pace_s=max(PACE_MIN_S, job.promise.budget.tpot_s),
             placed_at=now,
             predicted_ttft_s=forecast.ttft_s,
             frame=self.frame,
@@ -144,6 +157,7 @@ class Ledger:
             latest_start=now + job.first_left_s(now) - forecast.own_s,
         )
         self.number += 1
+        self._begin_work()
         if number == RequestClass.CHATBOT:
             self.prompts[charge.number] = charge
         self.pending_s[number] += charge.own_s
@@ -197,6 +211,10 @@ class Ledger:
         """A frame overwrites what was believed. It may have left before our latest dispatch came: those charges stay
         beside it for two frames."""
         self.load, self.reported_at = load, now
+        if load.running + load.waiting:
+            self._begin_work()
+        elif self.idle_since == math.inf:
+            self.idle_since = now
         self.frame += 1
         self.previous_tokens, self.fresh_tokens = self.fresh_tokens, 0
 
@@ -207,7 +225,7 @@ class Ledger:
         return self.other_s + self.left * own_s
 
     def column(self) -> tuple[float, ...]:
-        """This worker as placement sees it, in the order of COLUMNS."""
+        """This worker as placement sees it: the fields of a WorkerView in their order, three figures for a PerClass."""
         load = self.load
         chat, agent, batch = self.streams
         own_streams = chat + agent + batch

@@ -5,12 +5,16 @@ Owns the lookup. Runs nobody's code but the factory; the router guards what the 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from importlib.metadata import entry_points
+from typing import Any
 
 from policies.api import EnginePolicy, PolicySpec, RouterPolicy
 from policies.builtin import BUILTINS, ENGINES
 
-GROUP = "headway.policies"  # entry points: name = "package.module:factory"
+# Entry points: name = "package.module:factory".
+GROUP = "headway.policies"
+ENGINE_GROUP = "headway.engine_policies"
 
 
 class PolicyError(ValueError):
@@ -23,7 +27,7 @@ class ParamsError(PolicyError):
 
 def load(spec: PolicySpec) -> RouterPolicy:
     """The policy that `spec` names. Raises PolicyError, with what there is to choose from."""
-    factory = BUILTINS.get(spec.ref) or _find(spec.ref)
+    factory = BUILTINS.get(spec.ref) or _find(spec.ref, "policy", GROUP, BUILTINS)
     try:
         policy = factory(spec.params)
     except (TypeError, ValueError) as error:
@@ -33,25 +37,23 @@ def load(spec: PolicySpec) -> RouterPolicy:
     return policy
 
 
-def _find(ref: str):  # type: ignore[no-untyped-def]  # whatever a stranger's module holds; `load` checks what it makes
-    if ":" in ref:
-        module, _, attribute = ref.partition(":")
-        try:
-            return getattr(importlib.import_module(module), attribute)
-        except Exception as error:  # border: a stranger's module may raise anything as it is imported
-            raise PolicyError(f"policy {ref!r} cannot be imported: {error}") from error
-    installed = {point.name: point for point in entry_points(group=GROUP)}
-    if ref not in installed:
-        names = ", ".join(sorted({*BUILTINS, *installed}))
-        raise PolicyError(f"no policy is called {ref!r}; there are {names}, or module:attribute")
-    return installed[ref].load()
+def _find(ref: str, noun: str, group: str, builtins: Iterable[str]) -> Any:
+    """Whatever a stranger's module holds; who asks checks what it makes."""
+    module, colon, attribute = ref.partition(":")
+    installed = {} if colon else {point.name: point for point in entry_points(group=group)}
+    if not colon and ref not in installed:
+        names = ", ".join(sorted({*builtins, *installed}))
+        raise PolicyError(f"no {noun} is called {ref!r}; there are {names}, or module:attribute")
+    try:
+        return getattr(importlib.import_module(module), attribute) if colon else installed[ref].load()
+    except Exception as error:  # border: a stranger's module may raise anything as it is imported
+        raise PolicyError(f"{noun} {ref!r} cannot be imported: {error}") from error
 
 
 def load_engine(ref: str) -> EnginePolicy:
-    """The step policy called `ref`: a built-in one, or `module:attribute`, a factory without parameters."""
-    factory = ENGINES.get(ref) or (_find(ref) if ":" in ref else None)
-    if factory is None:
-        raise PolicyError(f"no engine policy is called {ref!r}; there are {', '.join(ENGINES)}, or module:attribute")
+    """The step policy called `ref`: built-in, an installed entry point, or `module:attribute`; a factory without
+    parameters."""
+    factory = ENGINES.get(ref) or _find(ref, "engine policy", ENGINE_GROUP, ENGINES)
     try:
         policy = factory()
     except Exception as error:  # border: a worker that is told a broken policy goes on with the one it has

@@ -15,9 +15,10 @@ from policies.ordering import least_laxity
 from policies.placement import lmetric_place
 
 BUILT_IN = RouterPolicy(classify, Promises(), admit, least_laxity, lmetric_place)
-STAGES = ("classify", "promise", "admit", "order", "place")
+STAGES = ("classify", "promise", "admit", "order", "place", "learn")
 DISTRUST_S = 10.0  # how long the built-in stage stands in for a faulty one
-FAULTS_MAX = 3  # at the third fault of a stage the built-in one stays: a policy that fails so often fails again
+FAULTS_MAX = 3  # at the third fault of a stage the built-in one stays: a policy that fails so often fails again ...
+FAULTS_WITHIN_S = 600.0  # ... if it came so soon: a busy machine may stop any call for 5 ms, three times in a month
 
 
 class Trust:
@@ -26,13 +27,15 @@ class Trust:
     def __init__(self, policy: RouterPolicy) -> None:
         self._policy = policy
         self._distrusted_until: dict[str, float] = {}
-        self._faults: dict[str, int] = {}
+        self._faults: dict[str, list[float]] = {}  # the latest of each stage
+        self._is_deaf = False
 
     def change(self, policy: RouterPolicy) -> None:
         """Another policy was chosen; nothing is held against it."""
         self._policy = policy
         self._distrusted_until.clear()
         self._faults.clear()
+        self._is_deaf = False
 
     def policy(self, stage: str, now: float) -> RouterPolicy:
         """Who answers for `stage`."""
@@ -40,10 +43,16 @@ class Trust:
 
     def fault(self, stage: str, now: float) -> None:
         """The guard has just seen `stage` fail."""
-        if stage in STAGES:
-            self._faults[stage] = count = self._faults.get(stage, 0) + 1
-            self._distrusted_until[stage] = now + DISTRUST_S if count < FAULTS_MAX else math.inf
+        if stage not in STAGES:
+            return
+        recent = [at for at in self._faults.get(stage, ()) if now - at < FAULTS_WITHIN_S]
+        self._faults[stage] = recent = [*recent, now][-FAULTS_MAX:]
+        is_final = len(recent) == FAULTS_MAX or self._distrusted_until.get(stage) == math.inf
+        self._distrusted_until[stage] = math.inf if is_final else now + DISTRUST_S
+        self._is_deaf = self._distrusted_until.get("learn") == math.inf
 
     def learn(self, event: Event) -> None:
-        """The chosen policy learns, trusted or not."""
-        self._policy.learn(event)
+        """The chosen policy learns, trusted or not, until learning itself has failed too often: its fault is an event,
+        too, and would be failed at for ever."""
+        if not self._is_deaf:
+            self._policy.learn(event)

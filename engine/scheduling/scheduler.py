@@ -72,7 +72,7 @@ class Scheduler:
         self._tiers = tiers or Tiers(trie)
         self._is_strict = is_strict  # a leak is a crash
         self._limits = limits
-        self._plan_limits = plan_limits
+        self.plan_limits = plan_limits
         self._policy = policy or headway_engine(plan_limits)
         self._block_tokens = trie.block_tokens
         self._context_max = min(facts.context_max, trie.blocks_total * trie.block_tokens)
@@ -196,7 +196,7 @@ class Scheduler:
             for sequence, reason in outcome.speak_plainly(step.sampled, result.ids.tolist(), now):
                 self._memory.learn(sequence)
                 outcome.ends.append(self._end(sequence, reason, now))
-        self._owed = owe(step.plan, step.view, model, result.seconds, self._plan_limits)
+        self._owed = owe(step.plan, step.view, model, result.seconds, self.plan_limits)
         return outcome
 
     def _hear(self, step: Launch, result: StepResult, is_bad: Bools, outcome: Outcome, now: float) -> None:

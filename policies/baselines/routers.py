@@ -16,9 +16,11 @@ from policies.api import FleetView, Floats, Forecast, Job, Place, RouterPolicy, 
 from policies.budget import from_params
 from policies.classify import classify
 from policies.events import Event, WorkerReport
+from policies.formula import Weights
 from policies.ordering import least_laxity
 from policies.params import number, refuse_unknown
-from policies.placement import Scene, Weights, choose, lmetric_place
+from policies.placement import lmetric_place
+from policies.scene import Scene
 
 Score = Callable[[Scene, Job, FleetView], Floats]
 WEIGHTS = Weights()
@@ -60,7 +62,7 @@ def cache_aware(params: Mapping[str, Any]) -> RouterPolicy:
     def score(scene: Scene, job: Job, fleet: FleetView) -> Floats:
         most, least = _extremes(fleet.streams[scene.serves])
         is_unbalanced = most - least > absolute and most > relative * least
-        share = float(scene.hit[scene.serves].max()) / job.prompt.tokens if scene.serves.any() else 0.0
+        share = float(scene.met.hit[scene.serves].max()) / job.prompt.tokens if scene.serves.any() else 0.0
         if is_unbalanced or share <= threshold:
             return fleet.streams.copy()
         return _longest(scene, job, fleet)
@@ -76,7 +78,7 @@ def dynamo(params: Mapping[str, Any]) -> RouterPolicy:
 
     def score(scene: Scene, job: Job, fleet: FleetView) -> Floats:
         context = np.array([decoding.tokens.get(int(worker), 0) for worker in fleet.worker], dtype=np.float64)
-        return overlap * (fleet.waiting_tokens + scene.uncached) + context + job.prompt.tokens
+        return overlap * (fleet.waiting_tokens + scene.met.uncached) + context + job.prompt.tokens
 
     return _queueing(params, _by(score), decoding.learn, knobs=("overlap",))
 
@@ -102,7 +104,7 @@ def _queueing(
 def _by(score: Score) -> Place:
     def place(job: Job, fleet: FleetView, now: float) -> Sequence[Forecast]:
         scene = Scene.of(job, fleet, now, WEIGHTS)
-        return choose(scene, score(scene, job, fleet), job, fleet, now)
+        return scene.choose(score(scene, job, fleet))
 
     return place
 
@@ -114,7 +116,7 @@ def _fewest(scene: Scene, job: Job, fleet: FleetView) -> Floats:
 
 def _longest(scene: Scene, job: Job, fleet: FleetView) -> Floats:
     del job
-    return fleet.streams - 1e6 * scene.hit
+    return fleet.streams - 1e6 * scene.met.hit
 
 
 def _extremes(values: Floats) -> tuple[float, float]:

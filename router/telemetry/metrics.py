@@ -33,6 +33,7 @@ from router.workers.fleet import Fleet, WorkerState
 # GenAI semantic conventions, gen_ai.server.*: their buckets, doubled up to a slow CPU's minutes.
 SECONDS = tuple(0.01 * 2**power for power in range(15))  # 10 ms ... 164 s
 PACE_SECONDS = tuple(0.0025 * 2**power for power in range(11))  # 2.5 ms ... 2.6 s a token
+RATIOS = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0)  # 1: as forecast; 1.25 is the prior's q90
 TOKENS = tuple(float(4**power) for power in range(12))  # powers of 4 from 1: gen_ai.client.token.usage
 
 
@@ -49,6 +50,7 @@ class _Row:
     duration: Histogram
     ttft: Histogram
     tpot: Histogram
+    forecast: Histogram
     tokens_in: Histogram
     tokens_out: Histogram
     lost: Histogram
@@ -70,6 +72,9 @@ class Metrics:
         self._duration = self._histogram("gen_ai_server_request_duration_seconds", "Arrival to the end", SECONDS)
         self._ttft = self._histogram("gen_ai_server_time_to_first_token_seconds", "Arrival to first token", SECONDS)
         self._tpot = self._histogram("gen_ai_server_time_per_output_token_seconds", "Mean pace", PACE_SECONDS)
+        self._forecast = self._histogram(
+            "headway_ttft_forecast_ratio", "Sent to a worker until first token, over what was forecast", RATIOS
+        )
         self._lost = self._histogram(
             "headway_lost_prefix_tokens", "Last turn's tokens behind the first that differs", TOKENS
         )
@@ -96,6 +101,8 @@ class Metrics:
         row.cached.inc(receipt.cached_tokens)
         if receipt.budget_ttft_s is not None:
             (row.in_time if receipt.ttft_s <= receipt.budget_ttft_s else row.late).inc()
+        if (ratio := _forecast_ratio(receipt)) is not None:
+            row.forecast.observe(ratio)
         if (tpot_s := receipt.tpot_s) is not None:
             row.tpot.observe(tpot_s)
 
@@ -110,6 +117,7 @@ class Metrics:
             duration=self._duration.labels(cls),
             ttft=self._ttft.labels(cls),
             tpot=self._tpot.labels(cls),
+            forecast=self._forecast.labels(cls),
             tokens_in=self._tokens.labels(cls, "input"),
             tokens_out=self._tokens.labels(cls, "output"),
             lost=self._lost.labels(cls),
@@ -133,6 +141,14 @@ class Metrics:
 
     def _histogram(self, name: str, help_text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
         return Histogram(name, help_text, ["class", *labels], buckets=buckets, registry=self.registry)
+
+
+def _forecast_ratio(receipt: Receipt) -> float | None:
+    """Of the first attempt alone: a second one was forecast anew."""
+    forecast_s = receipt.predicted_ttft_s
+    if receipt.attempts != 1 or receipt.ttft_s is None or receipt.queue_s is None or not forecast_s:
+        return None
+    return (receipt.ttft_s - receipt.queue_s) / forecast_s
 
 
 class Reservations(Collector):
@@ -206,6 +222,7 @@ class _Fleet(Collector):
         yield _by_worker("headway_worker_blocks_free", "KV blocks nobody uses", workers, _load("blocks_free"))
         yield _by_worker("headway_worker_blocks_cached", "KV blocks kept as cache", workers, _load("blocks_cached"))
         yield _by_worker("headway_worker_step_seconds", "Its last step", workers, _load("step_s"))
+        yield _by_worker("headway_worker_step_error_q90", "Steps by forecast: 90th percentile", workers, _step_error)
         losses = CounterMetricFamily("headway_worker_losses", "Times that it was lost", labels=["worker"])
         late = CounterMetricFamily("headway_late_frames", "Tokens of attempts long given up", labels=["worker"])
         for state in workers:
@@ -230,6 +247,12 @@ def energy(loads: Iterable[tuple[str, Load]]) -> Metric:
 
 def _is_up(state: WorkerState) -> float:
     return float(state.link is not None)
+
+
+def _step_error(state: WorkerState) -> float | None:
+    """Actual over predicted step time, as its engine finds it; nothing before it has measured."""
+    model = state.link.step_model if state.link is not None else None
+    return model.q90 if model is not None and model.version else None
 
 
 def _asleep(state: WorkerState) -> float:

@@ -83,7 +83,7 @@ def fleet() -> Fleet:
     made.stored(WorkerId(0), [chain("p", 12)[at : at + 16] for at in range(0, 12 * 16, 16)])
     for worker, (running, context) in enumerate(((2, 400), (0, 0), (1, 900))):
         made.report(WorkerId(worker), load(running=running, decode_context=context), None, 0.0)
-        made.publish()
+        made.publish(0.0)
     return made
 
 

@@ -31,11 +31,11 @@ def counting() -> RouterPolicy:
 
 
 def meddling() -> RouterPolicy:
-    """Writes into the fleet that it was shown."""
+    """Changes the fleet that it was shown."""
     ours = headway({})
 
     def place(job: Job, fleet: FleetView, now: float) -> Sequence[Forecast]:
-        fleet.residual *= 1.01
+        fleet.residual = fleet.residual * 1.01
         return ours.place(job, fleet, now)
 
     return replace(ours, place=place)

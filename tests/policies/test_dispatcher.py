@@ -25,6 +25,7 @@ from policies.events import (
 )
 from policies.limits import Limits
 from policies.request import RequestClass, RequestId, Tenant, WorkerId
+from policies.trust import FAULTS_WITHIN_S
 from tests.policies.scenes import (
     BLOCK,
     LIMITS,
@@ -55,7 +56,7 @@ def saturate(mind: Dispatcher, now: float = 0.0) -> None:
 
 def streams(mind: Dispatcher) -> float:
     """What the first worker serves, as placement sees it."""
-    mind.fleet.publish()
+    mind.fleet.publish(0.0)
     return float(mind.fleet.streams[0])
 
 
@@ -424,6 +425,14 @@ def test_a_stage_that_fails_three_times_is_replaced_for_good() -> None:
         assert dispatched(offer(mind, request(number, arrived=100.0 * number + 50.0))) == []
     mind.handle(PolicyFault("place", "raised"), 200.0)
     assert dispatched(offer(mind, request(2, arrived=9_000.0)))
+
+
+def test_three_faults_far_apart_are_a_busy_machine_and_no_bad_policy() -> None:
+    mind = Dispatcher(replace(BUILTINS["headway"]({}), place=lambda *_: ()), LIMITS, np.random.default_rng(0))
+    mind.handle(up(), 0.0)
+    for number in range(4):
+        mind.handle(PolicyFault("place", "took 7 ms"), FAULTS_WITHIN_S * number)
+    assert dispatched(offer(mind, request(0, arrived=FAULTS_WITHIN_S * 3 + 60.0))) == []
 
 
 def test_news_of_strangers_and_starts_are_no_trouble() -> None:

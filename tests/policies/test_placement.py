@@ -10,9 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from policies.api import Forecast, Job
+from policies.formula import Weights, in_time
+from policies.ledger import DOUBT_AFTER_S, DOUBT_FACTOR
 from policies.limits import Limits
-from policies.placement import budget_place, in_time, lmetric_place
+from policies.placement import FEW, budget_place, lmetric_place
 from policies.request import RequestClass, WorkerId
+from policies.scene import Scene
 from policies.worker import Fleet
 from tests.policies.scenes import STEP_MODEL, chain, job, load, up
 
@@ -28,11 +31,11 @@ def fleet_of(*models: object, **changes: object) -> Fleet:
 
 def busy(fleet: Fleet, worker: int, **said: object) -> None:
     fleet.report(WorkerId(worker), load(**said), None, 0.0)
-    fleet.publish()
+    fleet.publish(0.0)
 
 
 def best(fleet: Fleet, asked: Job, now: float = 0.0) -> Forecast:
-    fleet.publish()
+    fleet.publish(now)
     (forecast,) = budget_place()(asked, fleet, now)
     return forecast
 
@@ -191,6 +194,52 @@ def test_an_unmeasured_worker_brings_the_simple_rule() -> None:
     assert best(fleet, asked).worker == 1
 
 
+@pytest.mark.parametrize("workers", [1, FEW + 1])
+def test_a_pace_of_zero_is_a_promise_that_nobody_keeps_and_no_fault(workers: int) -> None:
+    fleet, asked = fleet_of(*[STEP_MODEL] * workers), job(tpot_s=0.0)
+    first = best(fleet, asked)
+    assert not first.is_steady
+    fleet.charge(asked, first, 0.0)
+    assert not best(fleet, asked).is_steady
+
+
+def slow_start(now: float) -> tuple[Fleet, Forecast]:
+    """Worker 0 was measured beside a busy neighbour and said that it is half as fast; worker 1 has work."""
+    slow = replace(STEP_MODEL, bias=2.0)
+    fleet = fleet_of(slow, STEP_MODEL)
+    fleet.report(WorkerId(1), load(running=1, decode_context=2_000, waiting_uncached_tokens=200), None, now)
+    return fleet, best(fleet, job(tokens=4_000, arrived=now), now)
+
+
+def test_who_looks_slow_is_asked_again_once_it_has_been_idle_for_long() -> None:
+    assert slow_start(DOUBT_AFTER_S - 1.0)[1].worker == 1
+    _, trial = slow_start(DOUBT_AFTER_S)
+    assert (trial.worker, trial.is_feasible) == (0, True)
+    assert trial.own_s == pytest.approx(STEP_MODEL.prefill_s(4_000))
+
+
+def test_one_request_is_the_trial_and_what_the_worker_says_counts_again() -> None:
+    fleet, trial = slow_start(DOUBT_AFTER_S)
+    fleet.charge(job(tokens=4_000), trial, DOUBT_AFTER_S)
+    assert best(fleet, job(1, tokens=4_000, arrived=DOUBT_AFTER_S), DOUBT_AFTER_S).worker == 1
+    fleet.publish(2 * DOUBT_AFTER_S)  # the trial still runs
+    assert fleet.view(0).row_s == pytest.approx(2 * STEP_MODEL.row_s)
+
+
+def test_a_much_slower_machine_is_not_taken_for_a_fast_one() -> None:
+    fleet = fleet_of(replace(STEP_MODEL, bias=50.0), STEP_MODEL)
+    fleet.publish(DOUBT_AFTER_S)
+    assert fleet.view(0).row_s == pytest.approx(50 / DOUBT_FACTOR * STEP_MODEL.row_s)
+    assert fleet.view(1).row_s == STEP_MODEL.row_s
+
+
+def test_work_of_another_router_ends_the_doubt() -> None:
+    fleet, _ = slow_start(DOUBT_AFTER_S)
+    fleet.report(WorkerId(0), load(running=1), None, DOUBT_AFTER_S)
+    fleet.publish(DOUBT_AFTER_S)
+    assert fleet.view(0).row_s == pytest.approx(2 * STEP_MODEL.row_s)
+
+
 @given(
     backlogs=st.lists(st.integers(0, 40_000), min_size=2, max_size=6),
     budgets_s=st.tuples(st.floats(0.05, 20.0), st.floats(0.05, 20.0)),
@@ -214,3 +263,42 @@ def test_the_probability_of_being_in_time_fits_the_90th_percentile() -> None:
     assert in_time(1.0, 1.25, 1.25) == pytest.approx(0.9, abs=1e-3)
     assert in_time(1.0, 1.25, -1.0) == 0.0
     assert in_time(1.0, 1.25, math.inf) == 1.0
+
+
+A_WORKER = st.fixed_dictionaries(
+    {
+        "running": st.integers(0, 30),
+        "waiting": st.integers(0, 3),
+        "waiting_uncached_tokens": st.sampled_from([0, 500, 8_000, 60_000]),
+        "blocks_free": st.sampled_from([0, 20, 4_000]),
+        "decode_context": st.sampled_from([0, 50_000, 600_000]),
+    }
+)
+
+
+@given(
+    workers=st.lists(
+        st.tuples(A_WORKER, st.sampled_from([1.0, 1.0, 1.3]), st.integers(0, 100)), min_size=1, max_size=FEW
+    ),
+    cls=st.sampled_from(RequestClass),
+    ttft_s=st.sampled_from([0.01, 0.4, 2.0, 15.0]),
+    resident_line_s=st.sampled_from([2.5, 30.0]),
+    now=st.sampled_from([0.0, 0.1, 5.0]),
+)
+def test_one_by_one_and_all_at_once_make_the_same_choice_to_the_last_bit(
+    workers: list[tuple[dict[str, int], float, int]],
+    cls: RequestClass,
+    ttft_s: float,
+    resident_line_s: float,
+    now: float,
+) -> None:
+    """Law: how many workers there are chooses how they are looked at, never which is taken."""
+    fleet, keys = Fleet(Limits(index_every_block=1)), chain("a", 100)
+    for number, (said, slowness, held) in enumerate(workers):
+        model = replace(STEP_MODEL, row_s=slowness * STEP_MODEL.row_s)
+        fleet.up(up(number, step_model=model, cached=keys[: 16 * held]), 0.0)
+        busy(fleet, number, **said)
+    placed(fleet, 0, 1, resident_line_s)
+    fleet.publish(0.0)
+    asked = job(7, cls=cls, tokens=6_500, keys=keys, ttft_s=ttft_s, avoid=WorkerId(0) if len(workers) == 3 else None)
+    assert budget_place()(asked, fleet, now) == Scene.of(asked, fleet, now, Weights()).best()

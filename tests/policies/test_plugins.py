@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from importlib.metadata import EntryPoint
 from typing import Any
 
 import pytest
 
-from policies.api import PolicySpec, RouterPolicy
+from policies.api import EnginePolicy, PolicySpec, RouterPolicy
 from policies.baselines.routers import lmetric
 from policies.builtin import BUILTINS, _weights
-from policies.placement import Weights
-from policies.plugins import ParamsError, PolicyError, load
+from policies.formula import Weights
+from policies.plugins import ParamsError, PolicyError, load, load_engine
 
 
 def mine(params: Mapping[str, Any]) -> RouterPolicy:
@@ -45,6 +46,25 @@ def test_a_name_becomes_a_policy(ref: str) -> None:
 def test_a_wrong_spec_says_what_is_wrong(spec: PolicySpec, complaint: str) -> None:
     with pytest.raises(PolicyError, match=complaint):
         load(spec)
+
+
+def test_an_installed_package_offers_policies_of_both_halves_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    offered = {
+        "headway.policies": EntryPoint("theirs", "tests.policies.test_plugins:mine", "headway.policies"),
+        "headway.engine_policies": EntryPoint("theirs", "policies.baselines.engines:niyama", "headway.engine_policies"),
+    }
+    monkeypatch.setattr("policies.plugins.entry_points", lambda group: [offered[group]])
+    assert isinstance(load(PolicySpec("theirs")), RouterPolicy)
+    assert isinstance(load_engine("theirs"), EnginePolicy)
+    with pytest.raises(PolicyError, match=r"no engine policy is called 'other'; there are headway, .*theirs"):
+        load_engine("other")
+
+
+def test_an_installed_policy_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = EntryPoint("theirs", "no.such.module:thing", "headway.policies")
+    monkeypatch.setattr("policies.plugins.entry_points", lambda **_: [gone])
+    with pytest.raises(PolicyError, match="policy 'theirs' cannot be imported"):
+        load(PolicySpec("theirs"))
 
 
 def test_a_spec_survives_json_and_its_digest_names_it() -> None:

@@ -15,8 +15,8 @@ from policies.ledger import Charge
 from policies.limits import Limits
 from policies.placement import budget_place
 from policies.request import RequestClass, WorkerId
-from policies.worker import Fleet
-from tests.policies.scenes import STEP_MODEL, chain, job, load, up
+from policies.worker import ONCE, PER_CLASS, REST, Fleet
+from tests.policies.scenes import MODEL, STEP_MODEL, chain, job, load, up
 
 CHATBOT, BACKGROUND, BATCH = RequestClass
 W0 = WorkerId(0)
@@ -30,19 +30,19 @@ def fleet_of(workers: int = 1, limits: Limits = Limits(index_every_block=1)) -> 
 
 
 def forecast(fleet: Fleet, asked: Job, now: float = 0.0) -> Forecast:
-    fleet.publish()
+    fleet.publish(0.0)
     return budget_place()(asked, fleet, now)[0]
 
 
 def charged(fleet: Fleet, asked: Job) -> Charge:
     charge = fleet.charge(asked, forecast(fleet, asked), 0.0)
-    fleet.publish()
+    fleet.publish(0.0)
     return charge
 
 
 def frame(fleet: Fleet, said: WorkerLoad, now: float = 1.0, worker: int = 0) -> None:
     fleet.report(WorkerId(worker), said, None, now)
-    fleet.publish()
+    fleet.publish(0.0)
 
 
 def test_the_next_request_in_the_same_millisecond_sees_the_charge() -> None:
@@ -114,7 +114,7 @@ def test_growth_of_residents_is_kept_free() -> None:
     for number in range(3):  # its prompt and half of its answer, and some for the spread
         assert fleet.room_tokens[number, 0] < free[number] - 1_000 - 1_000
     fleet.release(charge, has_started=False)
-    fleet.publish()
+    fleet.publish(0.0)
     assert fleet.room_tokens[:, 0].tolist() == free
 
 
@@ -137,7 +137,7 @@ def test_what_less_urgent_residents_computed_is_room_for_a_person() -> None:
     assert chat == free[0]
     assert agent == batch < free[1] - 2_000
     fleet.release(charge, has_started=False)
-    fleet.publish()
+    fleet.publish(0.0)
     assert fleet.room_tokens[:, 0].tolist() == free
 
 
@@ -148,7 +148,7 @@ def test_predictions_that_are_always_too_short_are_corrected() -> None:
         charge = charged(fleet, asked)
         charge.ledger.start(charge, 1.5 * charge.predicted_ttft_s)
         fleet.release(charge, has_started=True)
-    fleet.publish()
+    fleet.publish(0.0)
     assert 1.3 < fleet.residual[0] <= 2.0
 
 
@@ -166,7 +166,7 @@ def test_a_lost_worker_frees_its_slot_and_its_prefixes() -> None:
     fleet.lost(W0, 1.0)
     fleet.release(charge, has_started=False)  # late news of a lost worker changes nothing
     fleet.up(up(7), 1.0)
-    fleet.publish()
+    fleet.publish(0.0)
     assert fleet.worker.tolist() == [7, 1]
     assert fleet.streams.tolist() == [0.0, 0.0]
     assert fleet.hit_tokens(asked.prompt.chain, "m").tolist() == [0.0, 0.0]
@@ -206,3 +206,23 @@ def test_the_fastest_worker_is_the_profile_also_while_it_is_away() -> None:
     assert fleet.profile("m") is not None
     assert fleet.block_tokens("m") == 64
     assert fleet.count("m") == 0
+
+
+def test_views_and_arrays_say_the_same() -> None:
+    fleet = fleet_of(2)
+    charged(fleet, job(tokens=2_000))
+    for slot in range(2):
+        view = fleet.view(slot)
+        for name in (*ONCE, *REST):
+            assert float(getattr(fleet, name)[slot]) == getattr(view, name), name
+        for name in PER_CLASS:
+            assert tuple(getattr(fleet, name)[:, slot].tolist()) == getattr(view, name), name
+        assert fleet.worker[slot] == view.worker
+
+
+def test_what_policies_are_shown_cannot_be_written_into() -> None:
+    fleet = fleet_of(2)
+    shown = [getattr(fleet, name) for name in ("worker", *ONCE, *PER_CLASS, *REST)]
+    for array in (*shown, fleet.serves(MODEL, 10, None)):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 
 import pytest
@@ -10,10 +11,11 @@ from policies.actions import Tokenise
 from policies.api import Job, Output, Promise, Prompt
 from policies.chain import NO_CHAIN
 from policies.dispatcher import Dispatcher
-from policies.events import Offered, PolicyFault
-from policies.request import Budget, Facts, Request, RequestClass, RequestId, Tenant
+from policies.events import Offered, PolicyFault, WorkerLost
+from policies.request import Budget, Facts, Request, RequestClass, RequestId, Tenant, WorkerId
 from policies.trust import BUILT_IN
 from router.control.guard import FAULTS_MAX, guard
+from router.control.mind import Mind
 from router.control.reducer import build, load_policy
 from router.settings.config import Config, Policy
 from tests.router.bad_policies import nan_at_order, raises_at_learn
@@ -102,3 +104,17 @@ def test_a_policy_that_fails_without_end_fills_no_memory() -> None:
         policy.learn(offered())
 
     assert len(faults) == FAULTS_MAX
+
+
+def test_a_policy_that_cannot_learn_is_told_no_more_and_the_router_goes_on() -> None:
+    """A fault is an event, which the policy would be told of, too."""
+
+    async def scene() -> None:
+        faults: deque[PolicyFault] = deque()
+        mind = Mind(reducer_of("raises_at_learn", faults, is_timed=False), faults)
+        for _ in range(5):
+            mind.worker_lost(WorkerLost(WorkerId(0), "test"))
+        assert not faults
+        mind.close()
+
+    asyncio.run(scene())

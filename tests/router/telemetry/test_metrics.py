@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.wire import TierLoad
+from policies.costs import StepModel
 from policies.reservations import Counts
 from router.telemetry.metrics import GcPauses, Metrics, Reservations
 from router.telemetry.receipts import Receipt
@@ -67,6 +69,18 @@ def test_a_finished_request_is_counted_by_class_worker_and_outcome() -> None:
     assert seen["gen_ai_client_token_usage_sum", "chatbot+", "input"] == 200
 
 
+def test_how_well_first_tokens_were_forecast_is_told_by_class() -> None:
+    metrics = Metrics()
+
+    metrics.ended(receipt(predicted_ttft_s=0.2))  # it took 0.4 s from the worker on
+    metrics.ended(receipt(predicted_ttft_s=0.2, attempts=2))  # whose forecast is not told
+    metrics.ended(receipt())
+
+    seen = samples(metrics)
+    assert seen["headway_ttft_forecast_ratio_count", "chatbot+"] == 1
+    assert seen["headway_ttft_forecast_ratio_sum", "chatbot+"] == pytest.approx(2.0)
+
+
 def test_slack_that_a_task_handed_on_is_counted_in_seconds() -> None:
     metrics = Metrics()
 
@@ -108,6 +122,7 @@ def test_workers_are_read_when_scraped() -> None:
     )
     counts = {"repairs": 4, "preemptions": 6, "parks": 2}
     link.load = load(running=3, step_s=0.02, tiers=tiers, joules=[5.0, 0.0, 7.5, 30.0], **counts)
+    link.step_model = StepModel(1e-3, 1e-5, 1e-3, 1e-9, 1e-9, 1e-5, q90=1.3, version=2)
     metrics.watch(fleet, live_count=lambda: 7, dropped_events=lambda: 2)
 
     seen = samples(metrics)
@@ -115,6 +130,7 @@ def test_workers_are_read_when_scraped() -> None:
     assert (seen["headway_worker_up", "w0"], seen["headway_worker_up", "w1"]) == (1, 0)
     assert seen["headway_worker_running", "w0"] == 3
     assert seen["headway_worker_step_seconds", "w0"] == 0.02
+    assert seen["headway_worker_step_error_q90", "w0"] == 1.3
     assert ("headway_worker_running", "w1") not in seen
     assert (seen["headway_worker_tier_bytes", "host", "w0"], seen["headway_worker_tier_bytes", "disk", "w0"]) == (
         500,
