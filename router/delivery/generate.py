@@ -114,7 +114,8 @@ def _voice(order: Order, index: int, answer: int, encoder: Encoder) -> Order:
     """One answer of many. Seeds of answers to one prompt follow one another; a prompt's neighbours change nothing."""
     sampling = msgspec.structs.replace(order.turn.sampling, seed=order.turn.sampling.seed + answer)
     request = replace(order.request, id=RequestId(f"{order.request.id}.{index}"))
-    return replace(order, request=request, turn=replace(order.turn, sampling=sampling), encoder=encoder)
+    turn = msgspec.structs.replace(order.turn, sampling=sampling)
+    return msgspec.structs.replace(order, request=request, turn=turn, encoder=encoder)
 
 
 class Count:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import xxhash
+from msgspec import Struct
+from msgspec.structs import replace
 
 from engine.kv import keys
 from engine.kv.keys import KEY_BYTES, ChainKey, Ids
@@ -41,8 +43,7 @@ class TextLimits:
     inline_chars_max: int = 32 * 1024  # more cold text than this (about 10 ms) is tokenised in a thread
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(Struct, frozen=True):
     """What gives KV its name: model and salt domain."""
 
     root: ChainKey
@@ -50,16 +51,14 @@ class Identity:
     block_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
+class Prompt(Struct, frozen=True):
     """A tokenised prompt and the chain keys of its full blocks."""
 
     ids: Ids
     chain: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(Struct, frozen=True):
     """A piece of a prompt and its names: `key` of its own text, `upto` of the prompt up to and including it."""
 
     piece: Piece
@@ -67,8 +66,7 @@ class Segment:
     upto: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Rendered:
+class Rendered(Struct, frozen=True):
     """A prompt on its way: what is known of it, and the pieces that must be tokenised first."""
 
     identity: Identity

@@ -72,8 +72,7 @@ class Owner(Protocol):
         """Nothing comes any more. Called once, before the sinks hear `lost`."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Running:
+class _Running(msgspec.Struct, frozen=True):
     request_id: RequestId
     sink: Sink
 

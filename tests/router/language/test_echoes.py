@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from engine.kv.keys import Ids
 from router.language.echoes import Echoes
@@ -111,8 +112,8 @@ def test_another_salt_domain_and_another_text_know_nothing() -> None:
     echoes.keep(b"a", [Part(PartKind.TEXT, "yes")], "yes", ids(1, 2), ("", NONE))
     assert echoes.recalled(b"a", [message])[0].ids.tolist() == [1, 2]
     assert echoes.recalled(b"b", [message]) == {}
-    assert echoes.recalled(b"a", [message._replace(content="yes ")]) == {}
-    assert echoes.recalled(b"a", [message._replace(role="user")]) == {}
+    assert echoes.recalled(b"a", [replace(message, content="yes ")]) == {}
+    assert echoes.recalled(b"a", [replace(message, role="user")]) == {}
 
 
 def ids(*numbers: int) -> Ids:
