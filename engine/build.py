@@ -128,7 +128,7 @@ def serve(
     facts: ModelFacts,
     config: EngineConfig,
     *,
-    encode: Callable[[Message], bytes] = encode,
+    encode: Callable[[Message], bytearray] = encode,
     compile: Compile = no_grammars,  # noqa: A002
 ) -> int:
     """Calibrate, listen, serve until drained; the exit code."""
