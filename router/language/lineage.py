@@ -63,8 +63,11 @@ def _keys(tokens: Tokens) -> Halves:
 def _common(last: Ids | Halves, now: Ids | Halves) -> int:
     """How many values both begin with."""
     common = min(len(last), len(now))
-    differs = last[:common] != now[:common]
-    return int(differs.argmax()) if differs.any() else common
+    if common == 0:
+        return 0
+    same = last[:common] == now[:common]
+    first = int(same.argmin())
+    return common if same[first] else first
 
 
 def _size(last: Last) -> int:
