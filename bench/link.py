@@ -10,6 +10,7 @@ import json
 import platform
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,7 +56,7 @@ class Listener:
     def started(self, start: Start) -> None:
         self.count += start.cached_tokens
 
-    def tokens(self, ids: memoryview) -> None:
+    def tokens(self, ids: Sequence[int]) -> None:
         self.count += len(ids) // 4
 
     def ended(self, end: End) -> None:

@@ -146,7 +146,7 @@ def serve(
     facts: ModelFacts,
     config: EngineConfig,
     *,
-    encode: Callable[[Message], bytes] = encode,
+    encode: Callable[[Message], bytearray] = encode,
     compile: Compile = no_grammars,  # noqa: A002
     phases: Phases | None = None,
 ) -> int:

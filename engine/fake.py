@@ -55,14 +55,14 @@ def speed(slower: float) -> StepModel:
     return replace(FAKE_SPEED, bias=slower)
 
 
-def encoder(runner: FakeRunner, faults: tuple[Fault, ...]) -> Callable[[Message], bytes]:
+def encoder(runner: FakeRunner, faults: tuple[Fault, ...]) -> Callable[[Message], bytearray]:
     """Encodes frames, but for the first one after a `bad-frame` step: that is a frame no router can read."""
     steps = sorted(fault.step for fault in faults if fault.kind == "bad-frame")
 
-    def encode_or_garble(message: Message) -> bytes:
+    def encode_or_garble(message: Message) -> bytearray:
         if steps and runner.steps >= steps[0]:
             steps.pop(0)
-            return b"\x04\x00\x00\x00junk"
+            return bytearray(b"\x04\x00\x00\x00junk")
         return encode(message)
 
     return encode_or_garble

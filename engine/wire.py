@@ -289,15 +289,17 @@ _from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(From
 _from_router: msgspec.msgpack.Decoder[FromRouter] = msgspec.msgpack.Decoder(FromRouter)
 
 
-def encode(message: Message) -> bytes:
-    """A message as bytes for the socket, length first. Raises WireError when it is over FRAME_MAX_BYTES."""
+def encode(message: Message) -> bytearray:
+    """A message as bytes for the socket, length first. Raises WireError when it is over FRAME_MAX_BYTES.
+
+    The buffer is the caller's own: making bytes of it would copy a long prompt's ids once more."""
     buffer = bytearray(_LENGTH.size)
     _encoder.encode_into(message, buffer, _LENGTH.size)
     length = len(buffer) - _LENGTH.size
     if length > FRAME_MAX_BYTES:
         raise WireError(f"a frame of {length} bytes is over the limit of {FRAME_MAX_BYTES}")
     _LENGTH.pack_into(buffer, 0, length)
-    return bytes(buffer)
+    return buffer
 
 
 def decode_from_worker(frame: bytes | memoryview) -> FromWorker:

@@ -63,7 +63,7 @@ class Worker:
         inbox: Inbox,
         config: EngineConfig,
         *,
-        encode: Callable[[Message], bytes] = encode,
+        encode: Callable[[Message], bytearray] = encode,
         compile: Compile = no_grammars,  # noqa: A002
     ) -> None:
         self._core = core

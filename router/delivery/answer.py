@@ -64,16 +64,16 @@ class Answer:
         self._unsent += self.speech.feed(ids)
         if self._is_stream and not self.speech.has_stopped:
             self._unsent_tokens += len(ids)
-            if not self._is_flush_soon and self._is_flush_due():
+            if not self._is_flush_soon and (self.is_watched or self._is_flush_due()):
                 self._is_flush_soon = True
                 self._services.flusher.soon(self)
 
     def _is_flush_due(self) -> bool:
-        if self.is_watched or not self._has_opened:
-            return True
+        """Of an answer that nobody watches."""
         limits = self._services.limits
-        is_late = self._services.clock() - self._flushed_at > limits.coalesce_s
-        return self._unsent_tokens >= limits.coalesce_tokens or is_late
+        if not self._has_opened or self._unsent_tokens >= limits.coalesce_tokens:
+            return True
+        return self._services.clock() - self._flushed_at > limits.coalesce_s
 
     def flush(self) -> None:
         """Send what is there, unless the client is behind: then it stays text, and `on_writable` comes back here."""

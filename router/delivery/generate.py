@@ -5,7 +5,7 @@ Owns the way from a dialect to an order. Never schedules."""
 from __future__ import annotations
 
 import asyncio
-import secrets
+import random
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -49,7 +49,7 @@ class Generate:
         self._dialect = dialect
 
     async def __call__(self, exchange: Exchange) -> None:
-        request_id = RequestId(secrets.token_hex(12))
+        request_id = RequestId(f"{random.getrandbits(96):024x}")  # it names, it opens nothing: no need of the kernel's
         tenants = self._desk.tenants
         try:
             caller = tenants.caller(exchange.head)
@@ -114,7 +114,8 @@ def _voice(order: Order, index: int, answer: int, encoder: Encoder) -> Order:
     """One answer of many. Seeds of answers to one prompt follow one another; a prompt's neighbours change nothing."""
     sampling = msgspec.structs.replace(order.turn.sampling, seed=order.turn.sampling.seed + answer)
     request = replace(order.request, id=RequestId(f"{order.request.id}.{index}"))
-    return replace(order, request=request, turn=replace(order.turn, sampling=sampling), encoder=encoder)
+    turn = msgspec.structs.replace(order.turn, sampling=sampling)
+    return msgspec.structs.replace(order, request=request, turn=turn, encoder=encoder)
 
 
 class Count:

@@ -7,6 +7,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from msgspec import Struct
+
 from policies.request import Request
 from router.delivery.flusher import Flusher
 from router.delivery.kept import KeptAnswers
@@ -38,8 +40,7 @@ class Services:
     kept: KeptAnswers = field(default_factory=KeptAnswers)
 
 
-@dataclass(frozen=True, slots=True)
-class Order:
+class Order(Struct, frozen=True):
     """One request as the door made it: who, what, in which model's tokens, answered in which dialect."""
 
     request: Request

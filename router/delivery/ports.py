@@ -39,8 +39,8 @@ class Sink(Protocol):
     def started(self, start: Start) -> None:
         """The first token is in this frame."""
 
-    def tokens(self, ids: memoryview) -> None:
-        """New token ids (int32), valid only during the call."""
+    def tokens(self, ids: Sequence[int]) -> None:
+        """New token ids."""
 
     def scored(self, scores: Sequence[Scored]) -> None:
         """Log-probabilities of the tokens that come next, where they were asked for."""

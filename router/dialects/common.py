@@ -118,7 +118,14 @@ class Tail:
 
     def _usage(self) -> Usage:
         """Of all answers."""
-        return Usage(*map(sum, zip(*self._usages, strict=True)))
+        if len(self._usages) == 1:
+            return self._usages[0]
+        return Usage(
+            sum(usage.prompt for usage in self._usages),
+            sum(usage.cached for usage in self._usages),
+            sum(usage.output for usage in self._usages),
+            sum(usage.reasoning for usage in self._usages),
+        )
 
 
 def fingerprinted(shape: bytes, versions: Iterable[int]) -> bytes:

@@ -8,6 +8,8 @@ import importlib
 import re
 from collections.abc import Callable, Sequence
 
+from msgspec.structs import replace
+
 from router.language.turn import Message
 
 Rule = Callable[[str], str]  # a system message's text to the same without what is volatile
@@ -46,7 +48,7 @@ def canonical(messages: tuple[Message, ...], rules: Sequence[Rule]) -> tuple[Mes
     }
     if not rewritten:
         return messages
-    each = (message._replace(content=rewritten.get(at, message.content)) for at, message in enumerate(messages))
+    each = (replace(message, content=rewritten.get(at, message.content)) for at, message in enumerate(messages))
     return tuple(message for message in each if message.content or message.role != "system")
 
 

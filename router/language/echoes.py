@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -20,8 +19,7 @@ from router.language.turn import Message, Part, PartKind
 HEAD_BYTES = 200  # of an entry, beside its ids and text
 
 
-@dataclass(frozen=True, slots=True)
-class Echo:
+class Echo(msgspec.Struct, frozen=True):
     """One answer as the model wrote it."""
 
     ids: Ids  # without what ended it

@@ -10,13 +10,14 @@ import json
 import re
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, SupportsIndex, cast
 
 import jinja2
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from router.errors import RequestError
 from router.language.echoes import Echo
@@ -43,8 +44,7 @@ class Piece(NamedTuple):
     echo: Echo | None = None  # the ids that the model itself gave for it
 
 
-@dataclass(frozen=True, slots=True)
-class Rendering:
+class Rendering(Struct, frozen=True):
     """A prompt up to where the assistant speaks: the parts of its frame, and what the client's numbers stand for."""
 
     frame: tuple[Part, ...]

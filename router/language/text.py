@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import xxhash
+from msgspec import Struct
+from msgspec.structs import replace
 
 from engine.kv import keys
 from engine.kv.keys import KEY_BYTES, ChainKey, Ids
@@ -41,8 +43,7 @@ class TextLimits:
     inline_chars_max: int = 32 * 1024  # more cold text than this (about 10 ms) is tokenised in a thread
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(Struct, frozen=True):
     """What gives KV its name: model and salt domain."""
 
     root: ChainKey
@@ -50,16 +51,14 @@ class Identity:
     block_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
+class Prompt(Struct, frozen=True):
     """A tokenised prompt and the chain keys of its full blocks."""
 
     ids: Ids
     chain: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(Struct, frozen=True):
     """A piece of a prompt and its names: `key` of its own text, `upto` of the prompt up to and including it."""
 
     piece: Piece
@@ -67,8 +66,7 @@ class Segment:
     upto: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Rendered:
+class Rendered(Struct, frozen=True):
     """A prompt on its way: what is known of it, and the pieces that must be tokenised first."""
 
     identity: Identity
@@ -184,7 +182,7 @@ class Text:
         rendering = self._rendering(turn, identity.salt)
         names = _prefix_names(rendering, identity)
         known, at = None, len(names)
-        while at and (known := self._prefixes.get(names[at - 1])) is None:
+        while at and (known := self._prefixes.get(names[at - 1]) if names[at - 1] else None) is None:
             at -= 1
         rest = tuple(
             [
@@ -243,20 +241,19 @@ class Text:
         while len(ids) and not self.spell(int(ids[-1])):
             ids = ids[:-1]  # what ended it
         if lineage:
-            self._lineages.keep(lineage, np.concatenate((prompt.ids, ids)))
+            self._lineages.keep(lineage, prompt, ids)
         if self._template is None or not turn.messages or not len(ids):
             return
-        parser, numbers = self._parser(turn), ids.tolist()
-        detokeniser = Detokeniser(self._vocabulary.tables if parser is None else self._shown)
-        text = detokeniser.feed(numbers) + detokeniser.flush()
+        parser = self._parser(turn)
+        text = (self._vocabulary.tables if parser is None else self._shown).text(ids.tolist())
         parts = [Part(PartKind.TEXT, text)] if parser is None else parts_of([*parser.feed(text), *parser.flush()])
         lead = self._voice.lead(self._template.prompt_end(turn.is_thinking))
         lead_ids = np.array(self._vocabulary.encode_marked(lead), dtype=np.int32)
         self._echoes.keep(identity.salt, parts, text, ids, (lead, lead_ids))
 
-    def lost_tokens(self, lineage: bytes, prompt: Prompt) -> int | None:
+    def lost_tokens(self, lineage: bytes, identity: Identity, prompt: Prompt) -> int | None:
         """How many tokens of this conversation's last turn stand behind the first that differs now."""
-        return self._lineages.lost_tokens(lineage, prompt.ids) if lineage else None
+        return self._lineages.lost_tokens(lineage, prompt, identity.block_tokens) if lineage else None
 
     def _ids(self, segment: Segment, fresh: Mapping[bytes, Ids]) -> Ids:
         if segment.piece.echo is not None:
@@ -304,24 +301,28 @@ def _key(piece: Piece, salt: bytes) -> bytes:
 
 
 def _prefix_names(rendering: Rendering, identity: Identity) -> list[bytes]:
-    """A name for the prompt up to and including each part. Salt domains have names of their own."""
-    names, texts, echoes = [], rendering.texts, rendering.echoes
+    """A name for the prompt up to and including each part; empty but where a client's text follows, or nothing: no
+    prompt ends elsewhere. Salt domains have names of their own."""
+    names: list[bytes] = []
+    texts, echoes = rendering.texts, rendering.echoes
     running = xxhash.xxh3_128(identity.root + identity.salt)
     update, digest = running.update, running.digest
     for part in rendering.frame:
         # Kind and length part "ab", "c" from "a", "bc", and a template's words from a client's.
-        if isinstance(part, int):
+        if isinstance(part, str):
+            data = part.encode()
+            update(b"t%d:%b" % (len(data), data))
+        else:
+            if names:
+                names[-1] = digest()
             if echoes and part in echoes:
                 update(b"e" + echoes[part].name)
-                names.append(digest())
-                continue
-            data = texts[part].encode()
-            update(b"c%d:" % len(data))
-        else:
-            data = part.encode()
-            update(b"t%d:" % len(data))
-        update(data)
-        names.append(digest())
+            else:
+                data = texts[part].encode()
+                update(b"c%d:" % len(data))
+                update(data)
+        names.append(b"")
+    names[-1] = digest()
     return names
 
 

@@ -1,6 +1,7 @@
 """One request in no dialect: what every dialect decodes to, and what every encoder is told.
 
-Owns the shapes between dialects, text and relay. Knows no JSON and no HTTP."""
+Owns the shapes between dialects, text and relay. Knows no JSON and no HTTP. What each request makes is a Struct: a
+frozen dataclass of as many fields takes twenty times as long to make."""
 
 from __future__ import annotations
 
@@ -9,12 +10,14 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from msgspec import Struct
+
 from engine.kv.keys import Ids
 from engine.wire import Sampling
 from router.errors import ErrorDetail, Headers, RequestError
 
 
-class Message(NamedTuple):
+class Message(Struct, frozen=True):
     """One message as a chat template sees it. `extra` holds what only some roles have, such as tool calls."""
 
     role: str
@@ -22,8 +25,7 @@ class Message(NamedTuple):
     extra: dict[str, Any] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
+class Turn(Struct, frozen=True):
     """What the client wants. Exactly one of messages, text and ids is its prompt."""
 
     model: str
@@ -96,7 +98,7 @@ def parts_of(events: Iterable[Event]) -> list[Part]:
     return [Part(start.kind, "".join(text), start.name) for start, text in zip(starts, texts, strict=True)]
 
 
-class Usage(NamedTuple):
+class Usage(Struct, frozen=True):
     """Tokens of one answer. `cached` is part of `prompt`, `reasoning` of `output`."""
 
     prompt: int

@@ -12,12 +12,19 @@ from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
+_utf8_decoder = codecs.getincrementaldecoder("utf-8")
+
 
 class Tables(NamedTuple):
     """What each id adds to an answer: as bytes, and as text where these are whole characters."""
 
     spelt: list[bytes]
     texts: list[str | None]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Of a whole answer: what a Detokeniser makes of it piece by piece."""
+        known = len(self.spelt)
+        return b"".join([self.spelt[token] for token in ids if 0 <= token < known]).decode(errors="replace")
 
 
 class Vocabulary:
@@ -67,7 +74,7 @@ class Vocabulary:
 
     def encode_data(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each client text; nothing in it is special. Lets other threads run meanwhile."""
-        return [encoding.ids for encoding in self._plain.encode_batch(list(texts), add_special_tokens=False)]
+        return [encoding.ids for encoding in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
 class Detokeniser:
@@ -75,7 +82,7 @@ class Detokeniser:
 
     def __init__(self, tables: Tables) -> None:
         self._bytes, self._texts = tables
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._decoder = _utf8_decoder(errors="replace")
         self._is_between = True  # no half character waits
 
     # Hot: once per token. A table look-up; the decoder runs for split characters alone. bench/router.py.

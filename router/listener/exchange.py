@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Protocol
+
+from msgspec import Struct
 
 from router.errors import Headers
 
@@ -16,8 +17,7 @@ _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".en
 _STATUS_LINES[529] = b"HTTP/1.1 529 Overloaded\r\n"  # Anthropic's own
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
+class Head(Struct, frozen=True):
     """The request line and headers. Names are lower case; `path` is as sent, never decoded or normalised."""
 
     method: str

@@ -5,7 +5,7 @@ Owns the list of families. Never parses."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import msgspec
 
@@ -90,7 +90,7 @@ class Voice:
             sampling = msgspec.structs.replace(sampling, grammar_kind=grammar.kind, grammar=grammar.source)
         if not sampling.grammar_kind:
             return turn
-        return replace(turn, sampling=sampling, is_thinking=False)
+        return msgspec.structs.replace(turn, sampling=sampling, is_thinking=False)
 
     def call_ids(self, turn: Turn, token_id: MarkId) -> list[int] | None:
         """Ids of which one begins any call in the answer; none if it cannot have one, None where that is not told by a

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from prometheus_client import (
     CollectorRegistry,
     Counter,
-    Histogram,
     PlatformCollector,
     ProcessCollector,
     generate_latest,
@@ -28,6 +27,7 @@ from policies.reservations import Counts
 from router.delivery.kept import KeptAnswers
 from router.telemetry import tier_metrics
 from router.telemetry.receipts import Receipt
+from router.telemetry.tally import Tally, TallyTable
 from router.workers.fleet import Fleet, WorkerState
 
 # GenAI semantic conventions, gen_ai.server.*: their buckets, doubled up to a slow CPU's minutes.
@@ -46,14 +46,14 @@ class _Row:
     cached: Counter
     in_time: Counter
     late: Counter
-    queue: Histogram
-    duration: Histogram
-    ttft: Histogram
-    tpot: Histogram
-    forecast: Histogram
-    tokens_in: Histogram
-    tokens_out: Histogram
-    lost: Histogram
+    queue: Tally
+    duration: Tally
+    ttft: Tally
+    tpot: Tally
+    forecast: Tally
+    tokens_in: Tally
+    tokens_out: Tally
+    lost: Tally
 
 
 class Metrics:
@@ -139,8 +139,10 @@ class Metrics:
     def _counter(self, name: str, help_text: str, *labels: str) -> Counter:
         return Counter(name, help_text, ["class", *labels], registry=self.registry)
 
-    def _histogram(self, name: str, help_text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-        return Histogram(name, help_text, ["class", *labels], buckets=buckets, registry=self.registry)
+    def _histogram(self, name: str, help_text: str, buckets: tuple[float, ...], *labels: str) -> TallyTable:
+        table = TallyTable(name, help_text, ("class", *labels), buckets)
+        self.registry.register(table)
+        return table
 
 
 def _forecast_ratio(receipt: Receipt) -> float | None:

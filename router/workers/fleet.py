@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from msgspec import Struct
+
 from engine.kv.keys import ChainKey
 from engine.wire import PROTOCOL_VERSION, Hello, Submit, Welcome, WireError
 from policies.api import PolicySpec
@@ -59,8 +61,7 @@ class ModelView:
     workers: tuple[str, ...] = ()  # the living
 
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
+class Attempt(Struct, frozen=True):
     """One attempt of one request on one link."""
 
     link: Link

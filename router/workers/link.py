@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
@@ -72,8 +73,7 @@ class Owner(Protocol):
         """Nothing comes any more. Called once, before the sinks hear `lost`."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Running:
+class _Running(msgspec.Struct, frozen=True):
     request_id: RequestId
     sink: Sink
 
@@ -304,9 +304,9 @@ class Link(asyncio.Protocol):
                 except Exception as error:  # noqa: BLE001 -- border, see _fault
                     self._fault(start.handle, attempt, error)
         self._deliver_scores(frame)
-        ids, at = memoryview(frame.ids), 0
+        ids, at = array("i", frame.ids).tolist(), 0
         for handle, count in zip(frame.handles, frame.counts, strict=True):
-            until = at + count * 4
+            until = at + count
             if attempt := running.get(handle):
                 try:
                     attempt.sink.tokens(ids[at:until])

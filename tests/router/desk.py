@@ -89,7 +89,7 @@ class Attempt:
     def say(self, ids: list[int]) -> None:
         """A step's tokens."""
         if not self.aborted:
-            self.sink.tokens(memoryview(array("i", ids).tobytes()))
+            self.sink.tokens(ids)
 
     def end(self, reason: str = "stop", message: str = "") -> None:
         if not self.aborted:

@@ -152,8 +152,8 @@ class Heard:
     def started(self, start: Start) -> None:
         self.events.append(start)
 
-    def tokens(self, ids: memoryview) -> None:
-        self.events.append(np.frombuffer(ids, dtype="<i4").tolist())
+    def tokens(self, ids: Sequence[int]) -> None:
+        self.events.append(list(ids))
         if self._on_tokens is not None:
             self._on_tokens()
 

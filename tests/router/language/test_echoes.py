@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
+from engine.kv import keys
 from engine.kv.keys import Ids
 from router.language.echoes import Echoes
 from router.language.lineage import Lineages
+from router.language.text import Prompt
 from router.language.turn import Message, Part, PartKind
 from tests.router.desk import MARKS, TOOL_TEMPLATE, Desk, desk, ids_of, run
 
@@ -20,6 +23,7 @@ USER = {"role": "user", "content": "How is Oslo?"}
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
 CALL = '<tool_call>{"arguments":{"city":"Oslo"},"name":"weather"}</tool_call>'  # not as the template writes it
 NONE = np.zeros(0, dtype=np.int32)
+BLOCK_TOKENS = 2
 # Strips and asks, as Llama's own templates do.
 TRIMMING = TOOL_TEMPLATE.replace("{{ message.content }}", "{{ message.content | trim }}")
 # Looks for thoughts in an answer and drops them, as Qwen's do.
@@ -111,27 +115,45 @@ def test_another_salt_domain_and_another_text_know_nothing() -> None:
     echoes.keep(b"a", [Part(PartKind.TEXT, "yes")], "yes", ids(1, 2), ("", NONE))
     assert echoes.recalled(b"a", [message])[0].ids.tolist() == [1, 2]
     assert echoes.recalled(b"b", [message]) == {}
-    assert echoes.recalled(b"a", [message._replace(content="yes ")]) == {}
-    assert echoes.recalled(b"a", [message._replace(role="user")]) == {}
+    assert echoes.recalled(b"a", [replace(message, content="yes ")]) == {}
+    assert echoes.recalled(b"a", [replace(message, role="user")]) == {}
 
 
 def ids(*numbers: int) -> Ids:
     return np.array(numbers, dtype=np.int32)
 
 
+def prompt(*numbers: int) -> Prompt:
+    return Prompt(ids(*numbers), keys.chain(keys.root("m"), ids(*numbers), BLOCK_TOKENS))
+
+
 def test_answers_and_lineages_are_kept_under_a_bound_oldest_out_first() -> None:
     echoes, lineages = Echoes(1000), Lineages(100)
     for number in range(20):
         echoes.keep(b"", [Part(PartKind.TEXT, f"{number}")], f"{number}", ids(number), ("", NONE))
-        lineages.keep(b"%d" % number, ids(*range(5)))
+        lineages.keep(b"%d" % number, prompt(*range(3)), ids(3, 4))
     assert 0 < echoes.bytes_held <= 1000
     assert 0 < lineages.bytes_held <= 100
     assert [len(echoes.recalled(b"", [Message("assistant", text)])) for text in ("0", "19")] == [0, 1]
-    assert (lineages.lost_tokens(b"0", ids(0)), lineages.lost_tokens(b"19", ids(0, 1, 9))) == (None, 3)
+    assert (
+        lineages.lost_tokens(b"0", prompt(0), BLOCK_TOKENS),
+        lineages.lost_tokens(b"19", prompt(0, 1, 9), BLOCK_TOKENS),
+    ) == (None, 3)
 
 
-@pytest.mark.parametrize(("now", "lost"), [((1, 2, 3, 4), 0), ((1, 2), 1), ((1, 9, 3), 2), ((9,), 3)])
+@pytest.mark.parametrize(
+    ("now", "lost"),
+    [
+        ((1, 2, 3, 4, 5, 6, 7), 0),
+        ((1, 2, 3, 4, 5, 6), 0),
+        ((1, 2, 3, 4, 5), 1),
+        ((1, 2, 3, 4, 9, 6), 2),
+        ((1, 2, 3, 9, 5), 3),
+        ((1, 9, 3, 4, 5), 5),
+        ((9,), 6),
+    ],
+)
 def test_what_is_lost_stands_behind_the_first_difference(now: Sequence[int], lost: int) -> None:
-    lineages = Lineages(100)
-    lineages.keep(b"x", ids(1, 2, 3))
-    assert lineages.lost_tokens(b"x", ids(*now)) == lost
+    lineages = Lineages(1000)
+    lineages.keep(b"x", prompt(1, 2, 3, 4, 5), ids(6))
+    assert lineages.lost_tokens(b"x", prompt(*now), BLOCK_TOKENS) == lost

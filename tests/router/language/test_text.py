@@ -203,6 +203,14 @@ def test_any_split_of_an_answer_gives_its_text(said: str, data: st.DataObject) -
     assert all("�" not in part for part in shown) or "�" in said
 
 
+@given(st.lists(st.integers(-1, 320), max_size=12))
+def test_a_whole_answer_reads_as_its_pieces_did(ids: list[int]) -> None:
+    """Halves of characters too, which any tokens may leave behind."""
+    detokeniser = Detokeniser(VOCABULARY.tables)
+    pieces = [detokeniser.feed([token]) for token in ids]
+    assert VOCABULARY.tables.text(ids) == "".join(pieces) + detokeniser.flush()
+
+
 def test_special_and_unknown_ids_show_nothing() -> None:
     assert Detokeniser(VOCABULARY.tables).feed([MARKS["start"], *ids_of("a"), MARKS["end"], 10_000, -1]) == "a"
 
