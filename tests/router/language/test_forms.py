@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from router.errors import RequestError
-from router.language.forms import forms
+from router.language.forms import forms, joined
 from router.language.template import ChatTemplate
 from router.language.text import Text
 from router.language.turn import Message
@@ -20,7 +20,17 @@ SYSTEM_FIRST = (
     "{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('system first') }}"
     "{% endif %}{% endfor %}" + TOOL_TEMPLATE
 )
-STRICT = {"in turn": IN_TURN_TEMPLATE, "system first": SYSTEM_FIRST, "no system": NO_SYSTEM_TEMPLATE}
+# As Llama's: one call at a time.
+ONE_CALL = (
+    "{% for m in messages if m.tool_calls and m.tool_calls | length != 1 %}{{ raise_exception('single tool-calls') }}"
+    "{% endfor %}" + TOOL_TEMPLATE
+)
+STRICT = {
+    "one call": ONE_CALL,
+    "in turn": IN_TURN_TEMPLATE,
+    "system first": SYSTEM_FIRST,
+    "no system": NO_SYSTEM_TEMPLATE,
+}
 
 
 def called(call_id: str) -> dict[str, Any]:
@@ -96,6 +106,25 @@ def test_a_call_and_its_result_still_belong_together_under_short_ids() -> None:
     assert not list(forms((short[0], *short[1:])))  # nothing else to change
 
 
+def test_several_calls_become_one_after_the_other_each_with_its_own_result() -> None:
+    calls = [called(call_id)["tool_calls"][0] for call_id in ("a", "b")]
+    results = [Message("tool", said, {"tool_call_id": said}) for said in ("b", "a", "stray")]
+    messages = [Message("user", "One."), Message("assistant", "Two.", {"tool_calls": calls}), *results]
+    shown = prompt_text(ONE_CALL, messages)
+    places = [shown.find(said) for said in ("Two.", "<tool_call>", "\na|", "\nb|", "\nstray|")]
+    assert -1 not in places
+    assert places == sorted(places)
+    assert places[2] < shown.rfind("<tool_call>") < places[3]
+
+
+def test_a_body_full_of_small_messages_is_put_together_once() -> None:
+    """Joined one by one, 65,000 messages of `system` copied a terabyte: the router stood still for minutes."""
+    said = [Message("system", "x" * 400)] * 65_000
+    (one,) = joined(said, "system")
+    assert len(one.content) == 65_000 * 402 - 2
+    assert [len(form) for form in forms((Message("assistant", "y"), *said))] == [2, 2]
+
+
 @pytest.mark.parametrize("odd", [{"tool_calls": ["x", {"id": 7}, {}]}, {"tool_call_id": ""}, {"name": "n"}])
 def test_odd_extras_pass(odd: dict[str, Any]) -> None:
-    assert all(len(form) == 2 for form in forms((Message("user", "x"), Message("assistant", "y", odd))))
+    assert all(len(form) >= 2 for form in forms((Message("user", "x"), Message("assistant", "y", odd))))
