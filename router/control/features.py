@@ -29,6 +29,7 @@ SESSION_HEADERS = (
     b"x-session-id",
     b"x-opencode-session",
 )
+SESSION_CHARS_MAX = 256  # of a session's name; a longer one is known by its digest, since 16,384 names are remembered
 TIMEOUT_HEADERS = (b"x-stainless-read-timeout", b"x-stainless-timeout")
 SIDE_SOURCES = ("thread_title",)
 SIDE_KINDS = ("compaction",)
@@ -56,7 +57,7 @@ def describe(
 ) -> Request:
     """The request as the mind sees it. Raises RequestError 400 for a class that does not exist."""
     head = exchange.head
-    named = session_key(head, body)
+    named = _bounded(session_key(head, body))
     session = named or _lineage(turn)
     return Request(
         id=request_id,
@@ -117,6 +118,10 @@ def session_key(head: Head, body: Declared) -> str:
     if isinstance(user_id, str) and user_id:
         return str(_json_object(user_id).get("session_id") or user_id)
     return body.prompt_cache_key or body.user or ""
+
+
+def _bounded(name: str) -> str:
+    return name if len(name) <= SESSION_CHARS_MAX else xxhash.xxh3_128_hexdigest(name.encode())
 
 
 def _declared_class(head: Head) -> RequestClass | None:

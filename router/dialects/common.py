@@ -16,6 +16,7 @@ from engine.wire import Sampling
 from router.dialects.grammars import of_body
 from router.dialects.schema import Common, refuse_unsupported
 from router.errors import ErrorDetail, error_body
+from router.language.forms import joined
 from router.language.turn import Encoder, ErrorShape, Message, Turn, Usage
 
 LOGPROB_MIN = -9999.0  # JSON has no infinity; OpenAI says it so
@@ -166,13 +167,7 @@ def stop_strings(given: str | list[str] | None) -> tuple[str, ...]:
 
 def joined_system(messages: Sequence[Message]) -> list[Message]:
     """Neighbouring system messages as one: templates know one at the beginning, clients send several blocks."""
-    merged: list[Message] = []
-    for message in messages:
-        if merged and message.role == merged[-1].role == "system":
-            merged[-1] = Message("system", f"{merged[-1].content}\n\n{message.content}")
-        else:
-            merged.append(message)
-    return merged
+    return joined(messages, "system")
 
 
 def json_or_none(text: str) -> Any:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, SupportsIndex, cast
 
@@ -163,13 +164,14 @@ class Said(ClientText):
 class ChatTemplate:
     """The compiled template of one model."""
 
-    def __init__(self, source: str, marks: dict[str, Any]) -> None:
+    def __init__(self, source: str, marks: dict[str, Any], clock: Callable[[], datetime] = datetime.now) -> None:
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
         self.source = source
         self._template = environment.from_string(source)
         self._marks = marks
+        self._clock = clock  # of the wall: some templates tell the model what day it is
         self._frames: OrderedDict[FrameName, tuple[Part, ...]] = OrderedDict()
         self._ends: dict[bool | None, str] = {}  # of a prompt, by `is_thinking`
 
@@ -265,10 +267,14 @@ class ChatTemplate:
             {"role": message.role, "content": content, **_hidden(message.extra or {}, book)}
             for message, content in zip(messages, contents, strict=True)
         ]
+
+        def strftime_now(form: str) -> str:
+            book.is_asked = True  # tomorrow the frame is another one
+            return self._clock().strftime(form)
+
+        given = {"messages": views, "tools": _hidden(list(tools), book) or None, "strftime_now": strftime_now}
         try:
-            text = self._template.render(
-                messages=views, tools=_hidden(list(tools), book) or None, add_generation_prompt=True, **switches
-            )
+            text = self._template.render(**given, add_generation_prompt=True, **switches)
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             reason = str(error)[:200] if isinstance(error, TemplateRefusal) else "its roles or order do not fit"
             raise RequestError(400, f"The model's chat template refuses these messages: {reason}.") from None
@@ -317,9 +323,16 @@ def _book_of(value: Any) -> Book | None:
     return next((book for part in inner if (book := _book_of(part)) is not None), None)
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     """As Hugging Face's templates expect it: no HTML escapes. What holds a client's text is a client's text."""
-    text, book = json.dumps(_shown(value), ensure_ascii=False, indent=indent), _book_of(value)
+    form: dict[str, Any] = {"ensure_ascii": ensure_ascii, "indent": indent, "separators": separators}
+    text, book = json.dumps(_shown(value), sort_keys=sort_keys, **form), _book_of(value)
     return text if book is None else ClientText(text, book)
 
 

@@ -6,6 +6,7 @@ template's text into a client's, whatever the client wrote."""
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,10 +22,11 @@ from router.dialects.media import cannot_see
 from router.errors import RequestError
 from router.language.canonical import Rule, canonical
 from router.language.echoes import Echoes
+from router.language.forms import forms
 from router.language.lineage import Lineages
 from router.language.speech import Parser, Speech
 from router.language.template import ChatTemplate, Piece, Rendering
-from router.language.turn import Part, PartKind, Turn, parts_of
+from router.language.turn import Message, Part, PartKind, Turn, parts_of
 from router.language.vocabulary import Detokeniser, Vocabulary
 from router.parsers.voice import NONE, SHOWN, Voice
 
@@ -277,9 +279,19 @@ class Text:
         return rendering
 
     def _templated(self, template: ChatTemplate, turn: Turn, salt: bytes) -> Rendering:
+        """As it was sent; else in the first form that the template takes. Raises RequestError 400 if that is none."""
         try:
-            echoes = self._echoes.recalled(salt, turn.messages)
-            return template.render(turn.messages, turn.tools, turn.is_thinking, echoes)
+            return self._given(template, turn, turn.messages, salt)
+        except RequestError as refused:
+            for messages in forms(turn.messages):
+                with contextlib.suppress(RequestError):
+                    return self._given(template, turn, messages, salt)
+            raise refused
+
+    def _given(self, template: ChatTemplate, turn: Turn, messages: tuple[Message, ...], salt: bytes) -> Rendering:
+        try:
+            echoes = self._echoes.recalled(salt, messages)
+            return template.render(messages, turn.tools, turn.is_thinking, echoes)
         except RecursionError:
             # JSON's own reader takes 1000 levels, a walk in Python half of them; schemas of tools have ten.
             raise RequestError(400, "The body is nested too deeply.", code="invalid_json") from None

@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+from urllib.parse import unquote
 
 import msgspec
 from starlette.requests import Request as HttpRequest
@@ -143,7 +144,7 @@ class App:
         elif exchange.head.method == "POST":
             await post(exchange)
         else:
-            refuse_method(exchange, "POST")
+            refuse_method(exchange, "POST", shape_of(exchange.head.path))
 
     # Small answers ----------------------------------------------------------------------------------------------------
 
@@ -173,7 +174,8 @@ class App:
 
     async def _show_model(self, request: HttpRequest) -> Response:
         try:
-            return _json(self._seen_by(request).entry(request.path_params["model"]))
+            # SDKs spell the slash of org/name as %2F. Which route it is was settled by the path as it came.
+            return _json(self._seen_by(request).entry(unquote(request.path_params["model"])))
         except RequestError as error:
             return _error(error, shape_of(request.url.path, is_anthropic="anthropic-version" in request.headers))
 

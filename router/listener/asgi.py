@@ -9,7 +9,9 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Scope
 
-from router.errors import JSON, Headers, RequestError
+from router.dialects.common import OPENAI_ERRORS
+from router.errors import Headers, RequestError
+from router.language.turn import ErrorShape
 from router.listener.exchange import Exchange
 
 
@@ -35,10 +37,10 @@ async def answer(app: ASGIApp, exchange: Exchange, state: dict[str, Any]) -> Non
         refuse_method(exchange, (refused.headers or {}).get("Allow", ""))
 
 
-def refuse_method(exchange: Exchange, allowed: str) -> None:
+def refuse_method(exchange: Exchange, allowed: str, shape: ErrorShape = OPENAI_ERRORS) -> None:
     """405 with the methods that the route takes."""
-    error = RequestError(405, f"This route takes only {allowed}.")
-    exchange.respond(405, [*JSON, (b"allow", allowed.encode())], error.body())
+    status, headers, body = shape.refusal(RequestError(405, f"This route takes only {allowed}."))
+    exchange.respond(status, [*headers, (b"allow", allowed.encode())], body)
 
 
 class _Receive:

@@ -26,7 +26,7 @@ from router.listener.exchange import Exchange, Head
 log = logging.getLogger(__name__)
 
 HOST = re.compile(rb"(?:[A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
-TARGET = re.compile(rb"/[!-~]*")
+TARGET = re.compile(rb'/[!"$-~]*')  # no fragment: it is the client's own, and some read a path up to it
 
 # Two of one of these are two requests: what stands before or behind us might read the other one.
 SINGLE = (b"host", b"transfer-encoding", b"authorization", b"x-api-key")
@@ -315,12 +315,12 @@ class HttpConnection(asyncio.Protocol):
             raise RequestError(400, "The only transfer coding taken is chunked, on HTTP/1.1.")
         if len(fields) < len(self._headers) and self._has_twice(SINGLE):
             raise RequestError(400, "Host, Transfer-Encoding and keys may be sent once.")
-        if b"upgrade" in fields:
-            raise RequestError(400, "Upgrade is not supported.")
+        method = self._parser.get_method().decode("ascii")
+        if b"upgrade" in fields or method == "CONNECT":
+            raise RequestError(400, "Upgrade and CONNECT are not supported.")
         if fields.get(b"content-encoding", b"identity") != b"identity":
             raise RequestError(415, "Bodies are taken as they are: send it uncompressed, without Content-Encoding.")
         path, _, query = self._target.partition(b"?")
-        method = self._parser.get_method().decode("ascii")
         return Head(method, path.decode("ascii"), query, fields, version == "1.1")
 
     def _has_twice(self, names: tuple[bytes, ...]) -> bool:

@@ -188,8 +188,8 @@ class Upstreams:
     # For readiness and the admin listener -----------------------------------------------------------------------------
 
     def is_ready(self) -> bool:
-        """Whether one of them is well."""
-        return self.up_count > 0
+        """Whether one of them is well and has a model: a server that still loads its first one lists none."""
+        return any(state.is_well and state.served for state in self.states)
 
     @property
     def up_count(self) -> int:

@@ -65,7 +65,7 @@ BAD = {
     "gzip": gzip.compress(body()),
     "gzip bomb": gzip.compress(b"0" * 10_000_000),
     "form": b"model=tiny&prompt=x",
-    "multipart": b"--x\r\ncontent-disposition: form-data; name=a\r\n\r\n1\r\n" * 1000,
+    "multipart": b"--x\r\ncontent-disposition: form-data; name=a\r\n\r\n1\r\n" * 100_000,
 }
 
 
@@ -169,6 +169,51 @@ def test_a_value_out_of_bounds_is_never_our_fault(field: str) -> None:
             answer = await ask(d, **{field: NUMBERS[field]})
             assert answer.status_code in (200, 400)
             assert len(answer.content) <= 1024
+
+    run(work())
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/models"])
+def test_a_body_without_end_is_refused_at_its_limit_and_not_read_on(path: str) -> None:
+    """Chunked, so nothing says beforehand how much it will be."""
+    piece, most = b"10000\r\n" + b" " * 65536 + b"\r\n", 16 * 2**20  # beyond the limit of 8 MiB: what sockets hold
+
+    async def work() -> None:
+        async with desk() as d:
+            reader, writer = await asyncio.open_connection(*d.address)
+            head = b"POST %b HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
+            writer.write(head % path.encode())
+            answering, sent = asyncio.create_task(reader.read(4096)), 0
+            with contextlib.suppress(ConnectionError):
+                while not answering.done() and sent < most:
+                    writer.write(piece)
+                    sent += len(piece)
+                    await writer.drain()
+                    await asyncio.sleep(0)
+            assert (await answering).startswith(b"HTTP/1.1 413 ")
+            assert sent < most
+            writer.close()
+            assert not d.mind.offered
+
+    run(work())
+
+
+def test_the_last_of_two_equal_fields_counts_here_and_for_an_upstream() -> None:
+    """Parsers differ in which one they take, so an upstream is sent one: it is asked for what was checked here."""
+    twice = b'{"model": "nobody", "messages": [{"role": "user", "content": "x"}], "model": "m"}'
+
+    async def script(asked: Asked) -> None:
+        assert asked.body.count(b'"model"') == 1
+        await asked.reply(b'{"model": "%b"}' % asked.json()["model"].encode())
+
+    async def work() -> None:
+        async with desk() as d:
+            d.fleet.answer = speak("ok")
+            answer = await d.client.post("/v1/chat/completions", content=twice.replace(b'"m"', b'"tiny"'))
+            assert (answer.status_code, answer.json()["model"]) == (200, "tiny")
+        async with Scripted(script) as one, upstream_desk(at(one)) as forwarding:
+            answer = await forwarding.client.post("/v1/chat/completions", content=twice)
+            assert (answer.status_code, answer.json()["model"]) == (200, "m")
 
     run(work())
 

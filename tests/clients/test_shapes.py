@@ -17,7 +17,7 @@ import pytest
 from policies.api import SessionView
 from policies.classify import classify
 from router.language.canonical import RULES
-from tests.router.desk import TOOL_TEMPLATE, VIEW, Desk, desk, run
+from tests.router.desk import IN_TURN_TEMPLATE, NO_SYSTEM_TEMPLATE, TOOL_TEMPLATE, VIEW, Desk, desk, run
 
 SHAPES = [json.loads(line) for line in (Path(__file__).parent / "shapes.jsonl").read_text().splitlines()]
 SEEN = {  # class and reason of a first request, from nothing but the request itself
@@ -85,12 +85,13 @@ def test_it_is_served_to_its_end_and_classed_by_what_it_declares(shape: dict[str
     run(work())
 
 
+@pytest.mark.parametrize("template", [TOOL_TEMPLATE, IN_TURN_TEMPLATE, NO_SYSTEM_TEMPLATE], ids=["any", "turn", "none"])
 @pytest.mark.parametrize("client", ["claude-code", "claude-code-screen", "codex", "opencode", "llm", "mini-swe-agent"])
-def test_the_second_turn_begins_with_the_first(client: str) -> None:
+def test_the_second_turn_begins_with_the_first_whatever_the_template_refuses(client: str, template: str) -> None:
     first, second = [shape for shape in SHAPES if shape["client"] == client][-2:]
 
     async def work() -> None:
-        async with desk(template=TOOL_TEMPLATE, rules=list(RULES.values())) as d:
+        async with desk(template=template, rules=list(RULES.values())) as d:
             d.fleet.views = {"tiny": replace(VIEW, context_max=1_000_000)}
             before, after = (await ask(d, first))[0], (await ask(d, second))[0]
             assert after[: len(before)] == before

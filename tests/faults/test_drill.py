@@ -105,6 +105,38 @@ def test_thoughts_calls_and_characters_that_were_cut_go_on(tmp_path: Path, model
     asyncio.run(scene())
 
 
+PLACES = {  # by answer and part: what stands there when its worker is killed, and that is not all of it
+    "0.reasoning_content": "The user wants the weather in",
+    "0.content": "naïve café ",  # a family of seven characters is next, each of several tokens
+    "0.call 0": 'weather{"city": "',
+    "0.call 1": 'weather{"city": "Grüße 🌍", "deep"',
+}
+
+
+def test_what_is_cut_inside_a_thought_a_text_or_a_calls_json_is_said_once_and_whole(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    path, ask = spoken(tmp_path, model_folder)
+
+    async def scene() -> None:
+        async with house(tmp_path, model_folder, VOICED, slower=10, says=path) as built:
+            calm = await ask(built, 0).end()
+            for part, begun in PLACES.items():
+                stream = await ask(built, 0).until(
+                    lambda seen, part=part, begun=begun: begun in seen.said.get(part, "")
+                )  # type: ignore[misc]
+                assert len(stream.said[part]) < len(calm.said[part])
+                await kill_and_restart(built, stream.headers["x-headway-worker"])
+                ended = await stream.end()
+                assert (ended.said, ended.finish_reason) == (calm.said, calm.finish_reason)
+                assert ended.is_done
+                assert not ended.errors
+            receipts = (await built.admin.get("/receipts")).json()
+            assert [receipt["attempts"] for receipt in reversed(receipts)] == [1] + [2] * len(PLACES)
+
+    asyncio.run(scene())
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("has_parts", [False, True], ids=["plain", "thoughts and calls"])
 def test_no_stream_loses_or_repeats_a_token_in_two_minutes_of_kills(

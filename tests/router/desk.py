@@ -320,6 +320,19 @@ TOOL_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
+# Users and assistants in turn, and ids of calls of nine characters: what Mistral's templates refuse, this one does.
+IN_TURN_TEMPLATE = (
+    "{% set ns = namespace(index=0) %}{% for m in messages %}"
+    "{% if m.role == 'tool' and m.tool_call_id | length != 9 %}{{ raise_exception('ids of nine') }}{% endif %}"
+    "{% for call in m.tool_calls or () if call.id | length != 9 %}{{ raise_exception('ids of nine') }}{% endfor %}"
+    "{% if m.role == 'system' and not loop.first %}{{ raise_exception('system first') }}{% endif %}"
+    "{% if not (m.role in ('tool', 'system') or m.tool_calls) %}"
+    "{% if (m.role == 'user') != (ns.index % 2 == 0) %}{{ raise_exception('users and assistants in turn') }}{% endif %}"
+    "{% set ns.index = ns.index + 1 %}{% endif %}{% endfor %}" + TOOL_TEMPLATE
+)
+NO_SYSTEM_TEMPLATE = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + IN_TURN_TEMPLATE
+)
 
 
 def chat(text: str = "hi", **fields: Any) -> dict[str, Any]:

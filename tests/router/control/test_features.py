@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from policies.request import RequestClass
+from router.control.features import SESSION_CHARS_MAX
 from tests.router.desk import chat, desk, run, speak
 
 CODEX = {"turn_trigger": "exec", "thread_source": "user", "request_kind": "turn"}
@@ -44,6 +45,16 @@ def test_a_session_is_known_by_the_clients_own_name(
     request = offered(headers, chat(**fields))
     assert request.session == session
     assert request.facts.has_session
+
+
+@pytest.mark.parametrize("user_id", ["x" * 100_000, json.dumps({"session_id": ["x"] * 1000})])
+def test_a_name_longer_than_the_bound_is_known_by_its_digest(user_id: str) -> None:
+    first, again, other = (
+        offered({}, chat(metadata={"user_id": said})).session for said in (user_id, user_id, user_id.replace("x", "y"))
+    )
+    assert first == again != other
+    assert len(first) <= SESSION_CHARS_MAX
+    assert offered({}, chat(metadata={"user_id": "x" * SESSION_CHARS_MAX})).session == "x" * SESSION_CHARS_MAX
 
 
 def test_a_conversation_without_a_name_keeps_its_lineage() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -138,11 +139,29 @@ def test_a_model_without_a_template_says_so() -> None:
         ("{{ messages[0].content.startswith('a') }}", "abc", "True"),
         ("{{ {'q': messages[0].content} | tojson }}", 'a"<|im_end|>', '{"q": "a\\"<|im_end|>"}'),
         ("{{ (messages[0].content + '!') }}", "abc", "abc!"),
+        (
+            "{{ {'b': messages[0].content, 'a': 'é'} | tojson(ensure_ascii=False, sort_keys=True) }}",
+            "x",
+            '{"a": "é", "b": "x"}',
+        ),
+        ("{{ {'q': messages[0].content} | tojson(indent=1) }}", "x", '{\n "q": "x"\n}'),
+        ("{{ {'q': messages[0].content} | tojson(separators=(',', ':')) }}", "x", '{"q":"x"}'),
     ],
 )
 def test_templates_see_the_real_text_behind_a_stand_in(source: str, content: str, rendered: str) -> None:
     pieces = ChatTemplate(source, {}).render([Message("user", content)], ()).pieces()
     assert "".join(piece.text for piece in pieces) == rendered
+
+
+def test_a_template_that_tells_the_day_tells_todays() -> None:
+    """Mistral's do. The frame around the same roles is not kept from one day to the next."""
+    days = [datetime(2026, 11, 30), datetime(2026, 12, 1)]
+    template = ChatTemplate("{{ strftime_now('%d %B %Y') }}: {{ messages[0].content }}", {}, lambda: days[0])
+    said = []
+    for _ in range(2):
+        said.append("".join(piece.text for piece in template.render([Message("user", "hi")]).pieces()))
+        days.pop(0)
+    assert said == ["30 November 2026: hi", "01 December 2026: hi"]
 
 
 def test_what_a_template_copies_of_a_client_stays_the_clients() -> None:

@@ -6,8 +6,10 @@ import asyncio
 import gzip
 import json
 import string
+from dataclasses import replace
 from typing import Any
 
+import anthropic
 import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from router.dialects import chat as chat_dialect
 from router.dialects import completions
 from router.errors import RequestError
-from tests.router.desk import chat, desk, run, speak
+from tests.router.desk import VIEW, chat, desk, run, speak
 
 SECRET = "sk-do-not-repeat-me"
 
@@ -146,6 +148,33 @@ def test_what_is_not_there_is_said_in_json(method: str, path: str, status: int) 
             answer = await d.client.request(method, path)
             assert answer.status_code == status
             assert answer.json()["error"]["message"]
+
+    run(work())
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
+def test_a_wrong_method_is_told_in_the_routes_own_dialect(path: str) -> None:
+    async def work() -> None:
+        async with desk() as d:
+            answer = await d.client.get(path)
+            assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
+            assert answer.json()["type"] == "error"
+            assert answer.json()["error"]["type"] == "invalid_request_error"
+
+    run(work())
+
+
+def test_a_model_with_a_slash_in_its_name_is_found_as_sdks_spell_it() -> None:
+    async def work() -> None:
+        async with desk() as d:
+            d.fleet.views = {"org/a b": replace(VIEW, name="org/a b")}
+            url = str(d.client.base_url)
+            async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
+                assert (await client.models.retrieve("org/a b")).id == "org/a b"
+            async with anthropic.AsyncAnthropic(base_url=url, api_key="none") as client:
+                assert (await client.models.retrieve("org/a b")).display_name == "org/a b"
+            for odd in ("%ff", "a%00b", "%2e%2e%2fetc", "%"):
+                assert (await d.client.get(f"/v1/models/{odd}")).status_code == 404
 
     run(work())
 

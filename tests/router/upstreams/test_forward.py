@@ -650,3 +650,16 @@ def test_no_more_models_of_an_upstream_are_taken_than_the_bound() -> None:
             assert len((await d.client.get("/v1/models")).json()["data"]) == MODELS_MAX
 
     run(work())
+
+
+def test_an_upstream_that_lists_no_model_yet_makes_nothing_ready() -> None:
+    async def work() -> None:
+        async with Scripted(models=()) as one, upstream_desk(at(one)) as d:
+            assert (await d.client.get("/readyz")).status_code == 503
+            assert (await d.client.post("/v1/chat/completions", json=chat())).status_code == 503
+            one.models = ("m",)
+            await d.until(lambda: bool(d.upstreams.models()))
+            assert (await d.client.get("/readyz")).status_code == 200
+            assert (await d.client.post("/v1/chat/completions", json=chat())).status_code == 200
+
+    run(work())
