@@ -22,7 +22,7 @@ from loadgen.records import Run
 from loadgen.report import aligned
 from loadgen.search import Measured, point, pooled
 from loadgen.session import read_budgets, span_s
-from loadgen.sim import profiles
+from loadgen.sim import hardware, profiles
 from loadgen.sim.profiles import Profile
 from loadgen.sim.world import Setting
 from loadgen.targets import PUBLISHED, Budgets, to_plain
@@ -31,8 +31,6 @@ from policies import plugins
 from policies.api import PolicySpec
 
 GRACE_S = 60.0  # after the offered time, for answers under way
-# Which profile a name of the shop means. Others are files: samples of steps that were timed on the machine itself.
-HARDWARE = {("h100", "llama-8b"): profiles.H100_8B_OWN.name}
 TEACH = """
 mix.jsonl --hardware h100 --model llama-8b
 workload.toml --hardware h100 --model llama-8b --duration 60 --seeds 1 --json out/plan.json
@@ -54,11 +52,12 @@ def add(commands: options.Commands[argparse.ArgumentParser]) -> None:
     says = "say how many replicas a workload needs, what binds, and what a million tokens cost by class"
     command = options.command(commands, "plan", says, TEACH)
     command.add_argument("workload", type=Path, help="a trace in any known format, or a .toml over `compose`'s mix")
-    command.add_argument("--hardware", default="h100", choices=sorted({name for name, _ in HARDWARE}), help="(h100)")
-    command.add_argument(
-        "--model", default="llama-8b", choices=sorted({name for _, name in HARDWARE}), help="(llama-8b)"
+    command.add_argument("--hardware", default="h100", metavar="CARD", help="whose steps were timed (h100)")
+    command.add_argument("--model", default="llama-8b", help="that was timed on it (llama-8b)")
+    says = (
+        f"other step times than those two name: {', '.join(profiles.PROFILES)}, a profile's JSON, or the .jsonl that "
     )
-    says = f"other step times than those two name: {', '.join(profiles.PROFILES)}, or a file of timed steps"
+    says += "bench/step_samples.py wrote"
     command.add_argument("--profile", metavar="NAME|FILE", help=says)
     command.add_argument("--budgets", type=Path, metavar="FILE", help="promises as /readyz has them (the published)")
     command.add_argument("--price", type=options.positive, default=2.5, help="of a replica an hour (2.5)")
@@ -74,7 +73,7 @@ def add(commands: options.Commands[argparse.ArgumentParser]) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    profile = profiles.load(arguments.profile or HARDWARE[arguments.hardware, arguments.model])
+    profile = _profile(arguments)
     budgets = read_budgets(arguments.budgets) if arguments.budgets else PUBLISHED
     trace = _trace(arguments.workload, arguments.duration)
     work = asked(trace, profile.blocks_total * profile.block_tokens)
@@ -94,6 +93,12 @@ def _run(arguments: argparse.Namespace) -> int:
         arguments.json.write_bytes(msgspec.json.format(msgspec.json.encode(answer), indent=1))
         print(f"wrote {arguments.json}")
     return 0
+
+
+def _profile(arguments: argparse.Namespace) -> Profile:
+    if arguments.profile is None:
+        return hardware.load(arguments.hardware, arguments.model)
+    return hardware.named(arguments.profile)
 
 
 def _trace(path: Path, duration_s: float) -> Trace:

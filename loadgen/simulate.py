@@ -18,7 +18,7 @@ from loadgen.judge import Verdict
 from loadgen.records import Record, Run
 from loadgen.report import simulated
 from loadgen.session import publish, read_budgets, span_s, version
-from loadgen.sim import profiles
+from loadgen.sim import hardware
 from loadgen.sim.profiles import Profile
 from loadgen.sim.script import Failure
 from loadgen.sim.world import Setting, World
@@ -104,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
         trace=arguments.trace,
         workers=arguments.workers,
         engine=arguments.engine,
-        profile=profiles.load(arguments.profile),
+        profile=hardware.named(arguments.profile),
         budgets=read_budgets(arguments.budgets) if arguments.budgets else PUBLISHED,
         budgets_from=str(arguments.budgets or "the published defaults"),
         duration_s=arguments.duration,
