@@ -102,8 +102,7 @@ class _Runs:
     def __call__(self, load: float, seed: int) -> Measured:
         print(f"{self.side.name}: {load:.3g} times the sessions, seed {seed}", flush=True)
         plan = replace(self.trial.plan, target=self.side.target, seed=seed)
-        asked = shape.at_load(self.trace, load, seed) if load != 1.0 else self.trace
-        run, found = measure(plan, asked, self.budgets)
+        run, found = measure(plan, shape.at_load(self.trace, load, seed), self.budgets)
         records.write(run, found, kept_at(plan.out, self.side.name, load, seed))
         if run.is_interrupted:
             raise KeyboardInterrupt

@@ -78,9 +78,11 @@ def reuse_text(found: Reuse) -> str:
     sampled = "" if found.sampled_1_in == 1 else f" (one block in {found.sampled_1_in} counted)"
     rows = [["LRU cache of tokens", *(number(point.tokens) for point in found.curve)]]
     rows.append(["holds of the input %", *(f"{100 * point.hit:.1f}" for point in found.curve)])
+    in_blocks = ", ".join(f"{100 * one.hit:.1f} % in blocks of {one.block_tokens}" for one in found.in_blocks)
     return (
         f"{aligned(rows)}{sampled}\n"
-        f"an endless one {100 * found.ideal_hit:.1f} %; {100 * found.over_half:.1f} % of requests have over half held; "
+        f"an endless one {100 * found.ideal_hit:.1f} % ({in_blocks})\n"
+        f"{100 * found.over_half:.1f} % of requests have over half held; "
         f"a block is used again after p50 {figure(found.gap_s.p50)} s, p90 {figure(found.gap_s.p90)} s"
     )
 

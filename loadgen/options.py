@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 
+TIMES_MAX = 1000.0  # copies of a trace, all in memory
 Commands = argparse._SubParsersAction  # noqa: SLF001  the type that add_subparsers returns has no public name
 
 
@@ -29,6 +30,14 @@ def not_negative(text: str) -> float:
     value = float(text)
     if not 0 <= value < 1e9:
         raise argparse.ArgumentTypeError(f"{text} is not a number from 0")
+    return value
+
+
+def times(text: str) -> float:
+    """How many times the sessions: above 0, and no more than memory has room for."""
+    value = positive(text)
+    if value > TIMES_MAX:
+        raise argparse.ArgumentTypeError(f"{text} is over {TIMES_MAX:g} times the sessions")
     return value
 
 

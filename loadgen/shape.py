@@ -30,6 +30,8 @@ def sample(trace: Trace, share: float, seed: int) -> Trace:
 
 def at_load(trace: Trace, load: float, seed: int) -> Trace:
     """So many times the sessions: whole copies with text of their own, at other times, and a sample for the rest."""
+    if load == 1.0:
+        return trace
     span_ms = max((row.timestamp or 0.0) for row in trace.rows)
     rng = np.random.default_rng([seed, round(load * 1000)])
     whole, rest = divmod(load, 1.0)
@@ -113,11 +115,14 @@ def overlay(traces: Sequence[Trace]) -> Trace:
         ids = global_ids(trace, next_id)
         next_id = max((max(found) + 1 for found in ids if found), default=next_id)
         rows += [_renamed(row, own, f"{number}/") for row, own in zip(trace.rows, ids, strict=True)]
+    spans = [trace.header.notes.get("duration_s") for trace in traces]
+    known = [span for span in spans if isinstance(span, (int, float))]
     header = Header(
         block_size=min(sizes, default=traces[0].header.block_size),
         source=" + ".join(dict.fromkeys(trace.header.source or "unnamed" for trace in traces)),
         licence=", ".join(dict.fromkeys(trace.header.licence for trace in traces if trace.header.licence)),
         slos={name: slo for trace in traces for name, slo in trace.header.slos.items()},
+        notes={"duration_s": max(known)} if len(known) == len(spans) else {},
     )
     bad = tuple(bad for trace in traces for bad in trace.bad)
     return ordered(Trace(header, tuple(rows), bad, sum(trace.bad_count for trace in traces)))

@@ -49,6 +49,15 @@ def test_the_figures_of_a_small_trace_are_those_worked_out_by_hand() -> None:
     assert [group.name for group in found.classes] == ["chatbot+", "background-agent"]
 
 
+def test_a_held_prefix_counts_in_whole_blocks_of_an_engine() -> None:
+    small = Trace(Header(block_size=8), (asked(0, 1, 2, 3), asked(1000, 1, 2, 3, 4, 5, 6), asked(2000, 1, 9, 8)))
+    found = workload(small).reuse
+    assert found is not None
+    assert found.ideal_hit == (24 + 8) / 192
+    assert [(one.block_tokens, one.hit) for one in found.in_blocks] == [(16, 16 / 192), (64, 0.0)]
+    assert "an endless one 16.7 % (8.3 % in blocks of 16, 0.0 % in blocks of 64)" in describe(workload(small))
+
+
 def test_bursts_are_seen_in_the_windows() -> None:
     found = arrivals([0.0, 0.1, 0.2, 0.3, 2.0, 4.0])
     assert (found.span_s, found.per_s) == (4.0, 1.5)
