@@ -22,6 +22,8 @@ from loadgen.session import Plan, measure, read_budgets, serving
 from loadgen.targets import Budgets, target_of
 from loadgen.traces import CLASSES, ClassName, Trace
 
+GOODPUT_SHARES = (0.90, 0.95, 0.99)
+
 
 @dataclass(frozen=True, slots=True)
 class Side:
@@ -179,7 +181,17 @@ def edge_text(edge: Edge) -> str:
         shares = [one.classes.get(name) for name in CLASSES]
         cells = ["-" if s is None else f"{100 * s.met:.1f} ({100 * s.low:.1f} to {100 * s.high:.1f})" for s in shares]
         rows.append([f"x{one.load:.3g}", f"{one.sessions_per_s:.3f}", f"{one.goodput_per_s:.2f}", *cells, one.mark])
-    return f"{headline(edge)}\n{aligned(rows)}"
+    return f"{headline(edge)}\n{goodputs(edge)}\n{aligned(rows)}"
+
+
+def goodputs(edge: Edge) -> str:
+    """What met its promise at the largest load at which every class, whatever is wanted of it, met so much."""
+    said = []
+    for share in GOODPUT_SHARES:
+        held = [one for one in edge.points if all(found.met >= share for found in one.classes.values())]
+        most = max(held, key=lambda one: one.goodput_per_s, default=None)
+        said.append(f"{share:.0%}: " + ("none" if most is None else f"{most.goodput_per_s:.2f}/s at x{most.load:.3g}"))
+    return f"Most goodput of the loads tried, with every class at {', at '.join(said)}"
 
 
 def headline(edge: Edge) -> str:

@@ -93,7 +93,11 @@ def measure(plan: Plan, trace: traces.Trace, budgets: Budgets | None = None) -> 
     )
     if plan.warmup_s >= options.duration_s:
         raise ValueError(f"a warm-up of {plan.warmup_s:g} s leaves nothing to judge of {options.duration_s:g} s")
-    promised, budgets_from = (budgets, "the comparison") if budgets is not None else _budgets(plan, served.budgets)
+    promised, budgets_from = (
+        (budgets, "--budgets, or else the first side, for every run")
+        if budgets is not None
+        else _budgets(plan, served.budgets)
+    )
     count = plan.clients or enough(trace, span_s(trace, plan.speed), os.cpu_count() or 1)
     target = Target.parse(plan.target)
     replay = Replay(trace, Client(target), options) if count == 1 else Crew(trace, target, options, count)

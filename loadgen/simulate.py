@@ -15,7 +15,7 @@ from pathlib import Path
 
 from loadgen import options, records, targets, traces
 from loadgen.judge import Verdict
-from loadgen.records import Record, Run
+from loadgen.records import Incident, Record, Run
 from loadgen.report import simulated
 from loadgen.session import publish, read_budgets, span_s, version
 from loadgen.sim import hardware
@@ -204,6 +204,7 @@ def _one(plan: Plan, trace: Trace, policy: str) -> Verdict:
         not_reached=world.not_reached,
         budgets=targets.to_plain(plan.budgets),
         budgets_from=plan.budgets_from,
+        incidents=sorted(Incident(*told) for failure in plan.failures for told in failure.told()),
     )
     name = policy.replace(":", "-").replace(".", "-")
     out = plan.out.with_name(f"{plan.out.name}-{name}")

@@ -145,7 +145,15 @@ def test_an_error_is_one_line_and_exit_code_1(
 
 
 @pytest.mark.parametrize(
-    "arguments", ["", "replay", "replay t --headers 2", "replay t --speed 0", "compose --out x --scale-tokens 2"]
+    "arguments",
+    [
+        "",
+        "replay",
+        "replay t --headers 2",
+        "replay t --speed 0",
+        "compose --out x --scale-tokens 2",
+        "convert t --out x --load 1001",
+    ],
 )
 def test_misuse_is_exit_code_2(arguments: str) -> None:
     with pytest.raises(SystemExit, match="2"):

@@ -42,7 +42,7 @@ def workload_page() -> str:
 
 
 PAGES: dict[str, tuple[Callable[[], str], int]] = {
-    "report": (report, 4),
+    "report": (report, 6),
     "workload": (workload_page, 5),
     "comparison": (comparison_page, 1),
 }
