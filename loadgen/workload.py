@@ -103,6 +103,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     by_user: list[Group]
     reuse: Reuse | None
     nested: int  # rows of sub-agents
+    has_clock: bool  # whether sessions begin at times of their own: Weka's all begin at 0, so rates mean nothing
 
 
 def workload(trace: Trace, cache_tokens: Sequence[int] = ()) -> Workload:
@@ -129,7 +130,13 @@ def workload(trace: Trace, cache_tokens: Sequence[int] = ()) -> Workload:
         by_user=[group(name, [i for i in everything if trace.rows[i].user == name]) for name, _ in users],
         reuse=None if cached is None else _reuse(trace, cached, starts, cache_tokens),
         nested=sum(bool(row.parent) for row in trace.rows),
+        has_clock=_has_clock(trace.rows),
     )
+
+
+def _has_clock(rows: Sequence[Row]) -> bool:
+    starts = [row.timestamp for row in rows if row.timestamp is not None]
+    return len(starts) < 2 or len(set(starts)) > 1
 
 
 def _group(

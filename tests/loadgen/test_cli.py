@@ -36,6 +36,7 @@ def test_ctrl_c_ends_the_offering_and_the_report_is_written_all_the_same(url: st
     assert "INVALID: the run was interrupted" in said
     run, found = records.read(out.with_suffix(".jsonl"))
     assert (run.is_interrupted, run.not_reached, len(found)) == (True, 1, 1)
+    assert run.duration_s == run.wall_s < 3600  # what was offered until then is what goodput is counted over
     assert out.with_suffix(".html").exists()
 
 
