@@ -175,6 +175,7 @@ def curves(
     is_log: bool = True,
     wanted: float | None = None,
     low: float = 0.0,
+    least_step: float = 0.0,
     marks: Sequence[Event] = (),
 ) -> str:
     """Lines whose height is a share, each in its colour, above the share that is wanted; few points are marked."""
@@ -184,7 +185,7 @@ def curves(
         return ""
     xs = [x for curve in drawn for x, _ in curve.points if x > 0 or not is_log]
     first, last = (min(xs), max(xs)) if xs else (0.1, 1.0)
-    x = Axis(first, last if last > first else first * 1.01 + 1e-9, LEFT, WIDTH - RIGHT, is_log=is_log)
+    x = Axis(first, last if last > first else first * 1.01 + 1e-9, LEFT, WIDTH - RIGHT, is_log, least_step)
     y = Axis(low, 1.0 + 0.15 * (1.0 - low), height - BOTTOM, TOP)  # room for the axis's name above the lines
     parts = frame(x, y, height, x_name, y_name)
     if wanted is not None:
@@ -199,6 +200,12 @@ def curves(
         if len(curve.points) < 40:
             parts += [_point(curve, x.at(a), y.at(b), a, b) for a, b in curve.points]
     return svg([*parts, *_events(marks, x, height)], height, f"{y_name} by {x_name}")
+
+
+def floor(shares: Iterable[float]) -> float:
+    """Where a height of shares begins: what is wanted is near the top, and from zero all would be one line."""
+    lowest = min(shares, default=0.0)
+    return next((low for low in (0.9, 0.8, 0.5) if lowest > low), 0.0)
 
 
 def _whisker(curve: Curve, x: float, low: float, high: float) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from html import escape
 
-from loadgen.charts import Curve, Event, curves, gauge, keys
+from loadgen.charts import Curve, Event, curves, floor, gauge, keys
 from loadgen.compare import Compared, Difference, compare_text, goodputs, headline
 from loadgen.judge import PASS_SHARE
 from loadgen.page import document
@@ -77,7 +77,7 @@ def _curves(found: Compared) -> str:
     for name in CLASSES:
         drawn = [_curve(edge, name, COLOURS[place % SIDES_MAX]) for place, edge in enumerate(found.edges)]
         held = [Event(edge.capacity.sessions_per_s, headline(edge)) for edge in found.edges if edge.capacity]
-        low = _floor([share for curve in drawn for span in curve.spans for share in span])
+        low = floor(low for curve in drawn for low, _ in curve.spans)
         picture = curves(
             drawn,
             "sessions offered a second",
@@ -93,11 +93,6 @@ def _curves(found: Compared) -> str:
         "<h2>Attainment by offered load</h2><p>Whiskers: 95 % intervals by session. Dashed red: the largest load at "
         f"which every class passed.</p><p>{named}</p>{''.join(figures)}"
     )
-
-
-def _floor(shares: list[float]) -> float:
-    """Where the height begins: what is wanted is near the top, and a picture from zero would press all into a line."""
-    return next((low for low in (0.9, 0.8, 0.5) if min(shares, default=0.0) > low), 0.0)
 
 
 def _curve(edge: Edge, name: ClassName, style: str) -> Curve:

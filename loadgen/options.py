@@ -49,6 +49,11 @@ def count(text: str) -> int:
     return value
 
 
+def whole(text: str) -> int:
+    """A whole number from 0."""
+    return 0 if text == "0" else count(text)
+
+
 def share(text: str) -> float:
     """From 0 to 1."""
     value = float(text)

@@ -130,11 +130,12 @@ def workload(trace: Trace, cache_tokens: Sequence[int] = ()) -> Workload:
         by_user=[group(name, [i for i in everything if trace.rows[i].user == name]) for name, _ in users],
         reuse=None if cached is None else _reuse(trace, cached, starts, cache_tokens),
         nested=sum(bool(row.parent) for row in trace.rows),
-        has_clock=_has_clock(trace.rows),
+        has_clock=has_clock(trace.rows),
     )
 
 
-def _has_clock(rows: Sequence[Row]) -> bool:
+def has_clock(rows: Sequence[Row]) -> bool:
+    """Whether not everything begins at one moment."""
     starts = [row.timestamp for row in rows if row.timestamp is not None]
     return len(starts) < 2 or len(set(starts)) > 1
 
