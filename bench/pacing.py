@@ -26,7 +26,7 @@ from engine.step import ModelFacts, Runner, StepBatch, StepResult
 from engine.wire import Sampling, StepFrame, Submit
 from policies.costs import StepFeatures, StepFit, StepModel
 
-SAMPLES = Path("bench/results/step_samples-llama-8b.jsonl")
+SAMPLES = Path("bench/results/step_samples-llama-8b-h100.jsonl")
 POLICIES = ("headway", "static-2048")
 VOCAB = 1000
 LONG_TOKENS, LONG_OUTPUT = 4096, 8

@@ -23,6 +23,7 @@ from engine.compute import gpu_build
 from engine.compute.arrange import CHUNK_BUCKETS, DECODE_BUCKETS
 from engine.compute.calibrate import Shape, batch_of
 from engine.config import GPU_BLOCK_TOKENS, GPU_PRIOR, GPU_ROWS_MAX, GPU_SEQUENCES_MAX
+from loadgen.sim.hardware import card_of
 from policies.costs import StepFit
 
 CONTEXTS = (32, 32_768)
@@ -41,10 +42,16 @@ def draw(random: np.random.Generator) -> Shape:
 def begun(path: Path, head: str) -> int:
     """Samples kept from before; a file of another card or model, or none, begins anew."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    if lines[:1] == [head] and all(line.endswith("]") for line in lines[1:]):
+    if lines and _made_by(lines[0]) == _made_by(head) and all(line.endswith("]") for line in lines[1:]):
         return len(lines) - 1
     path.write_text(head + "\n", encoding="utf-8")
     return 0
+
+
+def _made_by(head: str) -> tuple[str, str]:
+    """The card and the model; how much memory was left beside them differs a little from run to run."""
+    told = json.loads(head)
+    return told["device"], told["model"]
 
 
 def main() -> None:
@@ -59,8 +66,17 @@ def main() -> None:
     fit = StepFit(GPU_PRIOR)
     until, errors = time.monotonic() + options.seconds, []
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"step_samples-{options.model.name}.jsonl"
-    head = json.dumps({"device": torch.cuda.get_device_name(), "model": options.model.name})
+    device_name, model_name = torch.cuda.get_device_name(), options.model.name
+    path = options.out / f"step_samples-{model_name}-{card_of(device_name)}.jsonl"
+    head = json.dumps(
+        {
+            "device": device_name,
+            "model": model_name,
+            "block_tokens": GPU_BLOCK_TOKENS,
+            "kv_blocks": runner.blocks_total,
+            "context_max": runner.model.context_max,
+        }
+    )
     count = begun(path, head)
     random = np.random.default_rng(count)
     with path.open("a", encoding="utf-8") as file:

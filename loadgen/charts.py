@@ -117,7 +117,7 @@ def _mark(dot: Dot, x: float, y: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that happened at a moment: a line through the picture."""
+    """Something that happened at a moment, or a place on the axis that matters: a line through the picture."""
 
     at: float
     title: str
@@ -136,7 +136,8 @@ def timeline(
     """Stacked bars over the seconds of a run, each `width_s` wide."""
     if not bars:
         return ""
-    top = max(1.0, *(sum(size for _, size in bar.parts) for bar in bars))
+    tallest = max(sum(size for _, size in bar.parts) for bar in bars)
+    top = max(1.0, tallest) if width_s == 1.0 else tallest or 1.0
     x = Axis(bars[0].x, bars[-1].x + width_s, LEFT, WIDTH - RIGHT)
     y = Axis(0, top * 1.3, height - BOTTOM, TOP, least_step=1.0 if width_s == 1.0 else 0.0)  # a rate has fractions
     parts = frame(x, y, height, "seconds from the start", y_name)
@@ -163,10 +164,19 @@ class Curve:
     name: str
     style: str
     points: Sequence[tuple[float, float]]
+    spans: Sequence[tuple[float, float]] = ()  # of each point: how low and how high it may really lie
 
 
 def curves(
-    found: Sequence[Curve], x_name: str, y_name: str, *, is_log: bool = True, wanted: float | None = None
+    found: Sequence[Curve],
+    x_name: str,
+    y_name: str,
+    *,
+    is_log: bool = True,
+    wanted: float | None = None,
+    low: float = 0.0,
+    least_step: float = 0.0,
+    marks: Sequence[Event] = (),
 ) -> str:
     """Lines whose height is a share, each in its colour, above the share that is wanted; few points are marked."""
     height = 260
@@ -174,19 +184,33 @@ def curves(
     if not drawn:
         return ""
     xs = [x for curve in drawn for x, _ in curve.points if x > 0 or not is_log]
-    low, high = (min(xs), max(xs)) if xs else (0.1, 1.0)
-    x = Axis(low, high if high > low else low * 1.01 + 1e-9, LEFT, WIDTH - RIGHT, is_log=is_log)
-    y = Axis(0.0, 1.15, height - BOTTOM, TOP)  # room for the axis's name above the lines
+    first, last = (min(xs), max(xs)) if xs else (0.1, 1.0)
+    x = Axis(first, last if last > first else first * 1.01 + 1e-9, LEFT, WIDTH - RIGHT, is_log, least_step)
+    y = Axis(low, 1.0 + 0.15 * (1.0 - low), height - BOTTOM, TOP)  # room for the axis's name above the lines
     parts = frame(x, y, height, x_name, y_name)
     if wanted is not None:
         parts.append(f'<path class="target" d="M{LEFT},{y.at(wanted)}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text class="target-name" x="{WIDTH - RIGHT}" y="{y.at(wanted) - 5}">{wanted:.0%} wanted</text>')
+        below = y.at(wanted) + 15  # above it is the curve, where all is well
+        parts.append(f'<text class="target-name" x="{WIDTH - RIGHT - 6}" y="{below}">{wanted:.0%} wanted</text>')
     for curve in drawn:
         path = " ".join(f"{x.at(a)},{y.at(b)}" for a, b in curve.points)
         parts.append(f'<polyline class="curve" style="stroke:var(--{curve.style})" points="{path}"/>')
+        spans = zip(curve.points, curve.spans, strict=False)
+        parts += [_whisker(curve, x.at(a), y.at(least), y.at(most)) for (a, _), (least, most) in spans]
         if len(curve.points) < 40:
             parts += [_point(curve, x.at(a), y.at(b), a, b) for a, b in curve.points]
-    return svg(parts, height, f"{y_name} by {x_name}")
+    return svg([*parts, *_events(marks, x, height)], height, f"{y_name} by {x_name}")
+
+
+def floor(shares: Iterable[float]) -> float:
+    """Where a height of shares begins: what is wanted is near the top, and from zero all would be one line."""
+    lowest = min(shares, default=0.0)
+    return next((low for low in (0.9, 0.8, 0.5) if lowest > low), 0.0)
+
+
+def _whisker(curve: Curve, x: float, low: float, high: float) -> str:
+    ends = f"M{x - 4},{low}h8M{x - 4},{high}h8M{x},{low}V{high}"
+    return f'<path class="curve" style="stroke:var(--{curve.style});stroke-opacity:.55" d="{ends}"/>'
 
 
 def _point(curve: Curve, x: float, y: float, a: float, b: float) -> str:

@@ -5,6 +5,7 @@ Owns their options and words. Nothing here talks to a server."""
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from loadgen import options
@@ -25,7 +26,7 @@ CONVERT = """
 AzureLLMInferenceTrace_code.csv.zst --class data-processor --users 12 --out code.jsonl.zst
 weka_requests.csv.zst --sample 0.02 --cap-gap 60 --scale-tokens 1/16 --to aiperf --out aiperf.jsonl
 conversation_trace.jsonl.zst --jitter 3 --sample 0.1 --out chat.jsonl
-mix.jsonl code.jsonl.zst --out both.jsonl
+mix.jsonl code.jsonl.zst --load 2 0.5 --out both.jsonl
 """
 
 
@@ -98,6 +99,8 @@ def _add_convert(commands: options.Commands[argparse.ArgumentParser]) -> None:
     convert.add_argument("-o", "--out", type=Path, required=True, help="ends in .gz or .zst to be compressed")
     convert.add_argument("--to", choices=("headway", "mooncake", "aiperf"), default="headway")
     convert.add_argument("--class", dest="as_class", choices=CLASSES, help="the true class, where rows name none")
+    says = "times the sessions, never the clocks: one for all, or one a trace, which gives each its share (1)"
+    convert.add_argument("--load", type=options.times, nargs="+", default=[1.0], metavar="X", help=says)
     convert.add_argument("--sample", type=options.share, metavar="SHARE", help="keep so many of the sessions, whole")
     convert.add_argument("--jitter", type=options.positive, metavar="S", help="undo a recorder's steps of S seconds")
     convert.add_argument("--cap-gap", type=options.positive, metavar="S", help="let no turn wait longer")
@@ -161,7 +164,22 @@ def _sized(trace: Trace, divisor: int, context: int | None) -> Trace:
     from loadgen.compose import drop_over_context, scale
 
     scaled = scale(trace, divisor)
+    if divisor > 1 and any(row.hash_ids for row in trace.rows):
+        print(_kept(trace, scaled, divisor))
     return scaled if context is None else drop_over_context(scaled, context)
+
+
+def _kept(trace: Trace, scaled: Trace, divisor: int) -> str:
+    """What scaling did to the ideal hit; an engine whose blocks are larger than the scaled ones holds less of it."""
+    from loadgen.traces import cached_of
+    from loadgen.workload import ENDLESS_S, ENGINE_BLOCKS, hit_in_blocks
+
+    before, after = cached_of(trace, ENDLESS_S), cached_of(scaled, ENDLESS_S)
+    in_blocks = [f"{hit_in_blocks(scaled, after, tokens):.1%} in blocks of {tokens}" for tokens in ENGINE_BLOCKS]
+    return (
+        f"ideal hit {hit_in_blocks(trace, before, 1):.1%}, and {hit_in_blocks(scaled, after, 1):.1%} scaled by "
+        f"1/{divisor}; an engine's: {', '.join(in_blocks)} tokens"
+    )
 
 
 def _describe(arguments: argparse.Namespace) -> int:
@@ -207,7 +225,8 @@ def _convert(arguments: argparse.Namespace) -> int:
     from loadgen import formats, shape
     from loadgen.formats import export
 
-    trace = shape.overlay([formats.load(path, arguments.strict, arguments.as_class) for path in arguments.trace])
+    loaded = [formats.load(path, arguments.strict, arguments.as_class) for path in arguments.trace]
+    trace = _mixed(loaded, arguments)
     if arguments.sample is not None:
         trace = shape.sample(trace, arguments.sample, arguments.seed)
     if arguments.jitter:
@@ -224,6 +243,29 @@ def _convert(arguments: argparse.Namespace) -> int:
     if said:
         print(said)
     return 0
+
+
+def _mixed(loaded: Sequence[Trace], arguments: argparse.Namespace) -> Trace:
+    """All on one clock, each with so many times its sessions."""
+    from loadgen import shape
+
+    loads = arguments.load * len(loaded) if len(arguments.load) == 1 else arguments.load
+    if len(loads) != len(loaded):
+        raise ValueError(f"--load has {len(loads)} figures for {len(loaded)} traces: one for all, or one for each")
+    parts = [shape.at_load(one, load, arguments.seed) for one, load in zip(loaded, loads, strict=True)]
+    if len(parts) > 1:
+        print(_shares(arguments.trace, parts))
+    return shape.overlay(parts)
+
+
+def _shares(paths: Sequence[Path], parts: Sequence[Trace]) -> str:
+    """What each trace brings to the mix."""
+    tokens = [sum(row.input_length for row in part.rows) for part in parts]
+    rows = sum(len(part.rows) for part in parts)
+    return "\n".join(
+        f"{path.name}: {len(part.rows)} rows ({len(part.rows) / rows:.1%}), {own / sum(tokens):.1%} of the input tokens"
+        for path, part, own in zip(paths, parts, tokens, strict=True)
+    )
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -22,6 +22,8 @@ from loadgen.session import Plan, measure, read_budgets, serving
 from loadgen.targets import Budgets, target_of
 from loadgen.traces import CLASSES, ClassName, Trace
 
+GOODPUT_SHARES = (0.90, 0.95, 0.99)
+
 
 @dataclass(frozen=True, slots=True)
 class Side:
@@ -102,8 +104,7 @@ class _Runs:
     def __call__(self, load: float, seed: int) -> Measured:
         print(f"{self.side.name}: {load:.3g} times the sessions, seed {seed}", flush=True)
         plan = replace(self.trial.plan, target=self.side.target, seed=seed)
-        asked = shape.at_load(self.trace, load, seed) if load != 1.0 else self.trace
-        run, found = measure(plan, asked, self.budgets)
+        run, found = measure(plan, shape.at_load(self.trace, load, seed), self.budgets)
         records.write(run, found, kept_at(plan.out, self.side.name, load, seed))
         if run.is_interrupted:
             raise KeyboardInterrupt
@@ -180,7 +181,17 @@ def edge_text(edge: Edge) -> str:
         shares = [one.classes.get(name) for name in CLASSES]
         cells = ["-" if s is None else f"{100 * s.met:.1f} ({100 * s.low:.1f} to {100 * s.high:.1f})" for s in shares]
         rows.append([f"x{one.load:.3g}", f"{one.sessions_per_s:.3f}", f"{one.goodput_per_s:.2f}", *cells, one.mark])
-    return f"{headline(edge)}\n{aligned(rows)}"
+    return f"{headline(edge)}\n{goodputs(edge)}\n{aligned(rows)}"
+
+
+def goodputs(edge: Edge) -> str:
+    """What met its promise at the largest load at which every class, whatever is wanted of it, met so much."""
+    said = []
+    for share in GOODPUT_SHARES:
+        held = [one for one in edge.points if all(found.met >= share for found in one.classes.values())]
+        most = max(held, key=lambda one: one.goodput_per_s, default=None)
+        said.append(f"{share:.0%}: " + ("none" if most is None else f"{most.goodput_per_s:.2f}/s at x{most.load:.3g}"))
+    return f"Most goodput of the loads tried, with every class at {', at '.join(said)}"
 
 
 def headline(edge: Edge) -> str:

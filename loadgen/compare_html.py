@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from html import escape
 
-from loadgen.charts import Curve, curves, gauge, keys
-from loadgen.compare import Compared, Difference, compare_text, headline
+from loadgen.charts import Curve, Event, curves, floor, gauge, keys
+from loadgen.compare import Compared, Difference, compare_text, goodputs, headline
 from loadgen.judge import PASS_SHARE
 from loadgen.page import document
 from loadgen.search import Edge
@@ -29,7 +29,7 @@ def page(found: Compared, title: str) -> str:
 
 def _verdict(found: Compared) -> str:
     if found.edges:
-        return "".join(f"<p>{escape(headline(edge))}.</p>" for edge in found.edges)
+        return "".join(f"<p>{escape(headline(edge))}. {escape(goodputs(edge))}.</p>" for edge in found.edges)
     return (
         "<p>One trace and the same promises for every side; sessions are paired with themselves on the first side. "
         "A difference counts when its interval leaves out zero.</p>"
@@ -76,12 +76,26 @@ def _curves(found: Compared) -> str:
     figures = []
     for name in CLASSES:
         drawn = [_curve(edge, name, COLOURS[place % SIDES_MAX]) for place, edge in enumerate(found.edges)]
-        picture = curves(drawn, "sessions offered a second", f"{name} met", is_log=False, wanted=PASS_SHARE[name])
+        held = [Event(edge.capacity.sessions_per_s, headline(edge)) for edge in found.edges if edge.capacity]
+        low = floor(low for curve in drawn for low, _ in curve.spans)
+        picture = curves(
+            drawn,
+            "sessions offered a second",
+            f"{name} met",
+            is_log=False,
+            wanted=PASS_SHARE[name],
+            low=low,
+            marks=held,
+        )
         figures.append(f"<figure>{picture}</figure>" if picture else "")
     named = keys((COLOURS[place % SIDES_MAX], edge.name) for place, edge in enumerate(found.edges))
-    return f"<h2>Attainment by offered load</h2><p>{named}</p>{''.join(figures)}"
+    return (
+        "<h2>Attainment by offered load</h2><p>Whiskers: 95 % intervals by session. Dashed red: the largest load at "
+        f"which every class passed.</p><p>{named}</p>{''.join(figures)}"
+    )
 
 
 def _curve(edge: Edge, name: ClassName, style: str) -> Curve:
     points = [(one.sessions_per_s, one.classes[name].met) for one in edge.points if name in one.classes]
-    return Curve(edge.name, style, points)
+    spans = [(one.classes[name].low, one.classes[name].high) for one in edge.points if name in one.classes]
+    return Curve(edge.name, style, points, spans)

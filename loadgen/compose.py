@@ -12,11 +12,12 @@ import msgspec
 import numpy as np
 
 from loadgen.texts import is_text
-from loadgen.traces import ClassName, Gap, Header, Row, Trace, nominal_starts_s
+from loadgen.traces import ClassName, Gap, Header, Row, Trace, families, nominal_starts_s
 
 BLOCK_TOKENS = 256  # before scaling; 1/16 makes it 16, the embedded engine's own block
 NOMINAL_TURN_S = 2.0  # what a turn is taken to last when the trace is cut to its duration
 FEW = 16  # arrivals of a class, below which they are spread: one every 6 s of the demonstration
+USER_SKEW = 1.0  # Zipf exponent: with 12 users the first sends 32 % (ServeGen's largest client: 14 to 52 %)
 Z90 = 1.2815515594600038  # standard normal quantile: p90 of a lognormal is median * exp(Z90 * sigma)
 
 
@@ -70,7 +71,7 @@ class Mix:
     background: Agent = Agent("background-agent", 0.015, steps_per_request=33, requests_per_session=1)
     jobs: Jobs = Jobs(0.015)
     users: int = 12
-    user_skew: float = 1.0  # Zipf exponent; with 12 users the first sends 32 % (ServeGen: 16 to 52 %)
+    user_skew: float = USER_SKEW
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +97,7 @@ class _Builder:
         return list(range(first, self.next_id))
 
     def user(self) -> str:
-        weights = 1.0 / np.arange(1, self.mix.users + 1) ** self.mix.user_skew
-        return f"user-{1 + int(self.rng.choice(self.mix.users, p=weights / weights.sum())):02d}"
+        return skewed_user(self.rng, self.mix.users, self.mix.user_skew)
 
     def arrivals(self, rate: float, duration_s: float) -> list[float]:
         """A Poisson process over the duration, its first arrival in the first tenth: a short trace has every class.
@@ -185,6 +185,12 @@ class _Builder:
         return rows
 
 
+def skewed_user(rng: np.random.Generator, count: int, skew: float = USER_SKEW) -> str:
+    """One of so many users, of whom the first sends most."""
+    weights = 1.0 / np.arange(1, count + 1) ** skew
+    return f"user-{1 + int(rng.choice(count, p=weights / weights.sum())):02d}"
+
+
 def compose(mix: Mix, seed: int, duration_s: float, load: float = 1.0) -> Trace:
     """The mix over `duration_s`, with `load` times the sessions; unscaled."""
     build = _Builder(_loaded(mix, load), np.random.default_rng(seed))
@@ -241,7 +247,7 @@ def _scaled(row: Row, divisor: int, block: int) -> Row:
 
 def drop_over_context(trace: Trace, context: int) -> Trace:
     """Without the sessions whose longest turn exceeds the context: each goes whole, and the header counts them."""
-    names = [row.family or f"row {index}" for index, row in enumerate(trace.rows)]
+    names = families(trace.rows)
     lengths = (row.input_length + row.output_length for row in trace.rows)
     over = {name for name, length in zip(names, lengths, strict=True) if length > context}
     rows = tuple(row for name, row in zip(names, trace.rows, strict=True) if name not in over)

@@ -15,13 +15,15 @@ ARRIVAL_HEADS = ["", "per s", "CV", "peak/mean 1 s", "60 s", "var/mean 1 s", "60
 SESSION_HEADS = ["", "turns p10", "p50", "p90", "max", "tool gap s p50", "p75", "p90", "p99", "human gap s p50"]
 SESSION_HEADS += ["p75", "p90", "after a tool %"]
 BAD_SHOWN = 5
+NO_CLOCK = "all sessions begin at 0: the trace says nothing of rates, and reuse is counted as if they ran side by side"
 
 
 def describe(found: Workload) -> str:
     """The whole text."""
     groups = [*found.classes, *([found.whole] if len(found.classes) > 1 else [])]
     parts = [aligned([HEADS, *map(_counts, groups)]), aligned([OUTPUT_HEADS, *map(_lengths, groups)])]
-    parts.append(aligned([ARRIVAL_HEADS, *([group.name, *arrival_cells(group.arrivals)] for group in groups)]))
+    rates = aligned([ARRIVAL_HEADS, *([group.name, *arrival_cells(group.arrivals)] for group in groups)])
+    parts.append(rates if found.has_clock else NO_CLOCK)
     if found.whole.sessions:
         parts.append(aligned([SESSION_HEADS, *map(_sessions, groups)]))
     if found.by_user:
@@ -61,7 +63,7 @@ def _six(found: Spread) -> list[str]:
 
 def arrival_cells(found: Arrivals) -> list[str]:
     """Under ARRIVAL_HEADS, behind a name."""
-    rate = "-" if found.per_s is None else f"{found.per_s:.2f}"
+    rate = "-" if found.per_s is None else f"{found.per_s:.2f}" if found.per_s >= 0.1 else f"{found.per_s:.2g}"
     peaks = f"{found.peak_to_mean_1s:.1f}", f"{found.peak_to_mean_60s:.2f}"
     return [rate, figure(found.cv), *peaks, f"{found.var_to_mean_1s:.1f}", f"{found.var_to_mean_60s:.1f}"]
 
@@ -78,9 +80,11 @@ def reuse_text(found: Reuse) -> str:
     sampled = "" if found.sampled_1_in == 1 else f" (one block in {found.sampled_1_in} counted)"
     rows = [["LRU cache of tokens", *(number(point.tokens) for point in found.curve)]]
     rows.append(["holds of the input %", *(f"{100 * point.hit:.1f}" for point in found.curve)])
+    in_blocks = ", ".join(f"{100 * one.hit:.1f} % in blocks of {one.block_tokens}" for one in found.in_blocks)
     return (
         f"{aligned(rows)}{sampled}\n"
-        f"an endless one {100 * found.ideal_hit:.1f} %; {100 * found.over_half:.1f} % of requests have over half held; "
+        f"an endless one {100 * found.ideal_hit:.1f} % ({in_blocks})\n"
+        f"{100 * found.over_half:.1f} % of requests have over half held; "
         f"a block is used again after p50 {figure(found.gap_s.p50)} s, p90 {figure(found.gap_s.p90)} s"
     )
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from html import escape
 
 from loadgen.charts import Bar, Curve, cumulative, curves, keys, timeline
-from loadgen.describe import describe, figure
+from loadgen.describe import NO_CLOCK, arrival_cells, describe, figure
 from loadgen.page import document
 from loadgen.traces import CLASSES, ClassName, Trace, nominal_starts_s
 from loadgen.workload import Workload
@@ -20,7 +20,8 @@ BARS_MAX = 180
 def page(name: str, trace: Trace, found: Workload) -> str:
     """The whole page."""
     shown = [name for name in CLASSES if any(group.name == name for group in found.classes)]
-    parts = [_head(name, found), _arrivals(trace, shown), _lengths(trace, shown), _reuse(found), _gaps(trace)]
+    arrivals = _arrivals(trace, shown) if found.has_clock else f"<h2>Arrivals</h2><p>{NO_CLOCK.capitalize()}.</p>"
+    parts = [_head(name, found), arrivals, _lengths(trace, shown), _reuse(found), _gaps(trace)]
     parts += [_users(found), f'<h2>In figures</h2><div class="scroll"><pre>{escape(describe(found))}</pre></div>']
     return document(f"Workload: {name}", parts)
 
@@ -29,14 +30,12 @@ def _head(name: str, found: Workload) -> str:
     whole = found.whole
     cards = [
         ("requests", f"{whole.requests:,}", f"{whole.sessions} sessions, {whole.users} users"),
-        (
-            "a second",
-            figure(whole.arrivals.per_s),
-            f"CV {figure(whole.arrivals.cv)} over {whole.arrivals.span_s:.0f} s",
-        ),
-        ("input tokens, median", figure(whole.input_tokens.p50), f"p90 {figure(whole.input_tokens.p90)}"),
-        ("output tokens, median", figure(whole.output_tokens.p50), f"p90 {figure(whole.output_tokens.p90)}"),
+        ("input tokens, median", _count(whole.input_tokens.p50), f"p90 {_count(whole.input_tokens.p90)}"),
+        ("output tokens, median", _count(whole.output_tokens.p50), f"p90 {_count(whole.output_tokens.p90)}"),
     ]
+    if found.has_clock:
+        rate, *_ = arrival_cells(whole.arrivals)
+        cards.insert(1, ("a second", rate, f"CV {figure(whole.arrivals.cv)} over {whole.arrivals.span_s:,.0f} s"))
     if whole.ideal_hit is not None:
         cards.append(("ideal hit", f"{whole.ideal_hit:.1%}", "of input tokens, in an endless cache"))
     inside = "".join(f'<div class="card"><h3>{a}</h3><b>{b}</b><span>{c}</span></div>' for a, b, c in cards)
@@ -45,6 +44,10 @@ def _head(name: str, found: Workload) -> str:
         f"<p>{found.bad_rows} bad rows were left out: {escape('; '.join(found.bad[:3]))}</p>" if found.bad_rows else ""
     )
     return f'<h1>{escape(name)}</h1>{source}{bad}<div class="cards">{inside}</div>'
+
+
+def _count(tokens: float | None) -> str:
+    return "-" if tokens is None else f"{tokens:,.0f}"
 
 
 def _arrivals(trace: Trace, shown: Sequence[ClassName]) -> str:
@@ -75,7 +78,8 @@ def _lengths(trace: Trace, shown: Sequence[ClassName]) -> str:
             for name in shown
         ]
         figures.append(f"<figure>{curves(found, title, 'share of requests')}</figure>")
-    return f"<h2>Lengths</h2><p>The share of requests with at most so many tokens.</p>{''.join(figures)}"
+    named = keys((COLOURS[name], name) for name in shown)
+    return f"<h2>Lengths</h2><p>The share of requests with at most so many tokens.</p><p>{named}</p>{''.join(figures)}"
 
 
 def _reuse(found: Workload) -> str:

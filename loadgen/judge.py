@@ -22,7 +22,8 @@ from loadgen.traces import CLASSES, ClassName
 LAG_SHARE = 0.05  # of the tightest TTFT target: a client later than this at p99 has measured itself
 REFUSED_CHAT_MAX = 0.01  # no run counts with more chat refused
 PASS_SHARE: dict[ClassName, float] = {"chatbot+": 0.99, "background-agent": 0.95, "data-processor": 0.99}
-FAIR_OFFERED_MIN = 5  # a user with fewer offered chat requests is not named the worst
+FAIR_OFFERED = 50  # a user with fewer offered chat requests is not named the worst: one miss of ten is chance
+FAIR_OFFERED_MIN = 5  # the same where nobody has as many: a short run has a worst user, too
 NO_WORKER = "none"  # in the place of a name
 BOOTSTRAP_ROUNDS, BOOTSTRAP_CELLS = 1000, 500_000
 OUTCOMES: tuple[Outcome, ...] = ("done", "refused", "failed", "left", "abandoned", "unfinished")
@@ -82,6 +83,7 @@ class Second(msgspec.Struct, frozen=True, kw_only=True):
     met: int
     refused: int
     lost: int  # failed, left, abandoned or unfinished
+    waiting_max: int  # requests of any second without their first token yet, most at one moment
     ttft_max_s: float | None  # of chatbot+
 
 
@@ -98,7 +100,8 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     classes: dict[ClassName, ClassVerdict]
     workers: dict[ClassName, dict[str, Cell]]  # they add up to the class; NO_WORKER: never had one, or it was not told
     users: list[UserVerdict]  # worst first
-    worst_user: UserVerdict | None  # of those with FAIR_OFFERED_MIN requests: one miss of one is chance
+    worst_user: UserVerdict | None  # of those with fair_offered_min requests
+    fair_offered_min: int = FAIR_OFFERED_MIN
     users_p5: float | None
     jain: float | None
     confusion: dict[ClassName, dict[str, int]]
@@ -123,7 +126,8 @@ def judge(run: Run, records: Sequence[Record], budgets: Budgets) -> Verdict:
     met = [one for one in judged if one.is_met]
     lag_ms, bound_ms = _lag_ms(judged), _lag_bound_ms(judged)
     users = _users(judged)
-    fair = [user for user in users if user.offered >= FAIR_OFFERED_MIN]
+    least = FAIR_OFFERED if any(user.offered >= FAIR_OFFERED for user in users) else FAIR_OFFERED_MIN
+    fair = [user for user in users if user.offered >= least]
     shares = [user.met / user.offered for user in fair]
     chat = _of_class(judged, "chatbot+")
     return Verdict(
@@ -138,6 +142,7 @@ def judge(run: Run, records: Sequence[Record], budgets: Budgets) -> Verdict:
         workers={name: _by_worker(found) for name in CLASSES if (found := _of_class(judged, name))},
         users=users,
         worst_user=fair[0] if fair else None,
+        fair_offered_min=least,
         users_p5=rank(sorted(shares), 0.05),
         jain=_jain(shares),
         confusion={name: _confusion(found) for name in CLASSES if (found := _of_class(judged, name))},
@@ -236,10 +241,30 @@ def _seconds(judged: Sequence[Judged], run: Run) -> list[Second]:
     for one in judged:
         if one.record.intended_s is not None:
             grouped.setdefault(int(one.record.intended_s), []).append(one)
-    return [_second(at, grouped[at]) for at in sorted(grouped)]
+    waiting = _waiting(judged, run.duration_s)
+    return [_second(at, grouped[at], waiting.get(at, 0)) for at in sorted(grouped)]
 
 
-def _second(at_s: int, judged: Sequence[Judged]) -> Second:
+def _waiting(judged: Sequence[Judged], until_s: float) -> dict[int, int]:
+    """By second, the most that waited at once: the queue as clients feel it, and how long it takes to go."""
+    moments: list[tuple[float, int]] = []
+    for one in judged:
+        begin_s, record = one.record.intended_s, one.record
+        if begin_s is not None:
+            served_s = record.token_s[0] if record.token_s else record.end_s
+            moments += [(begin_s, 1), (max(begin_s, until_s if served_s is None else served_s), -1)]
+    most: dict[int, int] = {}
+    count, second = 0, 0
+    for at_s, change in sorted(moments):
+        while second < int(at_s):  # who waits on into a second waits in it
+            second += 1
+            most[second] = count
+        count += change
+        most[second] = max(most.get(second, 0), count)
+    return most
+
+
+def _second(at_s: int, judged: Sequence[Judged], waiting_max: int) -> Second:
     refused = sum(one.record.outcome == "refused" for one in judged)
     chat = [one.ttft_s for one in _of_class(judged, "chatbot+") if one.ttft_s is not None]
     return Second(
@@ -248,6 +273,7 @@ def _second(at_s: int, judged: Sequence[Judged]) -> Second:
         met=sum(one.is_met for one in judged),
         refused=refused,
         lost=sum(one.record.outcome != "done" for one in judged) - refused,
+        waiting_max=waiting_max,
         ttft_max_s=max(chat, default=None),
     )
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 
+TIMES_MAX = 1000.0  # copies of a trace, all in memory
 Commands = argparse._SubParsersAction  # noqa: SLF001  the type that add_subparsers returns has no public name
 
 
@@ -32,12 +33,25 @@ def not_negative(text: str) -> float:
     return value
 
 
+def times(text: str) -> float:
+    """How many times the sessions: above 0, and no more than memory has room for."""
+    value = positive(text)
+    if value > TIMES_MAX:
+        raise argparse.ArgumentTypeError(f"{text} is over {TIMES_MAX:g} times the sessions")
+    return value
+
+
 def count(text: str) -> int:
     """A whole number above 0."""
     value = int(text)
     if not 0 < value < 1 << 40:
         raise argparse.ArgumentTypeError(f"{text} is not a positive count")
     return value
+
+
+def whole(text: str) -> int:
+    """A whole number from 0."""
+    return 0 if text == "0" else count(text)
 
 
 def share(text: str) -> float:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,24 +19,24 @@ from loadgen import fleets, formats, options, simulate
 from loadgen.compose import Mix, compose
 from loadgen.fleets import Checked
 from loadgen.plan import Planned, asked, plan
+from loadgen.plan_html import class_cells, page
 from loadgen.records import Run
 from loadgen.report import aligned
 from loadgen.search import Measured, point, pooled
 from loadgen.session import read_budgets, span_s
-from loadgen.sim import profiles
+from loadgen.sim import hardware, profiles
 from loadgen.sim.profiles import Profile
 from loadgen.sim.world import Setting
 from loadgen.targets import PUBLISHED, Budgets, to_plain
 from loadgen.traces import Trace
+from loadgen.workload import has_clock
 from policies import plugins
 from policies.api import PolicySpec
 
 GRACE_S = 60.0  # after the offered time, for answers under way
-# Which profile a name of the shop means. Others are files: samples of steps that were timed on the machine itself.
-HARDWARE = {("h100", "llama-8b"): profiles.H100_8B_OWN.name}
 TEACH = """
 mix.jsonl --hardware h100 --model llama-8b
-workload.toml --hardware h100 --model llama-8b --duration 60 --seeds 1 --json out/plan.json
+workload.toml --hardware h100 --model llama-8b --duration 60 --seeds 1 --json out/plan.json --html out/plan.html
 conversation_trace.jsonl.zst --hardware h100 --model llama-8b --price 2.2 --spare 1 --closed-form
 """
 
@@ -54,15 +55,18 @@ def add(commands: options.Commands[argparse.ArgumentParser]) -> None:
     says = "say how many replicas a workload needs, what binds, and what a million tokens cost by class"
     command = options.command(commands, "plan", says, TEACH)
     command.add_argument("workload", type=Path, help="a trace in any known format, or a .toml over `compose`'s mix")
-    command.add_argument("--hardware", default="h100", choices=sorted({name for name, _ in HARDWARE}), help="(h100)")
-    command.add_argument(
-        "--model", default="llama-8b", choices=sorted({name for _, name in HARDWARE}), help="(llama-8b)"
+    command.add_argument("--hardware", default="h100", metavar="CARD", help="whose steps were timed (h100)")
+    command.add_argument("--model", default="llama-8b", help="that was timed on it (llama-8b)")
+    says = (
+        f"other step times than those two name: {', '.join(profiles.PROFILES)}, a profile's JSON, or the .jsonl that "
     )
-    says = f"other step times than those two name: {', '.join(profiles.PROFILES)}, or a file of timed steps"
+    says += "bench/step_samples.py wrote"
     command.add_argument("--profile", metavar="NAME|FILE", help=says)
     command.add_argument("--budgets", type=Path, metavar="FILE", help="promises as /readyz has them (the published)")
     command.add_argument("--price", type=options.positive, default=2.5, help="of a replica an hour (2.5)")
-    command.add_argument("--spare", type=int, default=0, help="replicas beyond what is needed, for failures (0)")
+    command.add_argument(
+        "--spare", type=options.whole, default=0, help="replicas beyond what is needed, for failures (0)"
+    )
     command.add_argument(
         "--duration", type=options.positive, default=3600.0, metavar="S", help="of a .toml's mix (3600)"
     )
@@ -70,11 +74,12 @@ def add(commands: options.Commands[argparse.ArgumentParser]) -> None:
     command.add_argument("--policy", default="headway", help="that the simulator places by (headway)")
     command.add_argument("--closed-form", action="store_true", help="do not ask the simulator")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
+    command.add_argument("--html", type=Path, metavar="FILE", help="write them drawn, as one page")
     command.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    profile = profiles.load(arguments.profile or HARDWARE[arguments.hardware, arguments.model])
+    profile = _profile(arguments)
     budgets = read_budgets(arguments.budgets) if arguments.budgets else PUBLISHED
     trace = _trace(arguments.workload, arguments.duration)
     work = asked(trace, profile.blocks_total * profile.block_tokens)
@@ -87,18 +92,31 @@ def _run(arguments: argparse.Namespace) -> int:
         checked = fleets.search(_Check(trace, profile, budgets, arguments.policy, seeds).size, need)
         said = fleets.text(checked, need, sum(one.busy for one in planned.classes.values()))
         print(f"\n{simulate.LABEL}, {arguments.policy}, {arguments.seeds} seeds\n\n{said}")
+    label = simulate.LABEL if checked else "closed form"
+    if arguments.html:
+        arguments.html.parent.mkdir(parents=True, exist_ok=True)
+        arguments.html.write_text(page(arguments.workload.name, planned, checked, label), encoding="utf-8")
+        print(f"wrote {arguments.html}")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        label = simulate.LABEL if checked else "closed form"
         answer = Answer(planned, checked, fleets.edge(checked)[1], label)
         arguments.json.write_bytes(msgspec.json.format(msgspec.json.encode(answer), indent=1))
         print(f"wrote {arguments.json}")
     return 0
 
 
+def _profile(arguments: argparse.Namespace) -> Profile:
+    if arguments.profile is None:
+        return hardware.load(arguments.hardware, arguments.model)
+    return hardware.named(arguments.profile)
+
+
 def _trace(path: Path, duration_s: float) -> Trace:
     if path.suffix != ".toml":
-        return formats.load(path)
+        trace = formats.load(path)
+        if not has_clock(trace.rows):
+            raise ValueError(f"{path}: all sessions begin at 0: it says nothing of load; `compose --weka` draws starts")
+        return trace
     with path.open("rb") as file:
         return compose(read_mix(tomllib.load(file)), seed=1, duration_s=duration_s)
 
@@ -128,23 +146,10 @@ def text(planned: Planned) -> str:
     rows = [
         ["", "per s", "hit %", "prefill ms", "decode ms", "busy replicas", "load it bears", "per 1M tokens", "output"]
     ]
-    rows += [
-        [
-            name,
-            f"{one.per_s:.3f}",
-            f"{100 * one.hit:.1f}",
-            f"{1e3 * one.prefill_s:.0f}",
-            f"{1e3 * one.decode_s:.0f}",
-            f"{one.busy:.2f}",
-            f"{one.load_max:.2f}",
-            f"{one.cost_per_million:.3f}",
-            f"{one.cost_per_million_output:.2f}",
-        ]
-        for name, one in planned.classes.items()
-    ]
+    rows += [[name, *class_cells(one)] for name, one in planned.classes.items()]
     return "\n".join(
         [
-            f"{planned.replicas} replicas{spare}: {bounds.binding} binds",
+            f"{planned.replicas} replica{'s' * (planned.replicas != 1)}{spare}: {bounds.binding} binds",
             f"  compute {bounds.compute:.2f}, KV memory {bounds.kv:.2f}, decode pace {bounds.pace:.2f} replicas",
             f"  a tenth more of the input held: {planned.if_hit_10_more:.2f}; a tenth more load: "
             f"{planned.if_load_10_more:.2f} (now {bounds.most:.2f})",
@@ -169,8 +174,13 @@ class _Check:
 
     def size(self, workers: int) -> Checked:
         """One size, over all seeds."""
-        print(f"simulating {workers} replicas", file=sys.stderr)
-        found = point(1.0, pooled([self.run(workers, seed) for seed in self.seeds], self.budgets), 0)
+        runs = []
+        for seed in self.seeds:
+            print(f"simulating {workers} replicas, seed {seed}", end="", file=sys.stderr, flush=True)
+            begun = time.perf_counter()
+            runs.append(self.run(workers, seed))
+            print(f": {len(runs[-1][1])} requests in {time.perf_counter() - begun:.1f} s", file=sys.stderr)
+        found = point(1.0, pooled(runs, self.budgets), 0)
         return Checked(workers, all(one.met >= one.wanted for one in found.classes.values()), found.classes)
 
     def run(self, workers: int, seed: int) -> Measured:

@@ -50,8 +50,8 @@ class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
     cached_tokens: int | None = None
 
 
-class Incident(msgspec.Struct, frozen=True):
-    """Something that the router told of its workers, when it was seen."""
+class Incident(msgspec.Struct, frozen=True, order=True):
+    """Something that befell a worker: when it was seen, as the router told it."""
 
     at_s: float
     text: str

@@ -7,7 +7,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
-from loadgen.judge import FAIR_OFFERED_MIN, NO_WORKER, PASS_SHARE, Cell, ClassVerdict, Verdict
+from loadgen.judge import NO_WORKER, PASS_SHARE, Cell, ClassVerdict, Verdict
 from loadgen.ranks import Quantiles
 from loadgen.traces import CLASSES, ClassName
 
@@ -142,18 +142,20 @@ def _agents(verdict: Verdict) -> str:
 
 
 def _incidents(verdict: Verdict) -> str:
-    """What the router told of its workers."""
-    return "\n".join(f"at {one.at_s:.0f} s the router told: {one.text}" for one in verdict.run.incidents)
+    """What the router told of its workers, or a script did to simulated ones."""
+    return "\n".join(f"at {one.at_s:.0f} s: {one.text}" for one in verdict.run.incidents)
 
 
 def _users(verdict: Verdict) -> str:
     worst = verdict.worst_user
     if worst is None or verdict.users_p5 is None:
         return ""
+    if worst.met == worst.offered:
+        return f"every user of {len(verdict.users)} with {verdict.fair_offered_min} chat requests or more had all met"
     jain = "" if verdict.jain is None else f", Jain index {verdict.jain:.3f}"
     return (
         f"worst user of {len(verdict.users)}: {worst.name}, {worst.met} of {worst.offered} chat requests met; "
-        f"of users with {FAIR_OFFERED_MIN} or more: p5 {verdict.users_p5:.1%}{jain}"
+        f"of users with {verdict.fair_offered_min} or more: p5 {verdict.users_p5:.1%}{jain}"
     )
 
 

@@ -9,15 +9,17 @@ from html import escape
 
 from loadgen import report_parts
 from loadgen.charts import Bar, Dot, Event, gauge, scatter, strip, timeline
-from loadgen.judge import FAIR_OFFERED_MIN, NO_WORKER, PASS_SHARE, Cell, Second, Verdict, points
+from loadgen.judge import NO_WORKER, PASS_SHARE, Cell, Second, Verdict, points
 from loadgen.judged import Judged
 from loadgen.page import document
 from loadgen.records import Record, judged_of
 from loadgen.report import HEADS, columns, honesty, mark_of, misses, worker_name
-from loadgen.targets import BudgetLine, Budgets
+from loadgen.targets import BudgetLine, Budgets, computed_tokens
 from loadgen.traces import CLASSES
 
 BADGES = {"unsure": "too few to say"}
+HEAT_SPAN = 0.2
+USERS_MAX = 40  # in the table: the worst ones; a trace may have thousands
 DOTS_MAX = 4000  # in one picture: about 1 MB of page
 KEYS = (("met", "met"), ("missed", "answered, too late"), ("refused", "refused"), ("lost", "failed, left or lost"))
 
@@ -36,6 +38,7 @@ def page(verdict: Verdict, records: Sequence[Record], budgets: Budgets) -> str:
         _heat(verdict),
         _users(verdict),
         report_parts.hits(verdict.breakdown),
+        _cost(records, budgets),
         report_parts.sessions(verdict.breakdown),
         _confusion(verdict),
         _honesty(verdict),
@@ -105,17 +108,7 @@ def _row(style: str, name: str, cell: Cell) -> str:
 
 def _ttft(records: Sequence[Record], budgets: Budgets) -> str:
     found, left_out = _thinned(points(records, budgets))
-    dots = [
-        Dot(
-            new,
-            one.ttft_s or 0.0,
-            "met" if one.is_met else "missed" if one.record.outcome == "done" else "lost",
-            not one.is_met,
-            f"{one.record.user} {one.record.session} turn {one.record.turn}: {new} new tokens, "
-            f"TTFT {(one.ttft_s or 0) * 1e3:.0f} ms, worker {one.record.worker or '?'}",
-        )
-        for new, one in found
-    ]
+    dots = [_dot(new, "new", one) for new, one in found]
     if not dots:
         return ""
     line = _target_line(budgets.get("chatbot+", BudgetLine()), min(dot.x for dot in dots), max(dot.x for dot in dots))
@@ -127,6 +120,33 @@ def _ttft(records: Sequence[Record], budgets: Budgets) -> str:
         "a server's own misses never loosen its target. Dots met it. A cross under the line missed its pace, or its "
         f"end.{silent}</p>"
         f"<figure>{scatter(dots, line, 'new tokens', 'TTFT, seconds')}</figure>"
+    )
+
+
+def _dot(tokens: int, what: str, one: Judged) -> Dot:
+    record = one.record
+    return Dot(
+        tokens,
+        one.ttft_s or 0.0,
+        "met" if one.is_met else "missed" if record.outcome == "done" else "lost",
+        not one.is_met,
+        f"{record.user} {record.session} turn {record.turn}: {tokens} {what} tokens, "
+        f"TTFT {(one.ttft_s or 0) * 1e3:.0f} ms, worker {record.worker or '?'}",
+    )
+
+
+def _cost(records: Sequence[Record], budgets: Budgets) -> str:
+    """The same first tokens against what the server really computed: its misses move a dot to the right."""
+    told = [record for record in records if record.cached_tokens is not None]
+    found, _ = _thinned(points(told, budgets))
+    dots = [_dot(computed_tokens(one.record), "computed", one) for _, one in found]
+    if not dots:
+        return ""
+    return (
+        "<h3>Chatbot+: first token against computed tokens</h3><p>What was not in the server's own cache had to be "
+        "computed. A dot far to the right of its place in the picture by new tokens is a prefix that was sent to "
+        "another worker, or thrown away.</p>"
+        f"<figure>{scatter(dots, [], 'computed tokens', 'TTFT, seconds')}</figure>"
     )
 
 
@@ -160,13 +180,19 @@ def _time(verdict: Verdict) -> str:
     keys = "".join(f'<span class="key"><i style="background:var(--{name})"></i>{word}</span>' for name, word in KEYS)
     first, end = (bars[0].x, bars[-1].x + 1) if bars else (0.0, 1.0)
     events = [Event(one.at_s, f"at {one.at_s:.0f} s: {one.text}") for one in verdict.run.incidents]
+    waited = [
+        Bar(second.at_s, (("one", second.waiting_max),), f"second {second.at_s}: {second.waiting_max} at once")
+        for second in verdict.seconds
+    ]
+    queue = timeline(waited, "waiting for a first token, most at once", events=events)
     slow = strip(dots, end, "worst chatbot+ TTFT, seconds", start=first, events=events)
     told = "; ".join(escape(event.title) for event in events)
-    said = f"<p><b>The router told</b> (dashed lines): {told}.</p>" if told else ""
+    said = f"<p><b>What befell workers</b> (dashed lines): {told}.</p>" if told else ""
     warm = f"<p>The first {verdict.run.warmup_s:g} s are not judged and not shown.</p>" if verdict.run.warmup_s else ""
     return (
         f"<h2>Second by second</h2>{warm}{said}<p>{keys}</p>"
         f"<figure>{timeline(bars, 'requests offered', events=events)}</figure><figure>{slow}</figure>"
+        f"<figure>{queue}</figure>"
     )
 
 
@@ -186,20 +212,21 @@ def _heat(verdict: Verdict) -> str:
         return ""
     heads = "".join(f"<th>{escape(worker_name(worker))}</th>" for worker in workers)
     rows = [
-        f"<tr><td>{name}</td>{''.join(_heat_cell(cells.get(worker)) for worker in workers)}</tr>"
+        f"<tr><td>{name}</td>{''.join(_heat_cell(cells.get(worker), PASS_SHARE[name]) for worker in workers)}</tr>"
         for name, cells in verdict.workers.items()
     ]
-    times = verdict.breakdown.imbalance
-    busy = "" if times is None else f" The busiest worker computed {times:.2f} times the tokens of the mean one."
+    times = verdict.breakdown.imbalance or 1.0
+    busy = f" The busiest worker computed {times:.2f} times the tokens of the mean one." if len(workers) > 1 else ""
     return (
-        "<h2>Class by worker</h2><p>Attainment, from amber at none to green at all; below it TTFT p99, TPOT p99, and "
-        f'tokens cached of those that an ideal cache would hold.{busy}</p><div class="scroll"><table class="heat">'
+        "<h2>Class by worker</h2><p>Attainment: green where as much was met as is wanted of the class, amber from "
+        f"{100 * HEAT_SPAN:.0f} points below it; under it TTFT p99, TPOT p99, and tokens cached of those that an ideal "
+        f'cache would hold.{busy}</p><div class="scroll"><table class="heat">'
         f"<tr><th></th>{heads}</tr>"
         f"{''.join(rows)}</table></div>"
     )
 
 
-def _heat_cell(cell: Cell | None) -> str:
+def _heat_cell(cell: Cell | None, wanted: float) -> str:
     if cell is None:
         return "<td>-</td>"
     times = ", ".join(
@@ -208,7 +235,9 @@ def _heat_cell(cell: Cell | None) -> str:
         if value is not None
     )
     held = f"{cell.cached_real / cell.cached_ideal:.0%} of ideal cache" if cell.cached_ideal else "nothing to cache"
-    mixed = f"color-mix(in srgb,var(--met) {100 * cell.attainment:.0f}%,var(--missed))"
+    short = min(1.0, max(0.0, wanted - cell.attainment) / HEAT_SPAN)
+    green = 100 if not short else 50 * (1 - short)  # a class that misses by little is not green
+    mixed = f"color-mix(in srgb,var(--met) {green:.0f}%,var(--missed))"
     return (
         f'<td style="background:color-mix(in srgb,{mixed} 32%,transparent)">'
         f"<b>{cell.attainment:.1%}</b> of {cell.offered}<br><small>{times or 'not streamed'}<br>{held}</small></td>"
@@ -219,20 +248,28 @@ def _users(verdict: Verdict) -> str:
     worst = verdict.worst_user
     if worst is None:
         return ""
-    fair = "" if verdict.users_p5 is None else f" Of users with {FAIR_OFFERED_MIN} or more: p5 {verdict.users_p5:.1%}"
-    fair += "" if verdict.jain is None else f", Jain index {verdict.jain:.3f}."
+    least = verdict.fair_offered_min
+    fair = "" if verdict.users_p5 is None else f" Of users with {least} requests or more: p5 {verdict.users_p5:.1%}"
+    fair += "" if verdict.jain is None else f", Jain index {verdict.jain:.3f}"
+    offered = sum(user.offered for user in verdict.users)
+    fair += f". Who asks most sends {max(user.offered for user in verdict.users) / offered:.0%} of chat requests."
+    rest = len(verdict.users) - USERS_MAX
+    more = f"<p>{rest} more users met a larger share: see the JSON.</p>" if rest > 0 else ""
     rows = "".join(
         f"<tr><td>{escape(user.name)}</td><td>{user.met} of {user.offered}</td>"
+        f"<td>{user.offered / offered:.1%}</td><td>{user.met / user.offered:.1%}</td>"
         f"<td>{'-' if user.ttft_p99_s is None else f'{user.ttft_p99_s * 1e3:.0f}'}</td>"
         f'<td style="width:280px">{gauge(user.met / user.offered, 1, 1, 0.99)}</td></tr>'
-        for user in verdict.users
+        for user in verdict.users[:USERS_MAX]
     )
+    heads = "".join(f"<th>{head}</th>" for head in ("user", "met", "of all requests", "met %", "TTFT p99 ms", ""))
+    all_met = f"Every user with {least} requests or more had all of them met."
+    said = f"Worst: <b>{escape(worst.name)}</b>, {worst.met} of {worst.offered} chat requests met."
+    moments = report_parts.worst_user(verdict.breakdown, worst.name, verdict.run.duration_s)
     return (
-        f"<h2>Users</h2><p>Worst: <b>{escape(worst.name)}</b>, {worst.met} of {worst.offered} chat requests met."
-        f"{fair}</p>"
-        '<div class="scroll"><table class="users"><tr><th>user</th><th>met</th><th>TTFT p99 ms</th><th></th></tr>'
-        f"{rows}</table></div>"
-        f"{report_parts.worst_user(verdict.breakdown, worst.name, verdict.run.duration_s)}"
+        f"<h2>Users</h2><p>{all_met if worst.met == worst.offered else said}{fair}</p>"
+        f'<div class="scroll"><table class="users"><tr>{heads}</tr>{rows}</table></div>{more}'
+        f"{'' if worst.met == worst.offered else moments}"
     )
 
 

@@ -93,13 +93,18 @@ def measure(plan: Plan, trace: traces.Trace, budgets: Budgets | None = None) -> 
     )
     if plan.warmup_s >= options.duration_s:
         raise ValueError(f"a warm-up of {plan.warmup_s:g} s leaves nothing to judge of {options.duration_s:g} s")
-    promised, budgets_from = (budgets, "the comparison") if budgets is not None else _budgets(plan, served.budgets)
+    promised, budgets_from = (
+        (budgets, "--budgets, or else the first side, for every run")
+        if budgets is not None
+        else _budgets(plan, served.budgets)
+    )
     count = plan.clients or enough(trace, span_s(trace, plan.speed), os.cpu_count() or 1)
     target = Target.parse(plan.target)
     replay = Replay(trace, Client(target), options) if count == 1 else Crew(trace, target, options, count)
     started, began, cpu = datetime.now(UTC), time.monotonic(), time.process_time()
     incidents: list[Incident] = []
     is_interrupted = _run(replay, watch.watch(plan.admin, replay.now, incidents) if plan.admin else None)
+    wall_s = time.monotonic() - began
     run = Run(
         target=plan.target,
         model=options.model,
@@ -111,9 +116,9 @@ def measure(plan: Plan, trace: traces.Trace, budgets: Budgets | None = None) -> 
         seed=plan.seed,
         speed=plan.speed,
         stripped_share=plan.stripped_share,
-        duration_s=options.duration_s,
+        duration_s=min(options.duration_s, wall_s) if is_interrupted else options.duration_s,
         warmup_s=plan.warmup_s,
-        wall_s=time.monotonic() - began,
+        wall_s=wall_s,
         started=started.isoformat(timespec="seconds"),
         machine=machine(),
         version=version(),

@@ -10,17 +10,15 @@ from dataclasses import replace
 import msgspec
 import numpy as np
 
-from loadgen.compose import ordered
+from loadgen.compose import ordered, skewed_user
 from loadgen.texts import is_text
-from loadgen.traces import Header, Row, Trace, TraceError
-
-USER_SKEW = 1.0  # Zipf exponent: with 12 users the first sends 32 % (ServeGen's largest client: 14 to 52 %)
+from loadgen.traces import Header, Row, Trace, TraceError, families
 
 
 def sample(trace: Trace, share: float, seed: int) -> Trace:
     """So many of the sessions, whole and with their sub-agents; a row without one is a session of its own."""
     rng = np.random.default_rng(seed)
-    names = [row.family or f"\0{index}" for index, row in enumerate(trace.rows)]
+    names = families(trace.rows)
     chosen = {name for name in dict.fromkeys(names) if rng.random() < share}
     rows = tuple(row for name, row in zip(names, trace.rows, strict=True) if name in chosen)
     if not rows:
@@ -30,15 +28,18 @@ def sample(trace: Trace, share: float, seed: int) -> Trace:
 
 def at_load(trace: Trace, load: float, seed: int) -> Trace:
     """So many times the sessions: whole copies with text of their own, at other times, and a sample for the rest."""
+    if load == 1.0:
+        return trace
     span_ms = max((row.timestamp or 0.0) for row in trace.rows)
     rng = np.random.default_rng([seed, round(load * 1000)])
     whole, rest = divmod(load, 1.0)
     copies = [trace] * int(whole)
     if rest > 1e-9:
-        names = list(dict.fromkeys(row.family or f"\0{index}" for index, row in enumerate(trace.rows)))
+        of_rows = families(trace.rows)
+        names = list(dict.fromkeys(of_rows))
         count = max(1, round(rest * len(names))) if not copies else round(rest * len(names))
         chosen = {names[index] for index in rng.permutation(len(names))[:count]}
-        kept = (row for index, row in enumerate(trace.rows) if (row.family or f"\0{index}") in chosen)
+        kept = (row for name, row in zip(of_rows, trace.rows, strict=True) if name in chosen)
         copies.append(replace(trace, rows=tuple(kept)))
     copies = [one for one in copies if one.rows]
     if len(copies) > 1 and any(map(is_text, trace.rows)):
@@ -85,13 +86,11 @@ def cap_gap(trace: Trace, most_s: float) -> Trace:
 def with_users(trace: Trace, count: int, seed: int) -> Trace:
     """Sessions get users, some of whom send far more than others; a user that a row has is kept."""
     rng = np.random.default_rng(seed)
-    weights = 1.0 / np.arange(1, count + 1) ** USER_SKEW
     drawn: dict[str, str] = {}
     rows = []
-    for index, row in enumerate(trace.rows):
-        name = row.family or f"\0{index}"
+    for name, row in zip(families(trace.rows), trace.rows, strict=True):
         if name not in drawn:
-            drawn[name] = f"user-{1 + int(rng.choice(count, p=weights / weights.sum())):02d}"
+            drawn[name] = skewed_user(rng, count)
         rows.append(row if row.user else msgspec.structs.replace(row, user=drawn[name]))
     return replace(trace, rows=tuple(rows), header=trace.header.noting(users=count))
 
@@ -113,11 +112,14 @@ def overlay(traces: Sequence[Trace]) -> Trace:
         ids = global_ids(trace, next_id)
         next_id = max((max(found) + 1 for found in ids if found), default=next_id)
         rows += [_renamed(row, own, f"{number}/") for row, own in zip(trace.rows, ids, strict=True)]
+    spans = [trace.header.notes.get("duration_s") for trace in traces]
+    known = [span for span in spans if isinstance(span, (int, float))]
     header = Header(
         block_size=min(sizes, default=traces[0].header.block_size),
         source=" + ".join(dict.fromkeys(trace.header.source or "unnamed" for trace in traces)),
         licence=", ".join(dict.fromkeys(trace.header.licence for trace in traces if trace.header.licence)),
         slos={name: slo for trace in traces for name, slo in trace.header.slos.items()},
+        notes={"duration_s": max(known)} if len(known) == len(spans) else {},
     )
     bad = tuple(bad for trace in traces for bad in trace.bad)
     return ordered(Trace(header, tuple(rows), bad, sum(trace.bad_count for trace in traces)))

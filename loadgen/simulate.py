@@ -15,10 +15,10 @@ from pathlib import Path
 
 from loadgen import options, records, targets, traces
 from loadgen.judge import Verdict
-from loadgen.records import Record, Run
+from loadgen.records import Incident, Record, Run
 from loadgen.report import simulated
 from loadgen.session import publish, read_budgets, span_s, version
-from loadgen.sim import profiles
+from loadgen.sim import hardware
 from loadgen.sim.profiles import Profile
 from loadgen.sim.script import Failure
 from loadgen.sim.world import Setting, World
@@ -104,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
         trace=arguments.trace,
         workers=arguments.workers,
         engine=arguments.engine,
-        profile=profiles.load(arguments.profile),
+        profile=hardware.named(arguments.profile),
         budgets=read_budgets(arguments.budgets) if arguments.budgets else PUBLISHED,
         budgets_from=str(arguments.budgets or "the published defaults"),
         duration_s=arguments.duration,
@@ -204,6 +204,7 @@ def _one(plan: Plan, trace: Trace, policy: str) -> Verdict:
         not_reached=world.not_reached,
         budgets=targets.to_plain(plan.budgets),
         budgets_from=plan.budgets_from,
+        incidents=sorted(Incident(*told) for failure in plan.failures for told in failure.told()),
     )
     name = policy.replace(":", "-").replace(".", "-")
     out = plan.out.with_name(f"{plan.out.name}-{name}")

@@ -69,6 +69,11 @@ def new_tokens(record: Record) -> int:
     return max(1, record.input_tokens - record.ideal_cached)
 
 
+def computed_tokens(record: Record) -> int:
+    """The prompt less what the server says that it held of it."""
+    return max(1, record.input_tokens - (record.cached_tokens or 0))
+
+
 def target_of(record: Record, budgets: Budgets) -> Target:
     """The class's line at this request's size, and the row's own target over it.
 

@@ -250,6 +250,11 @@ def nominal_starts_s(rows: Sequence[Row], turn_s: float = 0.0) -> list[float]:
     return starts
 
 
+def families(rows: Sequence[Row]) -> list[str]:
+    """The session of each row, a sub-agent's being its caller's; a row without one is a session of its own."""
+    return [row.family or f"\0{index}" for index, row in enumerate(rows)]
+
+
 def cached_of(trace: Trace, keep_s: float) -> list[int]:
     """Tokens of each row that an endless prefix cache would hold: the leading blocks sent within `keep_s`.
 

@@ -16,6 +16,7 @@ from loadgen.traces import CLASSES, Row, Trace, cached_of, nominal_starts_s
 ENDLESS_S = 1e18
 ACCESSES_MAX = 600_000  # of blocks, for the cache curve; beyond it every k-th block stands for k
 CURVE_PARTS = (64, 32, 16, 8, 4, 2, 1)  # capacities, as parts of all distinct blocks
+ENGINE_BLOCKS = (16, 64)  # tokens that Headway's engine keeps together on a CPU, and on a GPU
 USERS_MAX = 20  # shown by name: those who send most
 
 
@@ -51,10 +52,18 @@ class CachePoint(msgspec.Struct, frozen=True):
     hit: float
 
 
+class BlockHit(msgspec.Struct, frozen=True):
+    """What an endless cache would hold that keeps whole blocks of so many tokens: scaled traces have smaller ones."""
+
+    block_tokens: int
+    hit: float
+
+
 class Reuse(msgspec.Struct, frozen=True, kw_only=True):
     """Prefixes: what an endless cache would hold, and what a small one."""
 
     ideal_hit: float
+    in_blocks: list[BlockHit]
     over_half: float  # share of requests of which more than half is held
     gap_s: Spread  # between two uses of a block
     distinct_tokens: int
@@ -94,6 +103,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     by_user: list[Group]
     reuse: Reuse | None
     nested: int  # rows of sub-agents
+    has_clock: bool  # whether sessions begin at times of their own: Weka's all begin at 0, so rates mean nothing
 
 
 def workload(trace: Trace, cache_tokens: Sequence[int] = ()) -> Workload:
@@ -120,7 +130,14 @@ def workload(trace: Trace, cache_tokens: Sequence[int] = ()) -> Workload:
         by_user=[group(name, [i for i in everything if trace.rows[i].user == name]) for name, _ in users],
         reuse=None if cached is None else _reuse(trace, cached, starts, cache_tokens),
         nested=sum(bool(row.parent) for row in trace.rows),
+        has_clock=has_clock(trace.rows),
     )
+
+
+def has_clock(rows: Sequence[Row]) -> bool:
+    """Whether not everything begins at one moment."""
+    starts = [row.timestamp for row in rows if row.timestamp is not None]
+    return len(starts) < 2 or len(set(starts)) > 1
 
 
 def _group(
@@ -193,12 +210,18 @@ def _reuse(trace: Trace, cached: Sequence[int], starts: Sequence[float], cache_t
     lengths = [rows[index].input_length for index in order]
     return Reuse(
         ideal_hit=sum(cached) / whole,
+        in_blocks=[BlockHit(tokens, hit_in_blocks(trace, cached, tokens)) for tokens in ENGINE_BLOCKS],
         over_half=sum(2 * hit > row.input_length for hit, row in zip(cached, rows, strict=True)) / len(rows),
         gap_s=spread(_reuse_gaps_s(asked, [starts[index] for index in order])),
         distinct_tokens=distinct * every * size,
         curve=[CachePoint(c * every * size, _lru_hit(asked, lengths, c, every * size) / whole) for c in sorted(parts)],
         sampled_1_in=every,
     )
+
+
+def hit_in_blocks(trace: Trace, cached: Sequence[int], tokens: int) -> float:
+    """The share of input that is held where a held prefix counts in whole blocks of so many tokens alone."""
+    return sum(held // tokens * tokens for held in cached) / sum(row.input_length for row in trace.rows)
 
 
 def _asked(trace: Trace, order: Sequence[int], every: int) -> list[list[tuple[str, int]]]:

@@ -5,6 +5,7 @@ Owns the built-in profile and the file format. Never claims more than its source
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -88,7 +89,7 @@ H100_8B = Profile(
     blocks_total=6_750,  # 432k tokens of KV, as vLLM had at 0.88 of the memory
     context_max=131_072,
 )
-# The same shape in Headway's own engine: StepFit over 3,354 timed steps, bench/results/step_samples-llama-8b.jsonl.
+# The same shape in Headway's own engine: StepFit over the 3,354 timed steps of step_samples-llama-8b-h100.jsonl.
 # Half are within 5 %, four fifths within -8 and +19 %; the slowest hundredth took over 2.4 times as long as predicted.
 H100_8B_OWN = Profile(
     name="8b-h100-headway",
@@ -112,7 +113,10 @@ def load(name: str) -> Profile:
         parsed = msgspec.json.decode(path.read_bytes(), type=_File)
     except msgspec.DecodeError as error:
         raise ValueError(f"{path}: {error}") from error
-    theta, sigma = (parsed.theta, 0.05) if parsed.theta is not None else _fit(parsed.samples, path)
+    try:
+        theta, sigma = (parsed.theta, 0.05) if parsed.theta is not None else fitted(parsed.samples)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return Profile(
         name=parsed.name,
         source=parsed.source or str(path),
@@ -127,17 +131,19 @@ def load(name: str) -> Profile:
     )
 
 
-def _fit(samples: list[StepSample], path: Path) -> tuple[Theta, float]:
-    """The engine's own fit, turned over the samples until it settles; and the spread that it leaves."""
+def fitted(samples: Sequence[StepSample]) -> tuple[Theta, float]:
+    """The engine's own fit, turned over the samples until it settles; and the spread that it leaves, of the p90: a few
+    steps that took several times as long would make a deviation that no other step has."""
     if not samples:
-        raise ValueError(f"{path}: neither theta nor samples")
+        raise ValueError("neither theta nor samples")
     fit = StepFit(H100_8B.model)
     steps = [StepFeatures(one.rows, one.decode_context, one.chunk_context, one.sequences) for one in samples]
     for _ in range(PASSES):
         for step, one in zip(steps, samples, strict=True):
             fit.observe(step, one.seconds)
     model = fit.model
-    logs = [math.log(one.seconds / model.step_s(step)) for step, one in zip(steps, samples, strict=True)]
-    bias = model.bias * math.exp(float(np.median(logs)))
+    logs = np.array([math.log(one.seconds / model.step_s(step)) for step, one in zip(steps, samples, strict=True)])
+    middle, high = np.percentile(logs, [50, 90])
+    bias = model.bias * math.exp(float(middle))
     theta = Theta(*(bias * getattr(model, name) for name in Theta.__struct_fields__))
-    return theta, min(SIGMA_MAX, float(np.std(logs)))
+    return theta, min(SIGMA_MAX, float(high - middle) / Z90)

@@ -20,6 +20,13 @@ class Failure:
     at_s: float
     for_s: float
 
+    def told(self) -> list[tuple[float, str]]:
+        """When what happens, in words."""
+        if self.kind == "stall":
+            return [(self.at_s, f"worker w{self.worker} stalls for {self.for_s:g} s, by the script")]
+        name = f"worker w{self.worker}"
+        return [(self.at_s, f"{name} killed, by the script"), (self.at_s + self.for_s, f"{name} up again")]
+
     @classmethod
     def parse(cls, text: str) -> Failure:
         """`kill:w1@120:30` or `stall:w0@50:2.5`. Raises ValueError."""

@@ -36,6 +36,7 @@ def test_ctrl_c_ends_the_offering_and_the_report_is_written_all_the_same(url: st
     assert "INVALID: the run was interrupted" in said
     run, found = records.read(out.with_suffix(".jsonl"))
     assert (run.is_interrupted, run.not_reached, len(found)) == (True, 1, 1)
+    assert run.duration_s == run.wall_s < 3600  # what was offered until then is what goodput is counted over
     assert out.with_suffix(".html").exists()
 
 
@@ -49,6 +50,33 @@ def test_composing_says_what_it_made_and_the_same_seed_makes_the_same_file(
     said = capsys.readouterr().out
     assert "blocks of 16 tokens, ids global" in said
     assert "dropped_over_context" in said
+
+
+def test_a_mix_gives_each_trace_its_share_of_sessions_and_says_what_scaling_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, tokens in (("a.jsonl", 1024), ("b.jsonl", 2048)):
+        blocks = [[0, *range(10 * n, 10 * n + tokens // 512 - 1)] for n in range(1, 9)]
+        rows = [
+            {"timestamp": 10 * n, "input_length": tokens, "output_length": 1, "hash_ids": ids}
+            for n, ids in enumerate(blocks)
+        ]
+        Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert (
+        main(["convert", "a.jsonl", "b.jsonl", "--load", "2", "0.5", "--scale-tokens", "1/16", "--out", "m.jsonl"]) == 0
+    )
+    said = capsys.readouterr().out
+    assert "a.jsonl: 16 rows (80.0%), 66.7% of the input tokens" in said
+    assert "b.jsonl: 4 rows (20.0%), 33.3% of the input tokens" in said
+    # 7 first blocks of 512 of each copy of 8, and 3 of 4: whole blocks of 32 tokens once scaled, of which none fills 64
+    share = 100 * (14 + 3) * 512 / (16 * 1024 + 4 * 2048)
+    assert (
+        f"ideal hit {share:.1f}%, and {share:.1f}% scaled by 1/16; an engine's: {share:.1f}% in blocks of 16, 0.0%"
+        in said
+    )
+    assert main(["convert", "a.jsonl", "b.jsonl", "--load", "1", "2", "3", "--out", "m.jsonl"]) == 1
+    assert "3 figures for 2 traces" in capsys.readouterr().err
 
 
 def test_a_replay_prints_the_verdict_and_leaves_three_files(
@@ -118,7 +146,15 @@ def test_an_error_is_one_line_and_exit_code_1(
 
 
 @pytest.mark.parametrize(
-    "arguments", ["", "replay", "replay t --headers 2", "replay t --speed 0", "compose --out x --scale-tokens 2"]
+    "arguments",
+    [
+        "",
+        "replay",
+        "replay t --headers 2",
+        "replay t --speed 0",
+        "compose --out x --scale-tokens 2",
+        "convert t --out x --load 1001",
+    ],
 )
 def test_misuse_is_exit_code_2(arguments: str) -> None:
     with pytest.raises(SystemExit, match="2"):

@@ -48,6 +48,31 @@ def test_goodput_counts_met_requests_and_their_tokens_and_wasted_tokens_are_the_
     assert verdict.wasted_tokens == 56
 
 
+def test_waiting_is_the_most_at_one_moment_of_each_second() -> None:
+    """Three come in second 0: one is answered within it, two wait on, the last of them until second 2."""
+    times = [(0.1, 0.2), (0.3, 1.5), (0.4, 2.2), (1.8, 1.9)]
+    asked = [
+        msgspec.structs.replace(TWENTY[0], row=n, intended_s=begin, sent_s=begin, token_s=[first], end_s=first)
+        for n, (begin, first) in enumerate(times)
+    ]
+    run = with_run(duration_s=4.0)
+    assert [second.waiting_max for second in judge(run, asked, BUDGETS).seconds] == [2, 2, 1, 0]
+    silent = msgspec.structs.replace(asked[3], token_s=[], end_s=None, outcome="unfinished")
+    assert [second.waiting_max for second in judge(run, [silent], BUDGETS).seconds] == [0, 1, 1, 1]
+
+
+def test_the_worst_user_is_one_of_fifty_requests_where_somebody_has_so_many() -> None:
+    good, bad = TWENTY[0], TWENTY[2]
+    few = [msgspec.structs.replace(bad, user="few")] * 10
+    many = [msgspec.structs.replace(good, user="many")] * 49 + [msgspec.structs.replace(bad, user="many")]
+    alone, both = judge(RUN, few, BUDGETS), judge(RUN, few + many, BUDGETS)
+    assert alone.worst_user is not None
+    assert both.worst_user is not None
+    assert (alone.worst_user.name, alone.fair_offered_min) == ("few", 5)
+    assert (both.worst_user.name, both.fair_offered_min, both.users_p5) == ("many", 50, 0.98)
+    assert both.users[0].name == "few"  # shown all the same
+
+
 def test_line_mean_and_largest_gap_are_three_questions() -> None:
     cell = judge(RUN, TWENTY, BUDGETS).classes["chatbot+"].cell
     assert (cell.met, cell.on_line, cell.smooth) == (5, 5, 6)

@@ -11,9 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from loadgen import describe_html, report_html
+from loadgen import describe_html, plan_html, report_html
 from loadgen.compose import Mix, compose, scale
+from loadgen.fleets import Checked
 from loadgen.judge import judge
+from loadgen.plan import asked, plan
+from loadgen.search import Share
+from loadgen.sim.profiles import H100_8B_OWN
+from loadgen.targets import PUBLISHED
 from loadgen.workload import workload
 from tests.loadgen.fixture import BUDGETS, RUN, TWENTY
 from tests.loadgen.test_search import comparison_page
@@ -41,9 +46,20 @@ def workload_page() -> str:
     return describe_html.page("mix", trace, workload(trace))
 
 
+def plan_page() -> str:
+    trace = compose(Mix(), seed=1, duration_s=100.0)
+    planned = plan(asked(trace, H100_8B_OWN.blocks_total * 64), H100_8B_OWN, PUBLISHED, spare=1, price_per_hour=2.5)
+    sizes = [
+        Checked(size, share.met >= share.wanted, {"chatbot+": share})
+        for size, share in ((1, Share(0.93, 0.9, 0.97, 0.99)), (2, Share(0.995, 0.99, 1.0, 0.99)))
+    ]
+    return plan_html.page("mix <b>", planned, sizes, "simulated, not validated")
+
+
 PAGES: dict[str, tuple[Callable[[], str], int]] = {
-    "report": (report, 4),
+    "report": (report, 6),
     "workload": (workload_page, 5),
+    "plan": (plan_page, 1),
     "comparison": (comparison_page, 1),
 }
 

@@ -161,7 +161,8 @@ def test_the_command_plans_and_asks_the_simulator_until_the_edge_is_found(
 ) -> None:
     path, out = tmp_path / "workload.toml", tmp_path / "plan.json"
     path.write_text("[chat]\nsessions_per_s = 0.5\n[background]\nsessions_per_s = 0.1\n[jobs]\nbursts_per_s = 0.1\n")
-    assert main(["plan", str(path), "--duration", "30", "--seeds", "1", "--json", str(out)]) == 0
+    words = ["--duration", "30", "--seeds", "1", "--json", str(out), "--html", str(tmp_path / "plan.html")]
+    assert main(["plan", str(path), *words]) == 0
     said = capsys.readouterr().out
     assert "binds" in said
     assert "simulated, not validated" in said
@@ -172,3 +173,15 @@ def test_the_command_plans_and_asks_the_simulator_until_the_edge_is_found(
     assert passed[smallest]
     assert smallest == 1 or not passed[smallest - 1]
     assert f"smallest fleet that suffices: {smallest}" in said
+    drawn = (tmp_path / "plan.html").read_text()
+    assert "simulated, not validated" in drawn
+    assert f"smallest fleet that suffices: {smallest}" in drawn
+    assert "<script" not in drawn
+
+
+def test_a_trace_without_a_clock_says_nothing_of_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "weka.jsonl"
+    row = {"timestamp": 0, "input_length": 9, "output_length": 1}
+    path.write_text("".join(json.dumps(row | {"session_id": name}) + "\n" for name in "ab"))
+    assert main(["plan", str(path), "--closed-form"]) == 1
+    assert "all sessions begin at 0" in capsys.readouterr().err

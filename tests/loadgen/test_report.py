@@ -11,7 +11,7 @@ import pytest
 
 from loadgen.judge import judge
 from loadgen.report import text
-from loadgen.report_html import DOTS_MAX, page
+from loadgen.report_html import DOTS_MAX, USERS_MAX, page
 from tests.loadgen.fixture import BUDGETS, RUN, TWENTY
 
 VOID = {"meta", "br"}
@@ -109,6 +109,27 @@ def test_the_report_names_the_worst_user_and_what_to_repeat_the_run_with() -> No
     assert "trace twenty.jsonl (0123456789ab)" in said
     assert "seed 1, speed 1, stripped 20%" in said
     assert "tokens wasted on misses 56" in said
+
+
+def test_users_are_shown_up_to_a_bound_and_none_is_called_the_worst_where_all_was_met() -> None:
+    good = [msgspec.structs.replace(TWENTY[0], user=f"u{n // 5}") for n in range(5 * (USERS_MAX + 3))]
+    verdict = judge(RUN, good, BUDGETS)
+    drawn = page(verdict, good, BUDGETS)
+    assert len(re.findall(r"<tr><td>u\d+</td>", drawn)) == USERS_MAX
+    assert "3 more users" in drawn
+    assert "Every user with 5 requests or more had all of them met" in drawn
+    assert "worst user" not in text(verdict)
+    assert f"every user of {USERS_MAX + 3} with 5 chat requests or more had all met" in text(verdict)
+
+
+def test_a_worker_is_green_only_where_the_class_got_what_is_wanted() -> None:
+    def colour(met: int, missed: int) -> str:
+        on_one = [msgspec.structs.replace(one, worker="w0") for one in (TWENTY[0], TWENTY[2])]
+        asked = [on_one[0]] * met + [on_one[1]] * missed
+        (found,) = re.findall(r"var\(--met\) (\d+)%,var\(--missed\)", page(judge(RUN, asked, BUDGETS), asked, BUDGETS))
+        return found
+
+    assert [colour(99, 1), colour(89, 11), colour(79, 21), colour(0, 9)] == ["100", "25", "0", "0"]
 
 
 def test_a_run_of_nothing_is_reported_without_an_error() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from loadgen import shape
-from loadgen.compare import Compared, compare_text, difference, edge_text, headline
+from loadgen.compare import Compared, compare_text, difference, edge_text, goodputs, headline
 from loadgen.compare_html import page
 from loadgen.judge import judge, resampled
 from loadgen.search import POINTS_MAX, Bounds, Edge, Measured, pooled, search
@@ -83,7 +83,18 @@ def test_a_load_that_missed_by_chance_is_neither_passed_nor_failed() -> None:
     assert result.capacity.load == 1.0
     assert "did not pass (too few to say)" in headline(result)
     lines = edge_text(result).splitlines()
-    assert [line.rsplit("  ", 1)[1] for line in lines[2:]] == list(marks.values())
+    assert [line.rsplit("  ", 1)[1] for line in lines[3:]] == list(marks.values())
+
+
+def test_the_most_goodput_is_told_at_three_shares_of_the_loads_that_were_tried() -> None:
+    def measure(load: float, seed: int) -> Measured:  # noqa: ARG001  every seed alike
+        return ran(100, 0) if load <= 1.0 else ran(96, 4) if load <= 1.5 else ran(50, 50)
+
+    said = goodputs(found(measure, low=1.0, high=2.0))
+    met = [round(share * 100 / RUN.duration_s, 2) for share in (0.96, 1.0)]
+    assert f"at 90%: {max(met):.2f}/s at x1" in said.replace("class at 90%", "at 90%")
+    assert "at 99%: 1.00/s at x1" in said
+    assert "99%: none" in goodputs(found(lambda *_: ran(50, 50)))
 
 
 def test_a_first_load_that_missed_by_chance_says_so() -> None:

@@ -69,6 +69,14 @@ def test_an_overlay_shares_no_blocks_sessions_or_callers() -> None:
     assert sum(ideal_cached(both)) == sum(ideal_cached(one)) + sum(ideal_cached(two))
 
 
+def test_an_overlay_lasts_as_long_as_the_longest_where_all_say_how_long_they_are() -> None:
+    def lasting(**notes: float) -> Trace:
+        return Trace(Header(notes=dict(notes)), (Row(timestamp=0, input_length=1, output_length=1),))
+
+    assert shape.overlay([lasting(duration_s=5.0), lasting(duration_s=9.0)]).header.notes == {"duration_s": 9.0}
+    assert shape.overlay([lasting(duration_s=5.0), lasting()]).header.notes == {}
+
+
 def test_an_overlay_of_two_block_sizes_is_refused() -> None:
     with pytest.raises(TraceError, match="blocks of 16 and 64 tokens"):
         shape.overlay(

@@ -100,8 +100,8 @@ def test_what_is_no_admin_listener_is_refused_before_the_run() -> None:
 def test_both_reports_tell_it_where_it_happened() -> None:
     run = msgspec.structs.replace(RUN, incidents=[Incident(41.2, "worker w1 lost (<killed>)")])
     verdict = judge(run, TWENTY, BUDGETS)
-    assert "at 41 s the router told: worker w1 lost (<killed>)" in text(verdict)
+    assert "at 41 s: worker w1 lost (<killed>)" in text(verdict)
     drawn = page(verdict, TWENTY, BUDGETS)
-    assert drawn.count('class="event"') == 2  # in both pictures of the time
+    assert drawn.count('class="event"') == 3  # in every picture of the time
     assert "worker w1 lost (&lt;killed&gt;)" in drawn
     assert 'class="event"' not in page(judge(RUN, TWENTY, BUDGETS), TWENTY, BUDGETS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -49,10 +50,37 @@ def test_the_figures_of_a_small_trace_are_those_worked_out_by_hand() -> None:
     assert [group.name for group in found.classes] == ["chatbot+", "background-agent"]
 
 
+def test_a_held_prefix_counts_in_whole_blocks_of_an_engine() -> None:
+    small = Trace(Header(block_size=8), (asked(0, 1, 2, 3), asked(1000, 1, 2, 3, 4, 5, 6), asked(2000, 1, 9, 8)))
+    found = workload(small).reuse
+    assert found is not None
+    assert found.ideal_hit == (24 + 8) / 192
+    assert [(one.block_tokens, one.hit) for one in found.in_blocks] == [(16, 16 / 192), (64, 0.0)]
+    assert "an endless one 16.7 % (8.3 % in blocks of 16, 0.0 % in blocks of 64)" in describe(workload(small))
+
+
 def test_bursts_are_seen_in_the_windows() -> None:
     found = arrivals([0.0, 0.1, 0.2, 0.3, 2.0, 4.0])
     assert (found.span_s, found.per_s) == (4.0, 1.5)
     assert found.peak_to_mean_1s == pytest.approx(4 / (5 / 4))  # windows hold 4, 0, 1, 0; the last is not full
+
+
+def test_sessions_that_all_begin_at_once_say_nothing_of_rates() -> None:
+    rows = tuple(Row(timestamp=0, session_id=f"s{n}", input_length=9, output_length=1) for n in range(3))
+    trace = Trace(Header(), rows)
+    found = workload(trace)
+    assert (found.has_clock, workload(SMALL).has_clock) == (False, True)
+    for shown in (describe(found), page("weka", trace, found)):
+        assert "ll sessions begin at 0" in shown
+        assert "CV" not in shown
+
+
+def test_few_requests_in_a_long_time_are_a_rate_and_a_picture_all_the_same() -> None:
+    trace = Trace(Header(), tuple(asked(at) for at in (0, 1e9, 6e9)))
+    found = workload(trace)
+    assert "5e-07" in describe(found)
+    heights = re.findall(r'height="([0-9.]+)"/></g>', page("slow", trace, found))
+    assert max(map(float, heights)) > 50
 
 
 def test_a_percentile_is_a_value_that_occurred() -> None:

@@ -36,7 +36,7 @@ def test_a_profile_is_fitted_to_samples(tmp_path: Path) -> None:
 
 def test_the_own_engines_profile_is_what_its_timed_steps_say() -> None:
     """The figures in the comment beside it."""
-    path = Path(__file__).parents[3] / "bench" / "results" / "step_samples-llama-8b.jsonl"
+    path = Path(__file__).parents[3] / "bench" / "results" / "step_samples-llama-8b-h100.jsonl"
     steps = [msgspec.json.decode(line) for line in path.read_bytes().splitlines()[1:]]
     model = H100_8B_OWN.model
     errors = [seconds / model.step_s(StepFeatures(*map(int, features))) for *features, seconds in steps]

@@ -31,6 +31,19 @@ def test_it_judges_each_policy_and_repeats_its_reports(trace: Path, capsys: pyte
             assert one.read_bytes() == two.read_bytes()
 
 
+def test_a_scripted_failure_is_shown_where_it_happened(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = trace.parent / "loss"
+    assert main(["simulate", str(trace), "--fail", "kill:w1@5:2", "--fail", "stall:w0@3:1", "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    told = [line for line in said.splitlines() if line.endswith(("script", "again"))]
+    assert told == [
+        "at 3 s: worker w0 stalls for 1 s, by the script",
+        "at 5 s: worker w1 killed, by the script",
+        "at 7 s: worker w1 up again",
+    ]
+    assert 'class="event"' in (trace.parent / "loss-headway.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
