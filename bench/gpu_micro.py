@@ -125,6 +125,7 @@ def main() -> None:
         return
     started = time.time()
     found: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    Path(options.out).mkdir(parents=True, exist_ok=True)
     sections = options.sections.split(",")
     if "linear" in sections:
         found["compile_s"] = round(

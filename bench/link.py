@@ -57,7 +57,7 @@ class Listener:
         self.count += start.cached_tokens
 
     def tokens(self, ids: Sequence[int]) -> None:
-        self.count += len(ids) // 4
+        self.count += len(ids)
 
     def ended(self, end: End) -> None:
         self.count += end.output_tokens

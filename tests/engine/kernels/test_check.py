@@ -23,7 +23,7 @@ def test_kernels_over_fp8_kv_pass_and_one_that_forgets_scales_does_not(
     over_fp8 = replace(SHAPE, is_kv_fp8=True)
     assert check.failures(device, dtype, over_fp8) == {}
 
-    monkeypatch.setattr(check.ref, "halves", lambda words: torch.ones(*words.shape, 2, dtype=torch.float16))
+    monkeypatch.setattr(check.ref, "halves", lambda words: words.new_ones(*words.shape, 2, dtype=torch.float16))
     assert not check._attention(device, dtype, over_fp8, [20, 7], [1, 1]) < check.ERROR_MAX
 
 
