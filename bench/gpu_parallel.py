@@ -31,6 +31,7 @@ import torch
 from engine.compute import parallel, ranks
 from engine.compute.runner import RunnerConfig, TorchRunner
 from engine.config import EngineConfig
+from engine.kernels.tuned import slug
 from engine.models import config as model_config
 from engine.models.shard import Shard
 from engine.step import StepBatch
@@ -281,7 +282,8 @@ def whole(options: argparse.Namespace, folder: Path) -> None:
         if "again" in found[name] and "texts" in found["1"]:
             found[name]["compared"] = compared(found["1"], found[name], folder, ("1", name))
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"gpu_parallel-{options.model.name}.json").write_text(json.dumps(found, indent=1))
+    path = options.out / f"gpu_parallel-{options.model.name}-{slug(found['device'])}.json"
+    path.write_text(json.dumps(found, indent=1))
     print("\nsums over ranks, us:", found.get("sums", "not done"))
     for name in columns[1:]:
         print(f"{name} ranks against 1:", found[name].get("compared", "not done"))

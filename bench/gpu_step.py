@@ -23,6 +23,7 @@ from engine.compute import gpu_build
 from engine.compute.calibrate import Shape, batch_of
 from engine.compute.gpu_runner import GpuRunner
 from engine.config import GPU_BLOCK_TOKENS, KV_DTYPES, WEIGHTS
+from engine.kernels.tuned import slug
 from engine.models.config import ModelConfig
 from engine.step import StepBatch
 
@@ -109,7 +110,8 @@ def main() -> None:
     if not isinstance(runner, GpuRunner):
         sys.exit("the kernels failed their self-check on this card; see the log")
     options.out.mkdir(parents=True, exist_ok=True)
-    name = f"gpu_step-{options.model.name}{'-fp8w' * has_fp8}{'-fp8kv' * is_kv_fp8}.json"
+    kind = "-fp8w" * has_fp8 + "-fp8kv" * is_kv_fp8
+    name = f"gpu_step-{options.model.name}{kind}-{slug(torch.cuda.get_device_name())}.json"
     measure(runner, options.out / name, has_fp8=has_fp8)
 
 

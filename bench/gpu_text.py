@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from engine.compute import gpu_build
 from engine.compute.gpu_runner import GpuRunner
 from engine.compute.runner import RunnerConfig, TorchRunner
+from engine.kernels.tuned import slug
 from engine.step import StepBatch
 from engine.wire import Sampling
 
@@ -82,7 +83,7 @@ def main() -> None:
     found = {"device": torch.cuda.get_device_name(), "texts": len(PROMPTS), "tokens": options.tokens, "same": same}
     print(found := found | {"gaps where they part, logits of the CPU": gaps})
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "gpu_text.json").write_text(json.dumps(found, indent=1))
+    (options.out / f"gpu_text-{slug(torch.cuda.get_device_name())}.json").write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

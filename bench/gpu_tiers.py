@@ -30,6 +30,7 @@ from engine.compute.calibrate import Shape, batch_of
 from engine.compute.compilers import compilers
 from engine.compute.gpu_runner import GpuRunner
 from engine.config import GPU_BLOCK_TOKENS, GPU_SEQUENCES_MAX, KV_DTYPES
+from engine.kernels.tuned import slug
 from engine.kv import keys
 from engine.kv.blocks import BlockTrie
 from engine.kv.carrier import Tier
@@ -308,7 +309,8 @@ def main() -> None:
     head |= {"kv": options.kv, "prefix_tokens": options.prefix, "prefix_bytes": bench.bytes, "decodes": options.decodes}
     options.out.mkdir(parents=True, exist_ok=True)
     found = [{key: value if key == "name" else round(value, 3) for key, value in asdict(row).items()} for row in rows]
-    path = options.out / f"gpu_tiers-{options.model.name}{'-fp8kv' if is_kv_fp8 else ''}.json"
+    card = slug(torch.cuda.get_device_name())
+    path = options.out / f"gpu_tiers-{options.model.name}{'-fp8kv' if is_kv_fp8 else ''}-{card}.json"
     path.write_text(json.dumps({**head, "rows": found}, indent=1) + "\n")
     print(f"\n{time.perf_counter() - started:.0f} s in all; {options.prefix} tokens are {bench.bytes / 1e9:.2f} GB")
     print(f"{'':34} {'ms':>9} {'GB/s':>8} {'of link':>7} {'step ms':>9} {'longest ms':>10}")
