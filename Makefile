@@ -56,7 +56,7 @@ REPLAY_ON   := --serve "$(BIN)/headway serve --port $(REPLAY_PORT) --admin-port 
 
 replay: $(VENV)/.serve  ## judge a server of its own with a mix of all classes, about 2 minutes; report in out/ (REPLAY_PORT=)
 	@mkdir -p out
-	@$(BIN)/headway-loadgen compose --seed 1 --duration 110 --load 2 --scale-tokens 1/32 --context 8192 -o out/mix.jsonl
+	@$(BIN)/headway-loadgen compose --seed 1 --duration 110 --load 1.2 --scale-tokens 1/32 --context 8192 -o out/mix.jsonl
 	@$(BIN)/headway-loadgen replay out/mix.jsonl $(REPLAY_ON) --warmup 10 --out out/replay
 
 WEKA ?= ../shared/traces/weka_requests.csv.zst

@@ -46,7 +46,7 @@ class _Head(msgspec.Struct, frozen=True):
 
 
 def table(folder: Path) -> dict[tuple[str, str], Path | Profile]:
-    """Every card and model that a plan may be made for. What was timed anew goes before what is built in."""
+    """Every card and model that a plan may be made for. What is built in goes before a file."""
     found: dict[tuple[str, str], Path | Profile] = {}
     for path in sorted(folder.glob(PATTERN)):
         head = _head(path, path.read_bytes().partition(b"\n")[0])
