@@ -99,6 +99,7 @@ def _serve(
     phases.end("imports")
     with contextlib.ExitStack() as ending:
         runner = _explained(lambda: ending.enter_context(_running(folder, config, compiling, phases)))
+        phases.end("model")
         facts = ModelFacts(
             name=config.model_name or Path(config.model).stem,
             digest=manifest.digest_of(folder),

@@ -110,7 +110,7 @@ class Listener:
         """End every answer that still runs with an error that says so, and let the errors reach their clients."""
         cut = sum(connection.cut() for connection in list(self._connections))
         if cut:
-            log.warning("%d answers took longer than the drain and were cut with an error", cut)
+            log.warning("answers that took longer than the drain and were cut with an error: %d", cut)
         until = asyncio.get_running_loop().time() + CUT_S
         while self._connections and asyncio.get_running_loop().time() < until:  # noqa: ASYNC110 -- at the end, once
             await asyncio.sleep(CUT_POLL_S)
