@@ -32,8 +32,11 @@ MEASURED = {"NVIDIA H100 80GB HBM3": Ceilings(3.18e12, 790e12), "NVIDIA H200": C
 
 
 def ceilings() -> Ceilings:
-    """The card's at hand; a KeyError names a card that nobody has measured."""
-    return MEASURED[torch.cuda.get_device_name()]
+    """The card's at hand; ends the program where nobody has measured it."""
+    name = torch.cuda.get_device_name()
+    if name not in MEASURED:
+        sys.exit(f"nobody has measured {name}: run bench/gpu_ceilings.py and put it into MEASURED in {__file__}")
+    return MEASURED[name]
 
 
 def captured(launches: list[Callable[[], object]]) -> torch.cuda.CUDAGraph:

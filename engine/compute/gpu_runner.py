@@ -40,7 +40,7 @@ PARTS_MAX = 4096  # parts of KV in one step: 64 MiB of partial sums for an 8B mo
 GRAPHS_MAX = 256  # captured steps kept; others are launched kernel by kernel
 FREE_SHARE = 0.92  # of the memory left beside the weights; the rest is for libraries and graphs
 FEW, MANY = Launch(264, stages=4, pdl=2), Launch(528, stages=2, registers=128, pdl=2)  # measured: gpu_step
-# A tile of fp8 KV is half as large: more stages, so that as many bytes are on their way. Not yet measured.
+# A tile of fp8 KV is half as large: more stages, so that as many bytes are on their way; others were not tried.
 FEW_FP8, MANY_FP8 = Launch(264, stages=6, pdl=2), Launch(528, stages=3, registers=128, pdl=2)
 LAUNCHES = {False: (FEW, MANY), True: (FEW_FP8, MANY_FP8)}  # by whether KV is fp8
 INTERPRETED = Launch(4)  # the interpreter knows no programmatic launch
